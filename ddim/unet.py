@@ -1,0 +1,204 @@
+"""The pixel-space U-Net of DDPM and DDIM (Ho et al. 2020, arXiv:2006.11239; Song et al. 2021, arXiv:2010.02502).
+
+Parameter names are those of the public checkpoints (`model-790000.ckpt` and its siblings), so these load strictly.
+The network knows no bits, but it is written to be quantized: every product of two activations is a module, every
+layer carries its `role`, and a convolution that reads a concatenation knows where the halves meet (`input_splits`).
+
+Axes: N images, C channels, H x W pixels, E embedding features, L = H*W positions.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Matmul(nn.Module):
+    """Batched matrix product of two activations, a module so that it can be replaced by a quantized one.
+
+    `roles` names the left and the right operand: ("q", "k") or ("v", "probs") and so on.
+    """
+
+    def __init__(self, *roles):
+        super().__init__()
+        self.roles = roles
+
+    def forward(self, a, b):
+        return a @ b
+
+
+def tag(role, layer, **facts):
+    """Note a layer's role (and e.g. its `input_splits`) for the quantization rules; returns the layer."""
+    layer.role = role
+    for name, value in facts.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def timestep_embedding(t, width):
+    """Sinusoids of the steps t (N,), fractions allowed -> (N, width): sines first, then cosines."""
+    half = width // 2
+    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * -(math.log(10000) / (half - 1)))
+    angles = t.float()[:, None] * freqs[None]
+    emb = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return F.pad(emb, (0, width % 2))
+
+
+def conv(role, in_ch, out_ch, size=3, **facts):
+    return tag(role, nn.Conv2d(in_ch, out_ch, size, padding=size // 2), **facts)
+
+
+class ResnetBlock(nn.Module):
+    """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; add the (projected) input."""
+
+    def __init__(self, in_ch, out_ch, temb_ch, dropout, groups, input_splits=None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_ch, eps=1e-6)
+        self.conv1 = conv("conv1", in_ch, out_ch)
+        self.temb_proj = tag("emb_proj", nn.Linear(temb_ch, out_ch))
+        self.norm2 = nn.GroupNorm(groups, out_ch, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv("conv2", out_ch, out_ch)
+        if in_ch != out_ch:
+            self.nin_shortcut = conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
+
+    def forward(self, x, temb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over pixels."""
+
+    def __init__(self, ch, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, ch, eps=1e-6)
+        self.q = conv("q", ch, ch, 1)
+        self.k = conv("k", ch, ch, 1)
+        self.v = conv("v", ch, ch, 1)
+        self.qk_matmul = Matmul("q", "k")
+        self.av_matmul = Matmul("v", "probs")
+        self.proj_out = conv("proj", ch, ch, 1)
+
+    def forward(self, x):
+        n, c, height, width = x.shape
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))       # (N, C, L)
+        scores = self.qk_matmul(q.transpose(1, 2), k) * c ** -0.5                    # (N, L queries, L keys)
+        probs = scores.softmax(dim=-1)
+        h = self.av_matmul(v, probs.transpose(1, 2))                                 # (N, C, L)
+        return x + self.proj_out(h.reshape(n, c, height, width))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2 over an input padded right and below only; 2x2 mean without convolution."""
+
+    def __init__(self, ch, with_conv):
+        super().__init__()
+        if with_conv:
+            self.conv = tag("down", nn.Conv2d(ch, ch, 3, stride=2))
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1))) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour by two, then a 3x3 convolution."""
+
+    def __init__(self, ch, with_conv):
+        super().__init__()
+        if with_conv:
+            self.conv = conv("up", ch, ch)
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if hasattr(self, "conv") else x
+
+
+class UNet(nn.Module):
+    """eps(x, t) of the pixel-space models.
+
+    Arguments are the `model` and `data` keys of the DDIM YAML files: `ch` base width, `ch_mult` width of each level,
+    `attn_resolutions` the sizes in pixels that have attention (counted from `image_size`), `norm_groups` the groups
+    of every group norm (32 in all public models).
+    """
+
+    def __init__(self, *, image_size, in_channels=3, out_ch=3, ch=128, ch_mult=(1, 2, 2, 2), num_res_blocks=2,
+                 attn_resolutions=(16,), dropout=0.0, resamp_with_conv=True, norm_groups=32):
+        super().__init__()
+        self.ch, self.in_channels, self.image_size = ch, in_channels, image_size
+        self.num_res_blocks, self.num_levels = num_res_blocks, len(ch_mult)
+        temb_ch = 4 * ch
+
+        def block(in_ch, out, splits=None):
+            return ResnetBlock(in_ch, out, temb_ch, dropout, norm_groups, splits)
+
+        self.temb = nn.Module()
+        self.temb.dense = nn.ModuleList([tag("temb", nn.Linear(ch, temb_ch)), tag("temb", nn.Linear(temb_ch, temb_ch))])
+        self.conv_in = conv("stem", in_channels, ch)
+
+        widths, size, h_ch = [ch], image_size, ch         # channels of every tensor that is kept for the way up
+        self.down = nn.ModuleList()
+        for i, mult in enumerate(ch_mult):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                level.block.append(block(h_ch, ch * mult))
+                h_ch = ch * mult
+                if size in attn_resolutions:
+                    level.attn.append(AttnBlock(h_ch, norm_groups))
+                widths.append(h_ch)
+            if i != self.num_levels - 1:
+                level.downsample = Downsample(h_ch, resamp_with_conv)
+                size //= 2
+                widths.append(h_ch)
+            self.down.append(level)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = block(h_ch, h_ch)
+        self.mid.attn_1 = AttnBlock(h_ch, norm_groups)
+        self.mid.block_2 = block(h_ch, h_ch)
+
+        ups = []                                          # numbered by level, run from the last to the first
+        for i in reversed(range(self.num_levels)):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                skip_ch = widths.pop()
+                level.block.append(block(h_ch + skip_ch, ch * ch_mult[i], (h_ch, skip_ch)))
+                h_ch = ch * ch_mult[i]
+                if size in attn_resolutions:
+                    level.attn.append(AttnBlock(h_ch, norm_groups))
+            if i != 0:
+                level.upsample = Upsample(h_ch, resamp_with_conv)
+                size *= 2
+            ups.insert(0, level)
+        self.up = nn.ModuleList(ups)
+
+        self.norm_out = nn.GroupNorm(norm_groups, h_ch, eps=1e-6)
+        self.conv_out = conv("out", h_ch, out_ch)
+
+    def forward(self, x, t):
+        """x (N, C, H, W) float, t (N,) float or integer steps -> eps, shaped as x."""
+        temb = timestep_embedding(t, self.ch).to(x.dtype)
+        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
+
+        skips = [self.conv_in(x)]
+        for level in self.down:
+            for j, block in enumerate(level.block):
+                h = block(skips[-1], temb)
+                skips.append(level.attn[j](h) if len(level.attn) else h)
+            if hasattr(level, "downsample"):
+                skips.append(level.downsample(skips[-1]))
+
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(skips[-1], temb)), temb)
+
+        for level in reversed(self.up):
+            for j, block in enumerate(level.block):
+                h = block(torch.cat([h, skips.pop()], dim=1), temb)
+                h = level.attn[j](h) if len(level.attn) else h
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,0 +1,56 @@
+"""Training images: torchvision's CIFAR-10 or any folder of images, as one uint8 tensor in memory."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets import CIFAR10
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+def image_files(folder):
+    """Image files under `folder`, in the order of their relative names. Raises ValueError if there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"image folder {folder} does not exist")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"image folder {folder} holds no images ({', '.join(sorted(SUFFIXES))}); "
+                         "give a folder of images or of class folders")
+    return files
+
+
+def read_image(path, size=None):
+    """One RGB image (3, H, W) uint8; a larger one is cropped to its central square and resized to `size`."""
+    try:
+        image = Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError):
+        raise ValueError(f"{path} is not a readable image; remove or replace it") from None
+    if size and image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def load_images(data, split="train", size=32):
+    """-> images (N, 3, size, size) uint8, labels (N,) int64.
+
+    `data` is a folder with `train`/`test` class folders, a folder of class folders or of images (labels then 0), or
+    "cifar10" / "cifar10:FOLDER": torchvision's download, checked by its MD5. Labels number the sorted class folders.
+    """
+    if str(data).split(":")[0] == "cifar10":
+        root = str(data).partition(":")[2] or "data"
+        try:
+            source = CIFAR10(root, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"CIFAR-10 could not be fetched into {root} ({error}); "
+                             "give data=FOLDER with train/ and test/ class folders of images") from None
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
+    folder = Path(data)
+    folder = folder / split if (folder / split).is_dir() else folder
+    files = image_files(folder)
+    classes = sorted({p.parent for p in files})
+    images = torch.stack([read_image(p, size) for p in files])
+    return images, torch.tensor([classes.index(p.parent) for p in files])

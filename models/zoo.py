@@ -1,0 +1,23 @@
+"""Networks by family name: the word in a model YAML -> the class that builds it."""
+import inspect
+
+from ddim.unet import UNet
+from quant.config import unknown_word
+
+NETWORKS = {"ddim-unet": UNet}
+
+
+def build_network(family, **options):
+    """The network of a model YAML, with fresh weights. Raises ValueError for an unknown family, option or a missing
+    one."""
+    if family not in NETWORKS:
+        raise ValueError(unknown_word(f"network family '{family}' is unknown", family, NETWORKS))
+    builder = NETWORKS[family]
+    known = inspect.signature(builder).parameters
+    for name in options:
+        if name not in known:
+            raise ValueError(unknown_word(f"network family '{family}' has no option '{name}'", name, known))
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
+    if missing:
+        raise ValueError(f"network family '{family}' needs {', '.join(missing)} in the model YAML")
+    return builder(**options)

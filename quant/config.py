@@ -1,0 +1,67 @@
+"""YAML files merged left to right, then key=value: typed, strict, with a suggestion for a misspelt key.
+
+A schema is a dataclass; everything that reads a configuration gets a resolved plain dict or the dataclass itself.
+"""
+import difflib
+import re
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+def read_yaml(path):
+    """One YAML file -> dict. Raises ValueError with the file's name where it is absent, empty or malformed."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3, 0.4)
+        raise ValueError(f"configuration file {path} does not exist"
+                         + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    try:
+        content = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(content):
+        raise ValueError(f"{path} must hold keys and values")
+    return content
+
+
+def load(schema, files, overrides=()):
+    """Merge `files` and `overrides` ("a.b=3") into the dataclass `schema`; returns an instance of it.
+
+    Raises ValueError in one sentence for an unknown key (with "did you mean"), a wrong type or a malformed override.
+    """
+    config = OmegaConf.structured(schema)
+    sources = [(str(path), lambda path=path: read_yaml(path)) for path in files]
+    for text in overrides:
+        if "=" not in text:
+            raise ValueError(f"'{text}' is not key=value")
+        sources.append((f"'{text}'", lambda text=text: OmegaConf.from_dotlist([text])))
+    for source, read in sources:
+        content = read()
+        try:
+            config = OmegaConf.merge(config, content)
+        except ConfigKeyError as error:
+            raise ValueError(_unknown_key(config, content, source, error)) from None
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source}: key '{getattr(error, 'full_key', '') or '?'}': {reason}") from None
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{', '.join(map(str, files))}: {str(error).splitlines()[0]}") from None
+
+
+def _unknown_key(config, content, source, error):
+    full = str(error.full_key or error.key)
+    parent, _, word = full.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    known = [str(key) for key in node] if OmegaConf.is_dict(node) else []
+    return unknown_word(f"{source}: unknown key '{full}'", re.sub(r"\[\d+\]$", "", word), known)
+
+
+def unknown_word(complaint, word, known):
+    """'<complaint>; did you mean x?' or the list of what is known."""
+    near = difflib.get_close_matches(word, known, 1, 0.5)
+    return complaint + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(map(str, known))}")
