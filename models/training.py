@@ -158,7 +158,7 @@ class Progress(pl.Callback):
     """One line an epoch with an estimate of what remains; every `sample_every` epochs the loss curve and samples."""
 
     def __init__(self, folder, sample_every):
-        self.folder, self.sample_every, self.rows = Path(folder), sample_every, []
+        self.folder, self.sample_every, self.rows, self.started = Path(folder), sample_every, [], None
 
     def state_dict(self):
         return {"rows": copy.copy(self.rows)}
@@ -170,7 +170,9 @@ class Progress(pl.Callback):
         self.started = time.monotonic()
 
     def on_train_epoch_end(self, trainer, module):
-        seconds = time.monotonic() - self.started
+        if self.started is None:           # Lightning ends the saved epoch once more when it resumes
+            return
+        seconds, self.started = time.monotonic() - self.started, None
         loss = float(trainer.callback_metrics["loss"])
         images = trainer.global_step * module.config.batch_size
         self.rows.append((images, loss))

@@ -1,9 +1,10 @@
 """What all scripts share: a user's mistake ends in one sentence and exit status 2, never in a traceback."""
+import errno
 import sys
 
 
 def main(run):
-    """Call run(arguments); print the docstring for --help."""
+    """run(arguments); without arguments or with --help the script's docstring is printed."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(sys.modules["__main__"].__doc__.strip())
@@ -11,9 +12,22 @@ def main(run):
     try:
         run(arguments)
     except ValueError as error:
-        sys.exit(f"error: {error}" if sys.stderr.isatty() else _plain(error))
+        stop(2, f"error: {error}")
+    except KeyboardInterrupt:
+        stop(130, "stopped; run the same command to continue")
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        stop(2, f"error: {error.filename}: {error.strerror}; give another path")
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        stop(2, "error: no space is left on the disk; free some and run the same command to continue")
 
 
-def _plain(error):
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def stop(status, sentence):
+    print(sentence, file=sys.stderr)
+    sys.exit(status)
+
+
+def disk_is_full(error):
+    """Whether `error` comes from a full disk; libraries wrap the system's error in their own and keep its words."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

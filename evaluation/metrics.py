@@ -1,0 +1,154 @@
+"""Scores of image folders: distribution scores by torch-fidelity's formulas, PSNR and SSIM of pairs, SQNR of tensors.
+
+Every distribution score comes with its protocol. A score that the images at hand cannot support is left out with the
+reason, never replaced: Frechet distances need more images than features for a covariance of full rank.
+"""
+from pathlib import Path
+
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torch_fidelity.version import __version__ as fidelity_version
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from evaluation.features import WEIGHTS, build_extractor, choose_extractor, extract, sha256
+from evaluation.reference import STATISTICS, frechet_distance, read_statistics
+from models.data import image_files, load_images, read_image
+
+MIN_IMAGES = 100                            # ten splits of ten for IS, and neighbourhoods that mean something
+KID_SUBSET_SIZE = 1000                      # torch-fidelity's default; smaller sets are used whole, as the protocol says
+
+
+def distribution_scores(samples_dir, *, extractor="auto",   # auto | inception | cifar-resnet
+                        inception_path="",                  # file of the Inception weights; "" = torch hub's cache
+                        fetch=False,                        # may the Inception weights be downloaded?
+                        reference="",                       # image folder | cifar10-train[:FOLDER] | "" = shipped statistics
+                        batch_size=256, device="cpu"):
+    """-> {"scores": {name: number}, "protocol": {...}} of the images in a folder."""
+    name, weights_path, notice = choose_extractor(extractor, inception_path, fetch=fetch)
+    if notice:
+        print(notice, flush=True)
+    files = image_files(samples_dir)
+    if len(files) < MIN_IMAGES:
+        raise ValueError(f"{samples_dir} holds {len(files)} images but scores of a distribution need at least "
+                         f"{MIN_IMAGES}; sample more of them")
+    net = build_extractor(name, weights_path, device)
+    samples = extract(net, files, batch_size=batch_size, device=device)
+    real, statistics, described = _reference(net, name, reference, samples["size"], batch_size, device)
+    scores, left_out, kid_subset_size = _scores(samples, real, statistics)
+    protocol = {"count": len(files), "image_size": samples["size"],
+                "image_format": "+".join(sorted({path.suffix.lower()[1:] for path in files})),
+                "samples_sha256": samples["sha256"], "extractor": name, "extractor_sha256": sha256(weights_path),
+                **described, "tool": f"torch-fidelity {fidelity_version}", "is_splits": 10,
+                "kid_subset_size": kid_subset_size, "notice": notice, "left_out": left_out}
+    return {"scores": {_named(score, name): value for score, value in scores.items()}, "protocol": protocol}
+
+
+def _named(score, extractor):
+    """Published names belong to Inception; with any other extractor its name is part of the score's."""
+    if extractor == "inception":
+        return "FID" if score == "FD" else score
+    score, dash, std = score.partition("-std")
+    return f"{score}-{extractor}{dash}{std}"
+
+
+def _reference(net, name, reference, size, batch_size, device):
+    """-> features of the reference or None, its statistics or None, what the protocol says of it."""
+    if not reference and name != "cifar-resnet":
+        return None, None, {"reference": None, "reference_count": 0, "reference_sha256": None}
+    if not reference:
+        statistics, facts = read_statistics()
+        if facts["extractor_sha256"] != sha256(WEIGHTS):
+            raise ValueError(f"{STATISTICS.name} was made with other weights than {WEIGHTS.name}; make both again with "
+                             "python -m evaluation.reference")
+        return None, statistics, {"reference": f"{STATISTICS.name} ({facts['split']}; {facts['note']})",
+                                  "reference_count": facts["count"], "reference_sha256": sha256(STATISTICS)}
+    if reference.split(":")[0] == "cifar10-train":
+        source, reference = load_images(reference.replace("cifar10-train", "cifar10", 1), "train")[0], "cifar10-train"
+    else:
+        folder = Path(reference)
+        source = image_files(folder / "train" if (folder / "train").is_dir() else folder)
+    real = extract(net, source, batch_size=batch_size, device=device)
+    if real["size"] != size:
+        raise ValueError(f"samples are {size} but the reference {reference} is {real['size']}; prepare the reference "
+                         "the way the training images were")
+    if len(source) < MIN_IMAGES:
+        raise ValueError(f"the reference {reference} holds {len(source)} images but at least {MIN_IMAGES} are needed; "
+                         "add images")
+    described = {"reference": str(reference), "reference_count": len(source), "reference_sha256": real["sha256"]}
+    return real, fid_features_to_statistics(real["pooled"].double()), described
+
+
+def _scores(samples, real, statistics):
+    """-> scores, {score: why it was left out}, images in one subset of KID."""
+    pooled, scores, left_out = samples["pooled"], {}, {}
+    found = isc_features_to_metric(samples["logits"])
+    scores["IS"], scores["IS-std"] = found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+    fewest = min(len(pooled), len(real["pooled"]) if real else len(pooled))
+    if statistics is None:
+        left_out["FD"] = "no reference was given: reference=FOLDER or reference=cifar10-train"
+    elif fewest <= pooled.shape[1]:
+        left_out["FD"] = f"{fewest} images cannot give a covariance of {pooled.shape[1]} features full rank"
+    else:
+        scores["FD"] = frechet_distance(fid_features_to_statistics(pooled.double()), statistics)
+    if real is None:
+        left_out["KID, precision, recall"] = "they need the images of a reference: reference=FOLDER"
+        return scores, left_out, None
+    subset_size = min(KID_SUBSET_SIZE, fewest)
+    found = kid_features_to_metric(pooled, real["pooled"], kid_subset_size=subset_size, verbose=False)
+    scores["KID"], scores["KID-std"] = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    found = prc_features_to_metric(pooled, real["pooled"], save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    return {**scores, "precision": found["precision"], "recall": found["recall"]}, left_out, subset_size
+
+
+def _check_pair(a, b):
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ; give two batches of the same shape")
+
+
+def psnr_db(a, b):
+    """Peak signal-to-noise ratio of each pair in uint8 batches (N, 3, H, W) -> (N,); infinite for equal images."""
+    _check_pair(a, b)
+    return peak_signal_noise_ratio(a.double(), b.double(), data_range=255.0, dim=(1, 2, 3), reduction="none")
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004: Gaussian window 11x11, sigma 1.5, whole windows only) of each pair in
+    uint8 batches (N, 3, H, W) -> (N,), averaged over the three channels."""
+    _check_pair(a, b)
+    if min(a.shape[2:]) < 11:
+        raise ValueError(f"images are {a.shape[3]}x{a.shape[2]} but SSIM's window is 11x11; give larger images")
+    return structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, reduction="none")
+
+
+def sqnr_db(reference, approximation):
+    """Power of `reference` over power of the error, of the whole tensor; infinite where there is no error."""
+    _check_pair(reference, approximation)
+    reference, approximation = reference.double(), approximation.double()
+    return (10 * torch.log10(reference.square().sum() / (reference - approximation).square().sum())).item()
+
+
+def paired_scores(dir_a, dir_b, *, batch_size=256):
+    """Means over the PNGs with the same name in both folders. Equal pairs have no finite PSNR: they are counted as
+    `identical` and left out of the mean of `psnr_db`, which is None if no pair differs."""
+    names_a, names_b = ({path.name for path in Path(folder).glob("*.png")} for folder in (dir_a, dir_b))
+    names = sorted(names_a & names_b)
+    if not names:
+        raise ValueError(f"no PNG has the same name in {dir_a} and {dir_b}; sample both from the same seeds")
+    psnr, similarity = [], []
+    for start in range(0, len(names), batch_size):
+        part = names[start:start + batch_size]
+        pairs = [(read_image(Path(dir_a) / name), read_image(Path(dir_b) / name)) for name in part]
+        for name, (a, b) in zip(part, pairs):
+            if a.shape != b.shape or a.shape != pairs[0][0].shape:
+                raise ValueError(f"{name} is {a.shape[2]}x{a.shape[1]} in {dir_a} and {b.shape[2]}x{b.shape[1]} in "
+                                 f"{dir_b}; all images must have one size")
+        a, b = (torch.stack(images) for images in zip(*pairs))
+        psnr.append(psnr_db(a, b))
+        similarity.append(ssim(a, b))
+    psnr = torch.cat(psnr)
+    finite = psnr[psnr.isfinite()]
+    return {"psnr_db": finite.mean().item() if len(finite) else None, "ssim": torch.cat(similarity).mean().item(),
+            "count": len(names), "identical": len(psnr) - len(finite), "unpaired": len(names_a ^ names_b)}

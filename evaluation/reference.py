@@ -1,0 +1,110 @@
+"""Package a trained classifier as the offline extractor, with reference statistics of the training images:
+
+    python -m evaluation.reference run=FOLDER data=FOLDER [out=models/weights] [hardware=TEXT] [note=TEXT]
+
+`run` is the folder of scripts/train.py, `data` as there. Writes cifar10-classifier.safetensors (fp16 weights),
+cifar10-classifier-stats.safetensors (mean and covariance of the pooled features, float64) and cifar10-classifier.json.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.version import __version__ as fidelity_version
+
+from evaluation.features import build_extractor, extract, sha256
+from models.data import load_images
+from quant.config import load
+from scripts.cli import main
+
+STATISTICS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier-stats.safetensors"
+NAME = "cifar10-classifier"
+
+
+@dataclass
+class PackageConfig:
+    run: str = ""
+    data: str = "cifar10"
+    out: str = "models/weights"
+    hardware: str = ""                      # what the classifier was trained on, for the record
+    note: str = ""                          # what a reader must know of the images
+
+
+def write_statistics(path, pooled, facts):
+    """Mean and covariance of features (N, D), with `facts` as one JSON text in the file's metadata."""
+    statistics = fid_features_to_statistics(pooled.double())
+    save_file({key: torch.from_numpy(value) for key, value in statistics.items()}, path,
+              {"facts": json.dumps(facts, sort_keys=True)})
+
+
+def read_statistics(path=STATISTICS):
+    """-> {"mu" (D,), "sigma" (D, D)} as NumPy arrays in float64, and the facts stored with them."""
+    try:
+        with safe_open(str(path), framework="np") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            return {"mu": file.get_tensor("mu"), "sigma": file.get_tensor("sigma")}, facts
+    except (SafetensorError, OSError, KeyError):
+        raise ValueError(f"{path} is absent or not a file of reference statistics; restore it from the repository "
+                         "or make it with python -m evaluation.reference") from None
+
+
+def package_weights(run, path):
+    """Copy the weights of a training run to `path`, self-describing; returns the record of the run."""
+    try:
+        record = json.loads((run / "record.json").read_text())
+        weights = load_file(run / "weights.safetensors")
+    except (OSError, SafetensorError):
+        raise ValueError(f"{run} holds no finished training; make it with python scripts/train.py "
+                         "configs/train/cifar10-classifier.yaml out=FOLDER") from None
+    save_file(weights, path, {"network": json.dumps(record["recipe"]["classifier"], sort_keys=True)})
+    return record
+
+
+def frechet_distance(statistics_a, statistics_b):
+    return fid_statistics_to_metric(statistics_a, statistics_b, verbose=False)[KEY_METRIC_FID]
+
+
+def package(config):
+    """Write the three files; returns the record."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    weights_path, statistics_path = out / f"{NAME}.safetensors", out / f"{NAME}-stats.safetensors"
+    record = package_weights(Path(config.run), weights_path)
+    net = build_extractor("cifar-resnet", weights_path)
+    scores, features = {}, {}
+    for split in ("train", "test"):
+        images, labels = load_images(config.data, split)
+        features[split] = extract(net, images)
+        logits = features[split]["logits"]
+        inception_score = isc_features_to_metric(logits)
+        scores[split] = {"count": len(images), "accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
+                         "IS-cifar-resnet": inception_score["inception_score_mean"],
+                         "IS-cifar-resnet-std": inception_score["inception_score_std"]}
+    facts = {"split": "cifar10 train", "count": scores["train"]["count"], "note": config.note,
+             "extractor": "cifar-resnet", "extractor_sha256": sha256(weights_path), "features": "pooled",
+             "IS-cifar-resnet": scores["train"]["IS-cifar-resnet"],
+             "IS-cifar-resnet-std": scores["train"]["IS-cifar-resnet-std"],
+             "pixels_sha256": features["train"]["sha256"], "tool": f"torch-fidelity {fidelity_version}"}
+    write_statistics(statistics_path, features["train"]["pooled"], facts)
+    test = fid_features_to_statistics(features["test"]["pooled"].double())
+    scores["test"]["FD-cifar-resnet"] = frechet_distance(test, read_statistics(statistics_path)[0])
+    record["recipe"] = {key: value for key, value in record["recipe"].items() if key not in ("data", "out", "model")}
+    record.update(hardware=config.hardware, note=config.note, seed=record["recipe"]["seed"], scores=scores,
+                  test_accuracy=scores["test"]["accuracy"], weights_sha256=facts["extractor_sha256"],
+                  statistics_sha256=sha256(statistics_path))
+    (out / f"{NAME}.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def run(arguments):
+    record = package(load(PackageConfig, [], arguments))
+    print(f"test accuracy {record['test_accuracy']:.2%}, test FD-cifar-resnet "
+          f"{record['scores']['test']['FD-cifar-resnet']:.3f}")
+
+
+if __name__ == "__main__":
+    main(run)

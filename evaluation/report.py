@@ -1,0 +1,347 @@
+"""One static HTML file about one or several run folders: tables, plots and image grids, all inside the file.
+
+Every file of a run may be absent; its section then names the command that makes it. The page loads nothing and runs
+nothing, all text from the runs is escaped, and the same run folders give the same bytes.
+"""
+import base64
+import html
+import io
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from omegaconf import OmegaConf
+from PIL import Image
+
+from models.data import read_image
+from quant.config import read_yaml
+
+COMMANDS = {"config.yaml": "python scripts/calibrate.py MODEL.yaml BITS.yaml METHOD.yaml out={run}",
+            "map.json": "python scripts/quantize.py {run}",
+            "passes.jsonl": "python scripts/quantize.py {run}",
+            "stages.jsonl": "python scripts/calibrate.py MODEL.yaml BITS.yaml METHOD.yaml out={run}",
+            "samples": "python scripts/sample.py {run}",
+            "float samples": "python scripts/sample.py {run} precision=float",
+            "metrics.json": "python scripts/evaluate.py {run}"}
+FLOAT_COLOUR, QUANTIZED_COLOUR = "#9aa5b1", "#b4441c"
+LINE_COLOURS = ("#b4441c", "#1f5f8b", "#3c7a3a", "#7a4b94", "#8a6d1b", "#4d5763")
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2126; background: #fff; max-width: 76rem; margin: 2rem auto;
+       padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.35rem; border-top: 2px solid #1c2126; margin-top: 3rem;
+     padding-top: 0.6rem; } h3 { font-size: 1.05rem; margin: 2rem 0 0.5rem; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #dde2e6; }
+th { font-weight: 600; } .number { text-align: right; } td.number { white-space: nowrap; }
+td small, th small { display: block; color: #5c6670; font-weight: 400; }
+.wide { overflow-x: auto; } .grids { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
+figcaption, .missing, .note { color: #5c6670; font-size: 0.875rem; } .missing code { color: #1c2126; }
+img { max-width: 100%; } img.pixels { image-rendering: pixelated; max-width: none; }
+code { font-size: 0.85em; background: #f2f4f5; padding: 0.1em 0.3em; overflow-wrap: anywhere; }
+"""
+
+
+# ---------------------------------------------------------------------------------------------------- HTML and numbers
+class Html(str):
+    """Text that is already markup; any other text is escaped when it enters an element."""
+
+
+def element(tag, *children, **attributes):
+    inside = "".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children)
+    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+                    for key, value in attributes.items())
+    return Html(f"<{tag}{words}>" if tag in ("img", "meta") else f"<{tag}{words}>{inside}</{tag}>")
+
+
+def number(value, digits=3):
+    """A number for a reader: `digits` decimals, or significant digits below 1; a dash where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–" if value is None else str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    return f"{value:,.{digits}f}" if abs(value) >= 1 or value == 0 else f"{value:.{digits}g}"
+
+
+def table(head, rows):
+    """Columns of numbers (or of Html made from numbers) are set right, columns of text left."""
+    sides = ["text" if any(type(row[i]) is str for row in rows) else "number" for i in range(len(head))]
+    titles = [element("th", title, scope="col", class_=side) for title, side in zip(head, sides)]
+    body = [element("tr", *(element("td", value if isinstance(value, str) else number(value), class_=side)
+                            for value, side in zip(row, sides))) for row in rows]
+    content = element("table", element("thead", element("tr", *titles)), element("tbody", *body))
+    return element("div", content, class_="wide")
+
+
+def missing(run, name, what=""):
+    command = element("code", COMMANDS[name].format(run=run["path"]))
+    return element("p", f"{what or name} not there yet; this makes it: ", command, class_="missing")
+
+
+def data_uri(content, kind):
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def drawing(figure, alt):
+    """A matplotlib figure as an SVG image inside the page, the same bytes every time."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return element("img", src=data_uri(buffer.getvalue(), "svg+xml"), alt=alt)
+
+
+# ------------------------------------------------------------------------------------------------------- reading a run
+def read_json(path):
+    """Content of a .json file, or the list of lines of a .jsonl file; None where the file is absent."""
+    if not path.is_file():
+        return None
+    text = path.read_text()
+    try:
+        return [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it and make it again: "
+                         f"{COMMANDS[path.name].format(run=path.parent)}") from None
+
+
+def read_run(folder):
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"run folder {folder} does not exist; give a folder made by scripts/calibrate.py")
+    path = folder / "config.yaml"
+    config = OmegaConf.to_container(read_yaml(path), resolve=True) if path.is_file() else {}
+    run = {"path": folder, "name": folder.resolve().name, "config": config}
+    for name in ("map.json", "metrics.json", "passes.jsonl", "stages.jsonl"):
+        run[name.split(".")[0]] = read_json(folder / name)
+    metrics = run["metrics"] or {}
+    float_samples = metrics.get("float_samples") or (config.get("provenance") or {}).get("float_samples")
+    run["samples"] = sample_names(folder / "samples")
+    run["float_path"] = folder / float_samples if float_samples else None
+    run["float_samples"] = sample_names(run["float_path"]) if float_samples else []
+    return run
+
+
+def sample_names(folder):
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+def curve(run):
+    """(step, SQNR in dB) of the steps that have a finite one."""
+    rows = (run["metrics"] or {}).get("sqnr_db_per_step") or []
+    return [(row["step"], row["sqnr_db"]) for row in rows
+            if row["sqnr_db"] is not None and math.isfinite(row["sqnr_db"])]
+
+
+def seconds_per_stage(run):
+    """Stage -> seconds; a stage that was interrupted and continued counts with all its parts."""
+    seconds = defaultdict(float)
+    for row in run["stages"] or []:
+        seconds[row["stage"]] += row["seconds"]
+    return dict(seconds)
+
+
+# ---------------------------------------------------------------------------------------------------- the runs compared
+def summary(runs):
+    """A row per run. Scores share a column only if they share count, reference and extractor."""
+    columns = {}
+    for run in runs:
+        metrics = run["metrics"] or {}
+        for kind in ("quantized", "float"):
+            for name in (metrics.get(kind) or {}).get("scores") or {}:
+                columns.setdefault((name, *protocol_key(metrics)), None)
+    head = ["run", "model", "method", "bits W/A", "steps", "images"] + [
+        Html(html.escape(name) + element("small", f"{number(count)} images, {reference or 'no reference'}"))
+        for name, count, reference, _ in columns]
+    head += ["PSNR, dB", "SSIM", "mean SQNR, dB", "bytes, quantized", "ratio", "calibrate + quantize, s"]
+    return table(head, [summary_row(run, columns) for run in runs])
+
+
+def protocol_key(metrics):
+    protocol = metrics.get("protocol") or {}
+    return protocol.get("count"), protocol.get("reference"), protocol.get("extractor_sha256")
+
+
+def summary_row(run, columns):
+    config, metrics = run["config"], run["metrics"] or {}
+    bits, sampling, model = (config.get(key) or {} for key in ("bits", "sampling", "model"))
+    row = [run["name"], model.get("name", "–"), str(config.get("method", "–")),
+           f"{bits.get('weight', '–')}/{bits.get('input', '–')}", sampling.get("steps"), sampling.get("num")]
+    for name, *key in columns:
+        same = tuple(key) == protocol_key(metrics)
+        quantized, full = (((metrics.get(kind) or {}).get("scores") or {}).get(name) if same else None
+                           for kind in ("quantized", "float"))
+        row.append(Html(number(quantized) + element("small", f"float {number(full)}")))
+    paired, points, sizes = metrics.get("paired") or {}, curve(run), metrics.get("sizes") or {}
+    ratio = sizes["float_bytes"] / sizes["quantized_bytes"] if sizes else None
+    small = element("small", f"float {number(sizes.get('float_bytes'))}")
+    seconds = seconds_per_stage(run)
+    calibration = [seconds[stage] for stage in ("calibrate", "quantize") if stage in seconds]
+    return row + [paired.get("psnr_db"), paired.get("ssim"),
+                  sum(value for _, value in points) / len(points) if points else None,
+                  Html(number(sizes.get("quantized_bytes")) + small), Html(f"{number(ratio, 2)}{'×' if ratio else ''}"),
+                  Html(number(sum(calibration), 1) if calibration else "–")]
+
+
+def sqnr_plot(runs):
+    lines = [(run["name"], curve(run)) for run in runs]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(line for line in lines if line[1]):
+        axes.plot(*zip(*points), marker=".", color=LINE_COLOURS[i % len(LINE_COLOURS)], label=name)
+    axes.set(xlabel="sampling step (0 = pure noise)", ylabel="SQNR of the predicted noise, dB")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return drawing(figure, "signal to quantization noise ratio at each sampling step")
+
+
+# ------------------------------------------------------------------------------------------------------ one run's parts
+def samples_section(run):
+    if not run["samples"]:
+        return missing(run, "samples")
+    common = [name for name in run["samples"] if name in set(run["float_samples"])]
+    names = common or run["samples"]
+    grids = [grid(run["path"] / "samples", names, "quantized")]
+    if common:
+        grids.insert(0, grid(run["float_path"], names, "full precision, same seeds"))
+    return element("div", element("div", *grids, class_="grids"), *([] if common else [missing(run, "float samples")]))
+
+
+def grid(folder, names, caption):
+    """The first images as one PNG: 8 x 8 at twice their size if they are small, else 4 x 4 of at most 128 pixels."""
+    first = read_image(folder / names[0])
+    columns = 8 if first.shape[2] <= 64 else 4
+    side, names = min(first.shape[2], 128), names[:columns ** 2]
+    sheet = Image.new("RGB", (columns * (side + 1) - 1, -(-len(names) // columns) * (side + 1) - 1), "white")
+    for i, name in enumerate(names):
+        image = Image.fromarray(read_image(folder / name).permute(1, 2, 0).numpy())
+        image = image if image.width == side else image.resize((side, side), Image.LANCZOS)
+        sheet.paste(image, (i % columns * (side + 1), i // columns * (side + 1)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    zoom = 2 if side <= 32 else 1
+    picture = element("img", src=data_uri(buffer.getvalue(), "png"), alt=f"{len(names)} images, {caption}",
+                      width=sheet.width * zoom, height=sheet.height * zoom, class_="pixels")
+    seeds = f"{names[0].removesuffix('.png')} to {names[-1].removesuffix('.png')}"
+    return element("figure", picture, element("figcaption", f"{caption}; {seeds}"))
+
+
+def errors_section(run):
+    if run["passes"] is None:
+        return missing(run, "passes.jsonl")
+    rows = [row for row in run["passes"] if (row.get("error_before") or 0) > 0 and (row.get("error_after") or 0) > 0]
+    if not rows:
+        return element("p", "No pass of this run reported an error per block.", class_="note")
+    stages = list(dict.fromkeys(row.get("stage") or row["pass"] for row in rows))
+    groups = [[row for row in rows if (row.get("stage") or row["pass"]) == stage] for stage in stages]
+    figure = Figure(figsize=(10, 0.8 + 0.26 * max(map(len, groups))), layout="constrained")
+    for axes, stage, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], stages, groups):
+        places = range(len(group))
+        for offset, key, colour in ((-0.2, "error_before", FLOAT_COLOUR), (0.2, "error_after", QUANTIZED_COLOUR)):
+            axes.barh([place + offset for place in places], [row[key] for row in group], 0.4, color=colour,
+                      label=key.removeprefix("error_"))
+        axes.set_yticks(places, [str(row.get("unit", "")) for row in group], fontsize=8)
+        errors = [math.log10(row[key]) for row in group for key in ("error_before", "error_after")]
+        decades = 10.0 ** math.floor(min(errors) - 0.1), 10.0 ** math.ceil(max(errors))
+        axes.set(xscale="log", xlabel="error of the block's output", xlim=decades, ylim=(len(group) - 0.4, -0.6))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(stage, fontsize=10)
+        axes.grid(alpha=0.3, axis="x")
+    axes.legend(frameon=False, fontsize=8)
+    return drawing(figure, "error of every block before and after reconstruction")
+
+
+def sizes_section(run):
+    sizes = (run["metrics"] or {}).get("sizes")
+    if not sizes:
+        return missing(run, "metrics.json", "sizes (metrics.json)")
+    full, quantized = sizes["float_bytes"], sizes["quantized_bytes"]
+    return table(["weights", "bytes", "share"], [["full precision", full, 1.0], ["quantized", quantized, quantized / full]])
+
+
+def time_section(run):
+    if run["stages"] is None:
+        return missing(run, "stages.jsonl")
+    seconds = seconds_per_stage(run)
+    per_pass = defaultdict(float)
+    for row in run["passes"] or []:
+        name = f"{row['pass']} {row.get('stage') or ''}".strip()
+        per_pass[name] += row.get("seconds") or 0
+    rows = [[stage, number(value, 1)] for stage, value in seconds.items()]
+    rows += [[f"of which pass {name}", number(value, 1)] for name, value in per_pass.items()]
+    return table(["stage", "seconds"], [[name, Html(value)] for name, value in rows])
+
+
+def map_section(run):
+    if run["map"] is None:
+        return missing(run, "map.json")
+    layers = run["map"]["layers"]
+    groups = defaultdict(lambda: [0, 0, 0])
+    for layer in layers:
+        key = tuple(str(layer.get(name, "–")) for name in ("role", "kind", "weight_bits", "input_bits"))
+        for i, amount in enumerate((1, layer.get("params") or 0, layer.get("macs") or 0)):
+            groups[key][i] += amount
+    shares = (f"{len(layers)} layers; quantized: {run['map']['params_share']:.1%} of the parameters and "
+              f"{run['map']['macs_share']:.1%} of the multiply-adds.")
+    names = ["name", "role", "kind", "weight_bits", "input_bits", "params", "macs"]
+    every = table(["layer", "role", "kind", "weight bits", "input bits", "parameters", "multiply-adds"],
+                  [[layer.get(name) for name in names] for layer in layers])
+    return element("div", element("p", shares),
+                   table(["role", "kind", "weight bits", "input bits", "layers", "parameters", "multiply-adds"],
+                         [[*key, *amounts] for key, amounts in groups.items()]),
+                   element("details", element("summary", "every layer"), every))
+
+
+def protocol_section(run):
+    rows = flatten({"protocol": (run["metrics"] or {}).get("protocol") or {},
+                    **{key: run["config"].get(key) or {} for key in ("sampling", "provenance")}})
+    parts = [table(["setting", "value"], [[key, str(value)] for key, value in rows])] if rows else []
+    parts += [missing(run, "config.yaml")] if not run["config"] else []
+    parts += [missing(run, "metrics.json")] if run["metrics"] is None else []
+    return element("div", *parts)
+
+
+def flatten(tree, prefix=""):
+    """Nested dicts -> [(dotted key, value)]."""
+    rows = []
+    for key, value in tree.items():
+        rows += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+@matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "tinydm"})
+def write_report(runs, path):
+    """Write the page about the run folders `runs` to `path`, whole or not at all."""
+    if not runs:
+        raise ValueError("no run folder was given; name at least one")
+    path, runs = Path(path), [read_run(folder) for folder in runs]
+    compared = [element("h1", "TinyDM report"), element("p", f"{len(runs)} run{'s' if len(runs) > 1 else ''}", class_="note"),
+                element("h2", "What was run"), summary(runs), element("h2", "Error at each sampling step"),
+                sqnr_plot(runs) if any(curve(run) for run in runs) else ""]
+    compared += [missing(run, "metrics.json", f"SQNR per step of {run['name']}") for run in runs if not curve(run)]
+    body = [*compared, *(run_page(run) for run in runs)]
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = element("head", element("meta", charset="utf-8"),
+                   element("meta", http_equiv="Content-Security-Policy", content=policy),
+                   element("title", "TinyDM report"), element("style", Html(STYLE)))
+    page = "<!DOCTYPE html>\n" + element("html", head, element("body", *body), lang="en") + "\n"
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def run_page(run):
+    parts = [element("h2", run["name"])]
+    for title, section in SECTIONS.items():
+        parts += [element("h3", title), section(run)]
+    return element("section", *parts)
+
+
+SECTIONS = {"Full precision and quantized": samples_section, "Error of each block": errors_section,
+            "Sizes": sizes_section, "Time": time_section, "What is quantized": map_section,
+            "Protocol": protocol_section}

@@ -1,0 +1,125 @@
+"""A pretrained diffusion model as all other code sees it, built from a model YAML; and images drawn from it.
+
+Axes: N images, C channels, H x W pixels.
+"""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ddim.sampler import SAMPLERS, SeededNoise, nothing
+from ddim.schedule import Schedule, make_schedule, step_sequence
+from models.weights import load_state, load_weights, state_hash
+from models.zoo import build_network
+from quant.config import unknown_word
+
+PROJECT = Path(__file__).resolve().parents[1]
+DOWNLOADED = Path("models/checkpoints")     # where scripts/download_models.sh puts files, below the project
+
+
+@dataclass
+class DiffusionModel:
+    """A network with its schedule. `net` is in evaluation mode and takes no gradients; `shape` is (C, H, W) of x."""
+    name: str
+    net: nn.Module
+    schedule: Schedule
+    shape: tuple
+    weights_hash: str                        # SHA-256 of names and weights as loaded
+
+    def eps(self, x, t, cond=None):
+        """Predicted noise for x (N, C, H, W) at the steps t (N,); `cond` is what `labels` gave."""
+        assert cond is None, "the network takes no labels"
+        return self.net(x, t)
+
+    def decode(self, x):
+        """x_0 in [-1, 1] -> images (N, 3, H, W) uint8."""
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    def noise(self, seed, indices):
+        """One stream of noise per image, fixed by (seed, index)."""
+        return SeededNoise(seed, indices, self.shape, self.device)
+
+    def labels(self, seed, indices):
+        """The condition of each image, fixed by (seed, index); None for an unconditional model."""
+        return None
+
+    @property
+    def device(self):
+        return next(self.net.parameters()).device
+
+    @property
+    def num_parameters(self):
+        return sum(p.numel() for p in self.net.parameters())
+
+    @property
+    def float_bytes(self):
+        return sum(p.numel() * p.element_size() for p in self.net.parameters())
+
+
+def load_model(config, *, device):
+    """The model of a YAML's content (a dict with name, network, checkpoint, schedule) on `device`."""
+    net = build_network(**config["network"])
+    path = find_checkpoint(config)
+    load_weights(net, load_state(path), f"checkpoint {path}")
+    net.eval().requires_grad_(False)
+    return DiffusionModel(name=config["name"], net=net.to(device), schedule=make_schedule(**config["schedule"]),
+                          shape=(net.in_channels, net.image_size, net.image_size), weights_hash=state_hash(net))
+
+
+def find_checkpoint(config):
+    """Path of a model's checkpoint. A relative one counts from the project; one below models/checkpoints is also
+    looked for in the same place below the user's cache, where the authors' own code keeps it."""
+    path = Path(config["checkpoint"]).expanduser()
+    places = [PROJECT / path]
+    if path.is_relative_to(DOWNLOADED):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        places.append(cache / path.relative_to(DOWNLOADED))
+    for place in places:
+        if place.is_file():
+            return place
+    hint = f"run '{config['download']}', or " if config.get("download") else ""
+    raise ValueError(f"the checkpoint of {config['name']} is not at {' or '.join(map(str, places))}; {hint}"
+                     "say where it is with checkpoint=PATH")
+
+
+def resolve_device(word):
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device."""
+    if word == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise ValueError(f"device '{word}' is unknown; choose auto, cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{word}' was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices; "
+                         "choose device=auto or device=cpu")
+    return device
+
+
+@torch.no_grad()
+def sample(model, eps, indices, *, sampler="ddim", steps=100, skip="uniform", eta=0.0, seed=0, batch_size=None,
+           callback=nothing):
+    """Images number `indices` of `seed` -> (len(indices), 3, H, W) uint8.
+
+    `eps(x, t, cond)` is the model's own or a quantized one. With `batch_size` B the whole block of images kB ... kB+B-1
+    that holds `indices` runs and the rest is dropped: the row in a batch can change the last bit of a float result, so
+    image i always runs in row i % B beside the same neighbours, and has the same bytes in any run. Without it the
+    batch is `indices` as they come. `callback` is the sampler's and sees the whole batch.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(unknown_word(f"sampler '{sampler}' is unknown", sampler, SAMPLERS))
+    batch = rows = list(indices)
+    if batch_size:
+        start = batch[0] // batch_size * batch_size
+        batch, rows = range(start, start + batch_size), [i - start for i in rows]
+        assert 0 <= min(rows) and max(rows) < batch_size, "indices must lie in one block of batch_size"
+    noise, cond = model.noise(seed, batch), model.labels(seed, batch)
+    x = SAMPLERS[sampler](lambda x, t: eps(x, t, cond), noise.draw(), step_sequence(skip, steps, model.schedule),
+                          model.schedule, noise=noise.draw, eta=eta, callback=callback)
+    if not torch.isfinite(x).all():
+        raise ValueError(f"sampling of {model.name} ended in NaN or infinite values; "
+                         "with quantized weights use more bits or more calibration data")
+    images = model.decode(x)
+    return images[rows] if batch_size else images

@@ -1,0 +1,86 @@
+"""Calibration sets: what the network sees on its way from noise to image, and how it was collected."""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quant.files import save_tensors
+
+
+@dataclass
+class CalibrationSet:
+    """x (N, C, H, W) float32 network inputs, t (N,) their steps, cond (N, ...) or None, and how they were made."""
+    x: torch.Tensor
+    t: torch.Tensor
+    cond: torch.Tensor | None = None
+    made: dict = field(default_factory=dict)
+
+    def __len__(self):
+        return len(self.x)
+
+    def subset(self, num, seed):
+        """`num` samples drawn without replacement (all if there are fewer)."""
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:num]
+        return CalibrationSet(self.x[rows], self.t[rows], None if self.cond is None else self.cond[rows], self.made)
+
+    def batches(self, size):
+        """(x, t) tuples of `size` samples, the last one smaller."""
+        return list(zip(self.x.split(size), self.t.split(size)))
+
+    def save(self, path):
+        tensors = {"x": self.x, "t": self.t} | ({} if self.cond is None else {"cond": self.cond})
+        save_tensors(path, tensors, {"format": "tinydm-calibration/1", "made": json.dumps(self.made)})
+
+
+def load_calibration(path):
+    """Read our safetensors file or the ecosystem's torch file {"xs", "ts"[, "cs"]}. Raises ValueError if it is
+    neither."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"calibration file {path} does not exist; scripts/calibrate.py makes it")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                meta, names = file.metadata() or {}, file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}); make it again") from None
+        if not meta.get("format", "").startswith("tinydm-calibration"):
+            raise ValueError(f"{path} is not a calibration file (format '{meta.get('format')}')")
+        return CalibrationSet(tensors["x"], tensors["t"], tensors.get("cond"), json.loads(meta["made"]))
+    return _ecosystem_set(path)
+
+
+def _ecosystem_set(path):
+    """Q-Diffusion's layout: xs and ts are lists over sampling steps of (samples, ...) tensors."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                           # noqa: BLE001 (any unpickling failure is the same news)
+        raise ValueError(f"{path} is not a readable torch file of plain tensors "
+                         f"({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
+        raise ValueError(f"{path} must hold a dict with 'xs' and 'ts' (lists over sampling steps)")
+    xs, ts = ([torch.as_tensor(step) for step in content[key]] for key in ("xs", "ts"))
+    if len(xs) != len(ts):
+        raise ValueError(f"{path} has {len(xs)} steps in 'xs' and {len(ts)} in 'ts'")
+    t = [step.reshape(-1).expand(len(x)) if step.numel() == 1 else step for x, step in zip(xs, ts)]
+    cond = torch.cat([torch.as_tensor(c) for c in content["cs"]]) if "cs" in content else None
+    return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, {"file": path.name, "steps": len(xs)})
+
+
+def uniform(record, num_steps, num_images, made):
+    """Q-Diffusion's set: every (S // num_steps)-th step of the sampler's S, the same images at each.
+
+    `record` is a list over sampling steps, noisiest first, of (x (N, C, H, W), t). Raises ValueError if it is short.
+    """
+    if not 1 <= num_steps <= len(record):
+        raise ValueError(f"{num_steps} calibration steps asked for, the sampler has {len(record)}")
+    picked = record[::len(record) // num_steps][:num_steps]
+    x = torch.cat([x[:num_images] for x, _ in picked])
+    t = torch.cat([torch.full((min(num_images, len(x)),), float(t)) for x, t in picked])
+    return CalibrationSet(x, t, None, made)
+
+
+BUILDERS = {"uniform": uniform}

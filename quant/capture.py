@@ -1,0 +1,160 @@
+"""Inputs and outputs of every reconstruction unit over a calibration set, by streaming from unit to unit.
+
+A stream holds the activations of one network at the graph cut of the current unit: the outputs of finished units that
+something later still reads. To reach the inputs of the next unit the network's own forward is replayed with finished
+units answering from the stream, so only the glue between units (concatenations, padding) is computed again and the
+whole walk costs one forward pass per network, O(L) instead of O(L^2). What is read by whom is found by probing: put
+NaN into one unit's output and see whose inputs turn NaN.
+"""
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class Store:
+    """Tensors in memory up to `memory_gb`, beyond that in unlinked files under `folder`, mapped into memory."""
+
+    def __init__(self, memory_gb, folder):
+        self.budget, self.folder = int(memory_gb * 2 ** 30), Path(folder)
+        self.used = self.peak = self.spilled = 0
+        self.sizes = {}
+
+    def empty(self, shape):
+        """An uninitialised float32 tensor. Raises OSError when the disk is full."""
+        count = int(torch.Size(shape).numel())
+        if self.used + 4 * count <= self.budget:
+            tensor = torch.empty(shape)
+            self.sizes[id(tensor)] = 4 * count
+            self.used += 4 * count
+            self.peak = max(self.peak, self.used)
+            return tensor
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(dir=self.folder, suffix=".spill")
+        try:
+            os.posix_fallocate(handle, 0, 4 * count)      # a full disk is an error here, not a crash on first touch
+            tensor = torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(path)                               # the mapping keeps the space until it is dropped
+        self.spilled += 4 * count
+        return tensor
+
+    def free(self, tensor):
+        self.used -= self.sizes.pop(id(tensor), 0)
+
+
+class _Reached(Exception):
+    """Carries the arguments of the unit that a replay was looking for."""
+
+
+@contextmanager
+def answering(modules, answers):
+    """While inside, modules[name](...) calls answers[name](...) instead of computing."""
+    try:
+        for name, answer in answers.items():
+            modules[name].forward = answer
+        yield
+    finally:
+        for name in answers:
+            modules[name].__dict__.pop("forward", None)
+
+
+def last_uses(net, units, x, t):
+    """Probe the graph with one sample: unit -> index of the last unit that reads its output (its own index if none)."""
+    modules, outputs = dict(net.named_modules()), {}
+
+    def run_and_keep(name):
+        def answer(*arguments):
+            outputs[name] = type(modules[name]).forward(modules[name], *arguments)
+            return outputs[name]
+        return answer
+    with torch.no_grad(), answering(modules, {u: run_and_keep(u) for u in units}):
+        net(x[:1], t[:1])
+
+    last = {}
+    for i, probed in enumerate(units):
+        readers = []
+
+        def recall(j, name):
+            def answer(*arguments):
+                if any(bool(a.isnan().any()) for a in arguments):
+                    readers.append(j)
+                return torch.full_like(outputs[name], float("nan")) if name == probed else outputs[name]
+            return answer
+        with torch.no_grad(), answering(modules, {u: recall(j, u) for j, u in enumerate(units)}):
+            net(x[:1], t[:1])
+        last[probed] = max(readers, default=i)
+    return last
+
+
+class Stream:
+    """One network's activations over a calibration set. `advance` units in order; `inputs` looks one unit ahead."""
+
+    def __init__(self, net, units, last_use, calibration, *, batch_size, store):
+        self.net, self.modules, self.units, self.last_use = net, dict(net.named_modules()), units, last_use
+        self.calibration, self.store = calibration, store
+        self.rows = [slice(i, min(i + batch_size, len(calibration))) for i in range(0, len(calibration), batch_size)]
+        self.outputs, self.shapes = {}, {}
+
+    def _recall(self, name, rows):
+        def answer(*_):
+            if name in self.outputs:
+                return self.outputs[name][rows]
+            return torch.zeros(()).expand(rows.stop - rows.start, *self.shapes[name])     # nobody reads it any more
+        return answer
+
+    @torch.no_grad()
+    def inputs(self, unit):
+        """Arguments of `unit` over the whole set: a list of tensors (N, ...); give them back with `free`."""
+        def stop(*arguments):
+            raise _Reached(arguments)
+        gathered = None
+        for rows in self.rows:
+            answers = {name: self._recall(name, rows) for name in self.shapes} | {unit: stop}
+            with answering(self.modules, answers):
+                try:
+                    self.net(self.calibration.x[rows], self.calibration.t[rows])
+                    raise RuntimeError(f"the network never calls {unit}")
+                except _Reached as reached:
+                    arguments = reached.args[0]
+            gathered = gathered or [self.store.empty((len(self.calibration), *a.shape[1:])) for a in arguments]
+            for whole, a in zip(gathered, arguments):
+                whole[rows] = a
+        return gathered
+
+    @torch.no_grad()
+    def advance(self, unit, inputs):
+        """Run `unit` on its inputs, keep the output (N, ...), drop what nobody reads any more; returns the output."""
+        whole = None
+        for rows in self.rows:
+            out = self.modules[unit](*(a[rows] for a in inputs))
+            whole = self.store.empty((len(self.calibration), *out.shape[1:])) if whole is None else whole
+            whole[rows] = out
+        self.outputs[unit], self.shapes[unit] = whole, whole.shape[1:]
+        return whole
+
+    def drop_dead(self, unit):
+        """Free the outputs that no unit after `unit` reads."""
+        done = self.units.index(unit)
+        for name in [n for n in self.outputs if self.last_use[n] <= done]:
+            self.free([self.outputs.pop(name)])
+
+    def free(self, tensors):
+        for tensor in tensors:
+            self.store.free(tensor)
+
+
+@torch.no_grad()
+def capture_whole(net, unit, calibration, batch_size):
+    """Arguments and output of one unit from complete forward passes: what a stream must reproduce bit for bit."""
+    module, calls = dict(net.named_modules())[unit], []
+    hook = module.register_forward_hook(lambda _, arguments, out: calls.append((arguments, out)))
+    try:
+        for x, t in calibration.batches(batch_size):
+            net(x, t)
+    finally:
+        hook.remove()
+    return [torch.cat(parts) for parts in zip(*(a for a, _ in calls))], torch.cat([out for _, out in calls])

@@ -1,0 +1,110 @@
+"""`quantized.safetensors`: a calibrated network in one self-describing file.
+
+Weights are unsigned integer codes packed to their real width, least significant bit first (4 bit: two per byte);
+scales, zero points, norms and biases are as they are; the metadata hold the recipe, so that the file loads in a fresh
+process without calibration data and without the full-precision checkpoint.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quant.convert import convert, quant_layers
+from quant.files import save_tensors
+from quant.timeline import Timeline
+
+FORMAT = "tinydm-quantized/1"
+CHUNK = 2 ** 20                            # codes unpacked at a time (a multiple of 8)
+
+
+def pack(codes, bits):
+    """Integer codes in 0..2^bits-1, any shape -> uint8 (ceil(count * bits / 8),)."""
+    flat = codes.flatten().to(torch.uint8).numpy()
+    pieces = [np.packbits((flat[i:i + CHUNK, None] >> np.arange(bits, dtype=np.uint8)) & 1, bitorder="little")
+              for i in range(0, len(flat), CHUNK)]
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+def unpack(packed, bits, shape):
+    """Inverse of `pack` -> uint8 tensor of `shape`."""
+    count, data = int(torch.Size(shape).numel()), packed.numpy()
+    out = np.empty(count, dtype=np.uint8)
+    for i in range(0, count, CHUNK):
+        size = min(CHUNK, count - i)
+        spread = np.unpackbits(data[i * bits // 8:], count=size * bits, bitorder="little").reshape(size, bits)
+        out[i:i + size] = (spread << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+    return torch.from_numpy(out).reshape(shape)
+
+
+def quantized_state(net):
+    """Tensors of a hardened network as they are stored."""
+    tensors, layers = {}, quant_layers(net)
+    for name, value in net.state_dict().items():
+        owner, _, part = name.rpartition(".")
+        if part == "weight_int":
+            q = layers[owner].weight_quantizer
+            codes = value + q.table(q.zero_point, value) - q.low
+            tensors[f"{owner}.weight_codes"] = pack(codes, q.spec.bits)
+        elif name.endswith("weight_quantizer.zero_point"):
+            tensors[name] = value.to(torch.uint8)          # 0..2^bits-1
+        else:
+            tensors[name] = value
+    return tensors
+
+
+def save_quantized(path, net, recipe):
+    """Write a hardened network. `recipe` is a JSON-able dict with at least name, network, rules and weights_hash."""
+    meta = {"format": FORMAT, "recipe": json.dumps(recipe), "boundaries": json.dumps(net.timeline.boundaries.tolist())}
+    save_tensors(path, quantized_state(net), meta)
+
+
+def read_recipe(path):
+    """Metadata of a quantized file -> (recipe, boundaries). Raises ValueError for a file that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"quantized model {path} does not exist; scripts/quantize.py makes it")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is cut off or no safetensors file ({error}); run scripts/quantize.py again with "
+                         "force=true") from None
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not a quantized model of this project (format "
+                         f"'{meta.get('format')}', expected '{FORMAT}')")
+    return json.loads(meta["recipe"]), json.loads(meta["boundaries"])
+
+
+def load_quantized(path, build_network, *, expected=None):
+    """The hardened network of a file. `build_network(**options)` makes the float network of the recipe; `expected`
+    is the weights hash of the float model it must belong to. Raises ValueError in one sentence if it does not fit."""
+    recipe, boundaries = read_recipe(path)
+    if expected is not None and recipe["weights_hash"] != expected:
+        raise ValueError(f"{path} was made from other weights of '{recipe['name']}' (hash "
+                         f"{recipe['weights_hash'][:12]}, this model has {expected[:12]}); use the model it was made "
+                         "from or quantize again")
+    net = convert(build_network(**recipe["network"]).requires_grad_(False), recipe["rules"], Timeline(boundaries))
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    for name, layer in quant_layers(net).items():
+        codes = stored.pop(f"{name}.weight_codes", None)
+        q = layer.weight_quantizer
+        if codes is None or q is None:
+            continue
+        if len(codes) != (int(torch.Size(layer.shape).numel()) * q.spec.bits + 7) // 8:
+            raise ValueError(f"{path}: the weight of {name} has {len(codes)} bytes, which does not fit "
+                             f"{tuple(layer.shape)} at {q.spec.bits} bits; the file is damaged, quantize again")
+        zero_point = stored[f"{name}.weight_quantizer.zero_point"].float()
+        q.zero_point.copy_(zero_point)
+        integers = unpack(codes, q.spec.bits, layer.shape).float() + q.low
+        layer.weight_int, layer.weight = integers - q.table(q.zero_point, integers), None
+        stored[f"{name}.weight_int"], stored[f"{name}.weight_quantizer.zero_point"] = layer.weight_int, zero_point
+    own = net.state_dict()
+    wrong = sorted(set(own) ^ set(stored)) + [k for k in own if k in stored and own[k].shape != stored[k].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit its own recipe ({len(wrong)} tensors, first {', '.join(wrong[:3])}); "
+                         "it was written by another version, quantize again")
+    net.load_state_dict(stored)
+    return net.eval()

@@ -1,0 +1,161 @@
+"""Turn a float network into a quantized one: ordered rules over module names and roles, modules replaced by name.
+
+A rule is a dict: `match` (glob on the module's name) and `role` say what it applies to, `kind` (layer | matmul)
+narrows it; `weight`, `input` (keys of QuantSpec) and `split` say how. Later rules win, key by key; bits 32 leaves a
+tensor alone. Parameterless attention products follow the `input` of rules that match their name and operand role.
+"""
+import copy
+from dataclasses import fields
+from fnmatch import fnmatchcase
+
+import torch
+
+from ddim.unet import AttnBlock, Matmul, ResnetBlock
+from quant.config import unknown_word
+from quant.layers import SWAP, QuantLayer, QuantMatmul
+from quant.quantizer import Quantizer, QuantSpec
+from quant.timeline import Timeline
+
+UNITS = (ResnetBlock, AttnBlock)          # blocks that are reconstructed as a whole; other layers are units themselves
+RULE_KEYS = ("match", "role", "kind", "weight", "input", "split")
+BITS = (2, 3, 4, 5, 6, 7, 8, 32)
+
+
+def check_bits(bits, what):
+    """Raises ValueError for a width that cannot be stored or computed."""
+    allowed = BITS + (16,) if what == "input" else BITS
+    if bits not in allowed:
+        raise ValueError(f"{what} bits {bits} are impossible; choose {', '.join(map(str, sorted(allowed)))} "
+                         "(32 leaves the tensor in floating point)")
+
+
+def check_rules(rules):
+    """Raises ValueError for an unknown key of a rule or of its specifications."""
+    known = [f.name for f in fields(QuantSpec)]
+    for rule in rules:
+        for key in rule:
+            if key not in RULE_KEYS:
+                raise ValueError(unknown_word(f"rule {dict(rule)} has an unknown key '{key}'", key, RULE_KEYS))
+        for part in ("weight", "input"):
+            for key in rule.get(part, {}):
+                if key not in known:
+                    raise ValueError(unknown_word(f"{part} of rule {dict(rule)} has an unknown key '{key}'", key, known))
+            check_bits(rule.get(part, {}).get("bits", 32), part)
+
+
+def resolve(rules, name, role, kind):
+    """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec, "split": bool}."""
+    merged = {"weight": {}, "input": {}, "split": True}
+    for rule in rules:
+        if fnmatchcase(name, rule.get("match", "*")) and rule.get("role", role) == role \
+                and rule.get("kind", kind) == kind:
+            merged["weight"] |= rule.get("weight", {})
+            merged["input"] |= rule.get("input", {})
+            merged["split"] = rule.get("split", merged["split"])
+    return {"weight": QuantSpec(**merged["weight"]), "input": QuantSpec(**merged["input"]), "split": merged["split"]}
+
+
+def convert(net, rules, timeline=None):
+    """A quantized copy of `net` (the float network is left as it is), unfitted; weights are shared until hardened.
+
+    Returns the copy; its `timeline` follows the steps of every forward pass."""
+    check_rules(rules)
+    timeline = timeline or Timeline()
+    parameters = {id(p): p for p in net.parameters()}      # shared, not copied
+    net = copy.deepcopy(net, parameters)
+    for name, module in list(net.named_modules()):
+        if type(module) not in SWAP:
+            continue
+        if isinstance(module, Matmul):
+            specs = [resolve(rules, name, role, "matmul")["input"] for role in module.roles]
+            swapped = QuantMatmul(module, specs, timeline) if any(s.bits < 32 for s in specs) else module
+        else:
+            facts = resolve(rules, name, module.role, "layer")
+            on = facts["weight"].bits < 32 or facts["input"].bits < 32
+            swapped = QuantLayer(module, facts["weight"], facts["input"], timeline, facts["split"]) if on else module
+        net.set_submodule(name, swapped)
+    timeline.follow(net)
+    net.timeline = timeline
+    return net.eval()
+
+
+def quant_layers(net):
+    return {name: m for name, m in net.named_modules() if isinstance(m, QuantLayer)}
+
+
+def input_quantizers(net):
+    """name -> activation quantizer, in registration order."""
+    return {name: m for name, m in net.named_modules()
+            if isinstance(m, Quantizer) and not name.endswith("weight_quantizer")}
+
+
+def set_input_quantization(net, enabled):
+    for quantizer in input_quantizers(net).values():
+        quantizer.enabled = enabled
+
+
+def trace(net, shape):
+    """Execution order from one forward pass on the meta device: name -> multiply-adds per image of every layer and
+    attention product of a float network, in the order in which they run."""
+    ghost, order, hooks = copy.deepcopy(net).to("meta"), {}, []
+
+    def note(name, module):
+        def hook(_, arguments, out):
+            inner = arguments[0].shape[-1] if isinstance(module, Matmul) else module.weight[0].numel()
+            order[name] = order.get(name, 0) + out.numel() * inner
+        return hook
+    for name, module in ghost.named_modules():
+        if type(module) in SWAP:
+            hooks.append(module.register_forward_hook(note(name, module)))
+    ghost(torch.empty(1, *shape, device="meta"), torch.zeros(1, device="meta"))
+    return order
+
+
+def units_in_order(net, order):
+    """Names of the reconstruction units in execution order: the enclosing block of each executed layer, or the layer
+    itself."""
+    blocks = [name for name, m in net.named_modules() if isinstance(m, UNITS)]
+    units = []
+    for layer in order:
+        unit = next((b for b in blocks if layer.startswith(b + ".")), layer)
+        if unit not in units:
+            units.append(unit)
+    return units
+
+
+def quantization_map(net, quantized, order):
+    """What is quantized: a row per layer in execution order and the share of parameters and of multiply-adds whose
+    weight (for attention products: both operands) is below 32 bits."""
+    rows, modules, floats = [], dict(quantized.named_modules()), dict(net.named_modules())
+    for name, macs in order.items():
+        module, source = modules[name], floats[name]
+        if isinstance(source, Matmul):
+            inputs = [getattr(module, f"{side}_quantizer", None) for side in "ab"]
+            bits = [q.spec.bits if q is not None else 32 for q in inputs]
+            rows.append({"name": name, "role": "+".join(source.roles), "kind": "matmul", "weight_bits": None,
+                         "input_bits": bits, "params": 0, "macs": macs, "quantized": max(bits) < 32})
+            continue
+        weight, inputs = (getattr(module, f"{part}_quantizer", None) for part in ("weight", "input"))
+        params = sum(p.numel() for p in source.parameters())
+        rows.append({"name": name, "role": source.role, "kind": type(source).__name__,
+                     "weight_bits": weight.spec.bits if weight is not None else 32,
+                     "input_bits": inputs.spec.bits if inputs is not None else 32,
+                     "params": params, "macs": macs, "quantized": weight is not None})
+    total = sum(p.numel() for p in net.parameters())
+    weights = sum(dict(floats[r["name"]].named_parameters())["weight"].numel() for r in rows
+                  if r["quantized"] and r["kind"] != "matmul")
+    macs = sum(r["macs"] for r in rows)
+    return {"layers": rows, "params_share": weights / total,
+            "macs_share": sum(r["macs"] for r in rows if r["quantized"]) / macs}
+
+
+def format_map(facts):
+    """The map as text."""
+    lines = [f"{'layer':32} {'role':10} {'W':>3} {'A':>6} {'params':>10} {'M mult-adds':>12}"]
+    for row in facts["layers"]:
+        bits = row["input_bits"] if isinstance(row["input_bits"], int) else "/".join(map(str, row["input_bits"]))
+        lines.append(f"{row['name']:32} {row['role']:10} {row['weight_bits'] or '-':>3} {bits!s:>6} "
+                     f"{row['params']:>10,} {row['macs'] / 1e6:>12.2f}")
+    lines.append(f"quantized: {facts['params_share']:.2%} of the parameters, {facts['macs_share']:.2%} of the "
+                 "multiply-adds")
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""Quantized layers: a float layer plus its quantizers.
+
+The forward of a hardened layer, which an integer engine has to reproduce bit for bit, is
+
+    conv(q_x - z_x, w_int) * s_x * s_w + b
+
+evaluated left to right in float32 on integer-valued tensors (w_int = code - zero point). A convolution that reads a
+concatenation with own scales for each part is the sum of one such product per part, then + b. Scales that vary inside
+the sum (activations per channel or per group) multiply q_x - z_x instead. What is not quantized has no factor.
+"""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddim.unet import Matmul
+from quant.groups import activation_groups, weight_groups
+from quant.quantizer import Quantizer
+from quant.rounding import Rounding
+
+
+def operation(layer):
+    """The functional form of a float layer: f(x, weight, bias)."""
+    if isinstance(layer, nn.Linear):
+        return F.linear
+    function = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
+    return partial(function, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
+
+
+class QuantLayer(nn.Module):
+    """Conv1d, Conv2d or Linear with a quantized weight and a quantized input (either may be left alone).
+
+    Life: float weight; ranges fitted; learned rounding where asked for; hardened, when `weight_int` replaces the
+    float weight.
+    """
+
+    def __init__(self, layer, weight_spec, input_spec, timeline, split):
+        super().__init__()
+        if getattr(layer, "groups", 1) != 1:
+            raise ValueError(f"grouped convolutions cannot be quantized (role {layer.role})")
+        self.role, self.operation = layer.role, operation(layer)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.shape, self.trailing = tuple(layer.weight.shape), layer.weight.dim() - 2
+        splits = tuple(getattr(layer, "input_splits", None) or ()) if split else ()
+        self.parts = splits or (self.shape[1],)
+        self.weight_quantizer = self.input_quantizer = self.rounding = None
+        if weight_spec.bits < 32:
+            self.weight_quantizer = Quantizer(weight_spec, weight_groups(weight_spec.per, self.shape, splits=splits))
+        if input_spec.bits < 32:
+            group_of = activation_groups(input_spec.per, self.shape[1], self.trailing,
+                                         group_size=input_spec.group_size, splits=splits)
+            self.input_quantizer = Quantizer(input_spec, group_of, timeline)
+        self.register_buffer("weight_int", None)
+
+    def forward(self, x):
+        x, scales = self.quantize_input(x)
+        weight = self.weight_in_use()
+        if len(self.parts) > 1:
+            pieces = zip(x.split(self.parts, dim=1), weight.split(self.parts, dim=1))
+        else:
+            pieces = [(x, weight)]
+        out = 0
+        for part, (x_part, weight_part) in enumerate(pieces):
+            term = self.operation(x_part, weight_part, None)
+            if scales:
+                term = term * scales[part]
+            if self.weight_int is not None:
+                term = term * self.per_output(self.weight_quantizer.scale[0].chunk(len(self.parts))[part])
+            out = term if part == 0 else out + term
+        return out if self.bias is None else out + self.per_output(self.bias)
+
+    def quantize_input(self, x):
+        """-> what is multiplied, and the scales to multiply the product of each part with (None: no factor)."""
+        q = self.input_quantizer
+        if q is None or not q.active(x):
+            return x, None
+        if q.spec.per == "tensor":
+            return q.codes(x), q.part_scales(x)
+        return q(x), None
+
+    def weight_in_use(self):
+        """Integers when hardened; else the weight as it is, softly rounded, or on its grid."""
+        if self.weight_int is not None:
+            return self.weight_int
+        if self.rounding is not None:
+            return self.rounding()
+        q = self.weight_quantizer
+        return q(self.weight) if q is not None and q.enabled else self.weight
+
+    def per_output(self, values):
+        """(out,) or (1,) shaped to multiply a result: channels are axis 1 of a convolution, the last of a Linear."""
+        return values.reshape(-1, *[1] * self.trailing)
+
+    def fit_weight(self):
+        """Choose the weight's scales from the weight; concatenated parts each from their own columns."""
+        q = self.weight_quantizer
+        for part, columns in enumerate(self.weight.detach().split(self.parts, dim=1)):
+            values = columns.flatten(1) if q.spec.per == "channel" else columns.reshape(1, -1)
+            q.fit([values], first=part * len(values))
+
+    @torch.no_grad()
+    def harden(self):
+        """Replace the float weight by integers: learned rounding where there is one, nearest otherwise."""
+        if self.weight_quantizer is None or self.weight_int is not None:
+            return
+        codes = self.rounding.codes(hard=True) if self.rounding is not None else self.weight_quantizer.codes(self.weight)
+        self.weight_int, self.weight, self.rounding = codes.detach().clone(), None, None
+
+
+class QuantMatmul(nn.Module):
+    """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * s_a * s_b."""
+
+    def __init__(self, matmul, specs, timeline):
+        super().__init__()
+        self.roles = matmul.roles
+        self.a_quantizer, self.b_quantizer = (self.build(spec, timeline) for spec in specs)
+
+    @staticmethod
+    def build(spec, timeline):
+        if spec.bits >= 32:
+            return None
+        if spec.per != "tensor":
+            raise ValueError(f"operands of attention products are quantized per tensor, not 'per: {spec.per}'")
+        return Quantizer(spec, activation_groups("tensor", 0, 0), timeline)
+
+    def forward(self, a, b):
+        scales, operands = [], []
+        for x, q in ((a, self.a_quantizer), (b, self.b_quantizer)):
+            on = q is not None and q.active(x)
+            operands.append(q.codes(x) if on else x)
+            scales += q.part_scales(x) if on else []
+        out = operands[0] @ operands[1]
+        for scale in scales:
+            out = out * scale
+        return out
+
+
+SWAP = {nn.Conv1d: QuantLayer, nn.Conv2d: QuantLayer, nn.Linear: QuantLayer, Matmul: QuantMatmul}

@@ -1,0 +1,152 @@
+"""The quantizer of one tensor: scale and zero point of shape (segments, groups).
+
+Uniform affine quantization: code = clamp(round(x/scale) + z), value = (code - z) * scale. Rounding passes gradients
+straight through, the clamp only inside; so the gradient of the value to `scale` is that of LSQ (Esser et al. 2020,
+arXiv:1902.08153, Eq. 3): round(x/s) - x/s inside the range, the end code outside.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from quant.groups import num_groups
+from quant.ranges import centered_codes, code_range, find_range, scale_zero_point
+
+VALUES_PER_GROUP = 2 ** 16                 # observed values kept for a range search, per segment
+
+
+@dataclass
+class QuantSpec:
+    """How one tensor is quantized; the `weight:` or `input:` part of a rule."""
+    bits: int = 32                         # 2 to 8; 16 for softmax outputs; 32 leaves the tensor alone
+    per: str = "tensor"                    # tensor | channel | group | head
+    group_size: int = 0                    # channels per group for per: group
+    symmetric: bool = False                # signed codes and zero point 0
+    range: str = "minmax"                  # a word of quant.ranges.RANGES
+    tail: float = 0.001                    # fraction left out at either end by range: percentile
+    ema: float = 0.0                       # > 0: average the interval of successive batches, old weight `ema`
+
+    def options(self):
+        return {"tail": self.tail} if self.range == "percentile" else {}
+
+
+class StraightThrough(torch.autograd.Function):
+    """Centred codes with straight-through gradients for x and the scale."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, low, high):
+        code = centered_codes(x, scale, zero_point, low, high)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, code, scale, zero_point)
+            ctx.codes = low, high
+        return code
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, code, scale, zero_point = ctx.saved_tensors
+        low, high = ctx.codes
+        inverse = scale.reciprocal()
+        ratio = x * inverse
+        inside = ratio.round() == code                        # not clamped
+        grad_ratio = grad * inside
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad_ratio * ratio * -inverse).sum_to_size(scale.shape)
+        return grad_ratio * inverse, grad_scale, None, None, None
+
+
+class Quantizer(nn.Module):
+    """Quantizer of one tensor. `group_of` as made by quant.groups; `timeline` says the segment (None: static)."""
+
+    def __init__(self, spec, group_of, timeline=None):
+        super().__init__()
+        self.spec, self.timeline = spec, timeline
+        self.low, self.high = code_range(spec.bits, spec.symmetric)
+        shape = (timeline.num_segments if timeline else 1, num_groups(group_of))
+        self.scale = nn.Parameter(torch.full(shape, float("nan")), requires_grad=False)     # NaN until fitted
+        self.register_buffer("zero_point", torch.full(shape, float("nan")))
+        self.register_buffer("group_of", group_of, persistent=False)
+        self.enabled = True
+        self.observed = None
+
+    def extra_repr(self):
+        return f"bits={self.spec.bits}, shape={tuple(self.scale.shape)}, range={self.spec.range}"
+
+    def table(self, values, x):
+        """Row(s) of a (segments, groups) table for the current segment, shaped to broadcast against x."""
+        segment = self.timeline.segment if self.timeline else 0
+        rows = values[segment]
+        if rows.dim() == 1:
+            return rows[self.group_of]
+        rows = rows[:, self.group_of]                                            # (N, *group map)
+        return rows.reshape(len(rows), *[1] * (x.dim() - rows.dim()), *rows.shape[1:])
+
+    def active(self, x):
+        """Whether x is to be quantized now; x is noted if a range is being observed."""
+        if self.observed is not None:
+            self.observe(x)
+        return self.enabled
+
+    def codes(self, x):
+        """Centred integer codes of x, as floats: code - zero_point."""
+        scale, zero_point = self.table(self.scale, x), self.table(self.zero_point, x)
+        return StraightThrough.apply(x, scale, zero_point, self.low, self.high)
+
+    def forward(self, x):
+        """x on its grid: codes times scale."""
+        return self.codes(x) * self.table(self.scale, x)
+
+    def part_scales(self, x):
+        """Scales of a per-tensor quantizer, one per concatenated part, each a scalar or (N, 1, ...) to multiply a
+        result with as many axes as x."""
+        rows = self.scale[self.timeline.segment if self.timeline else 0]
+        if rows.dim() == 1:
+            return rows.unbind()
+        return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
+
+    @torch.no_grad()
+    def observe(self, x):
+        """Keep for each sample and group an even pick of the values and both extremes, (N, groups, picks + 2)."""
+        flat, groups = x.detach().flatten(1), self.scale.shape[1]
+        index = self.group_of.expand(x.shape[1:]).flatten()
+        order, counts = index.argsort(stable=True), index.bincount(minlength=groups)
+        picks = max(1, min(int(counts.max()), VALUES_PER_GROUP // (self.spec_samples * 2)))
+        position = torch.linspace(0, 1, picks, device=x.device)[None] * (counts[:, None] - 1)
+        values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position.long()]]
+        shape, target = (len(x), groups), index.expand(len(x), -1)
+        ends = [flat.new_zeros(shape).scatter_reduce(1, target, flat, how, include_self=False)[:, :, None]
+                for how in ("amin", "amax")]
+        segment = self.timeline.segment if self.timeline else 0
+        segment = torch.as_tensor(segment, device=x.device).expand(len(x))
+        self.observed.append((torch.cat([values, *ends], dim=2), segment))
+
+    def begin_observing(self, num_samples):
+        """Start collecting; `num_samples` samples are going to pass, which sets how many values each may keep."""
+        self.observed, self.spec_samples = [], num_samples
+
+    @torch.no_grad()
+    def fit_observed(self):
+        """Choose scale and zero point from what was observed, then forget it. Raises ValueError where a segment of
+        the timeline was never seen."""
+        batches, self.observed = self.observed, None
+        for s in range(len(self.scale)):
+            seen = [values[segment == s] for values, segment in batches]
+            seen = [v.transpose(0, 1).flatten(1) for v in seen if len(v)]
+            if not seen:
+                raise ValueError(f"calibration data hold no sample in time segment {s} of {len(self.scale)}; "
+                                 "add steps to the calibration set or use fewer segments")
+            self.fit(seen if self.spec.ema else [torch.cat(seen, dim=1)], s)
+
+    @torch.no_grad()
+    def fit(self, batches, segment=0, first=0):
+        """Choose scale and zero point of the groups `first`, first + 1, ... of one segment from values (groups, K);
+        several batches are averaged (EMA)."""
+        ends = None
+        for values in batches:
+            found = find_range(self.spec.range, values.float(), self.spec.bits, self.spec.symmetric,
+                               **self.spec.options())
+            keep = self.spec.ema
+            ends = found if ends is None else [keep * old + (1 - keep) * new for old, new in zip(ends, found)]
+        scale, zero_point = scale_zero_point(*ends, self.spec.bits, self.spec.symmetric)
+        rows = slice(first, first + len(scale))
+        self.scale[segment, rows], self.zero_point[segment, rows] = scale, zero_point

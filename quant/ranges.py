@@ -1,0 +1,100 @@
+"""Range searches: values (groups, K) -> the clipping interval (low, high) of each group, vectorised over groups.
+
+The interval always contains zero, so zero is exactly representable (convolutions pad with it).
+"""
+import torch
+
+NORM = 2.4                    # exponent of the error |x - Q(x)|^p in the searches (Q-Diffusion, BRECQ, QDrop code)
+NUM_SHRINKS = 80              # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
+NUM_WIDTHS = 100              # candidate widths of the 2-D search
+CHUNK_ELEMENTS = 2 ** 22      # working set of one batch of candidates
+
+
+def code_range(bits, symmetric):
+    """Smallest and largest integer code."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+
+
+def scale_zero_point(low, high, bits, symmetric):
+    """Interval -> (scale, zero_point), float tensors shaped as low. Asymmetric: scale = (high - low)/(2^b - 1),
+    zero_point = -round(low/scale) in 0..2^b-1. Symmetric: scale = max(|low|, high)/(2^(b-1) - 1), zero_point = 0."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / max(2 ** (bits - 1) - 1, 1)
+        return scale.clamp(min=1e-8), torch.zeros_like(low)
+    scale = ((high - low) / (2 ** bits - 1)).clamp(min=1e-8)
+    return scale, (-(low / scale).round()).clamp(0, 2 ** bits - 1)
+
+
+def centered_codes(x, scale, zero_point, low_code, high_code):
+    """The quantizer: integer code minus zero point, clamp(round(x / scale), low - z, high - z), as floats.
+
+    The one definition of quantization in this library; the division is a multiplication by the float32 reciprocal.
+    """
+    return (x * scale.reciprocal()).round().clamp(low_code - zero_point, high_code - zero_point)
+
+
+def minmax(values, bits, symmetric):
+    return values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+
+
+def percentile(values, bits, symmetric, tail=0.001):
+    """Leave out the fraction `tail` of the values at either end."""
+    ordered = values.sort(dim=1).values
+    last = values.shape[1] - 1
+    return ordered[:, round(tail * last)].clamp(max=0), ordered[:, last - round(tail * last)].clamp(min=0)
+
+
+def search_1d(values, bits, symmetric):
+    """Shrink both ends together; keep the candidate of least mean |x - Q(x)|^2.4 (first one wins)."""
+    low, high = minmax(values, bits, symmetric)
+    factors = 1 - 0.01 * torch.arange(NUM_SHRINKS, dtype=values.dtype, device=values.device)
+    return _best(values, low[None] * factors[:, None], high[None] * factors[:, None], bits, symmetric)
+
+
+def search_2d(values, bits, symmetric):
+    """All widths times all zero points (QDrop's search for two-sided data); coarse to fine, so that 8 bits stay cheap:
+    every 2^(b-4)-th zero point first, then the neighbourhood of the best one."""
+    if symmetric:
+        return search_1d(values, bits, symmetric)
+    low, high = minmax(values, bits, symmetric)
+    width = (high - low)[None, None] * torch.arange(1, NUM_WIDTHS + 1, device=values.device)[:, None, None] / NUM_WIDTHS
+    levels = 2 ** bits - 1
+    stride = max(2 ** (bits - 4), 1)
+    zero = torch.arange(0, levels + 1, stride, device=values.device).float()
+    best = _best(values, *_intervals(width, zero[None, :, None].expand(1, -1, len(low)), levels), bits, symmetric)
+    if stride > 1:
+        centre = scale_zero_point(*best, bits, symmetric)[1]
+        fine = (centre[None] + torch.arange(-stride, stride + 1, device=values.device)[:, None]).clamp(0, levels)
+        best = _best(values, *_intervals(width, fine[None], levels), bits, symmetric)
+    return best
+
+
+def _intervals(width, zero, levels):
+    """Candidate widths (W, 1, G) and zero points (1, Z, G) -> ends (W*Z, G)."""
+    low = -zero * width / levels
+    return low.flatten(0, 1), (low + width).flatten(0, 1)
+
+
+def _best(values, lows, highs, bits, symmetric):
+    """Candidate ends (N, G) -> the pair with the least error for each group."""
+    low_code, high_code = code_range(bits, symmetric)
+    scales, zeros = scale_zero_point(lows, highs, bits, symmetric)
+    size = max(1, CHUNK_ELEMENTS // values.numel())
+    errors = []
+    for scale, zero in zip(scales.split(size), zeros.split(size)):
+        scale, zero = scale[:, :, None], zero[:, :, None]
+        error = centered_codes(values[None], scale, zero, low_code, high_code).mul_(scale).sub_(values[None])
+        errors.append(error.abs_().pow_(NORM).mean(2))
+    best = torch.cat(errors).argmin(0, keepdim=True)
+    return lows.gather(0, best)[0], highs.gather(0, best)[0]
+
+
+RANGES = {"minmax": minmax, "percentile": percentile, "mse": search_1d, "mse2d": search_2d}
+
+
+def find_range(name, values, bits, symmetric, **options):
+    """Run the search called `name`; raises ValueError that quotes an unknown word."""
+    if name not in RANGES:
+        raise ValueError(f"range search '{name}' is unknown; choose one of {', '.join(RANGES)}")
+    return RANGES[name](values, bits, symmetric, **options)

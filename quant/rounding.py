@@ -1,0 +1,34 @@
+"""AdaRound: learned rounding of a weight (Nagel et al. 2020, arXiv:2004.10568, Eq. 22 to 24)."""
+import torch
+from torch import nn
+
+GAMMA, ZETA = -0.1, 1.1                    # ends of the stretched sigmoid
+
+
+class Rounding(nn.Module):
+    """Rounding variables of one weight: h(alpha) in [0, 1] is added to floor(W/scale); starts at h = frac(W/scale)."""
+
+    def __init__(self, weight, quantizer):
+        super().__init__()
+        self.quantizer = quantizer
+        ratio = weight.detach() * quantizer.table(quantizer.scale, weight).reciprocal()
+        self.register_buffer("floor", ratio.floor(), persistent=False)
+        self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (ratio - self.floor - GAMMA) - 1))
+
+    def h(self):
+        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def codes(self, hard):
+        """Centred codes: fractional while learning, integer when hard (alpha >= 0 rounds up)."""
+        q = self.quantizer
+        zero_point = q.table(q.zero_point, self.floor)
+        up = (self.alpha >= 0).float() if hard else self.h()
+        return (self.floor + up).clamp(q.low - zero_point, q.high - zero_point)
+
+    def forward(self):
+        """The soft-quantized weight."""
+        return self.codes(hard=False) * self.quantizer.table(self.quantizer.scale, self.floor)
+
+    def penalty(self, beta):
+        """sum (1 - |2h - 1|^beta): zero once every h is 0 or 1."""
+        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()

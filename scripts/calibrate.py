@@ -1,0 +1,69 @@
+"""Collect calibration data in a new run folder:
+
+    python scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml configs/method/METHOD.yaml \\
+        [configs/preset/demo.yaml] out=RUN [key=value ...]
+
+Writes RUN/config.yaml (the resolved recipe) and RUN/calibration.safetensors. Started again it goes on.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from models.diffusion import sample  # noqa: E402
+from quant.calibration import BUILDERS, load_calibration  # noqa: E402
+from quant.files import save_tensors  # noqa: E402
+from scripts.cli import main  # noqa: E402
+from scripts.run_folder import create, split_arguments  # noqa: E402
+
+
+def run(arguments):
+    calibrate(create(*split_arguments(arguments)))
+
+
+def calibrate(run):
+    config, path = run.config, run.path("calibration.safetensors")
+    if path.exists() and not config.force:
+        print(f"calibrate: done already, {path}")
+        return
+    with run.stage("calibrate"):
+        if config.calibration.file:
+            calibration = load_calibration(config.calibration.file)
+        else:
+            made = {"builder": config.calibration.builder, "model": config.name, "weights_hash": run.model.weights_hash,
+                    "calibration": vars(config.calibration), "sampling": vars(config.sampling)}
+            calibration = BUILDERS[config.calibration.builder](record(run), config.calibration.steps,
+                                                               config.calibration.images, made)
+        if tuple(calibration.x.shape[1:]) != run.model.shape:
+            raise ValueError(f"calibration samples are {tuple(calibration.x.shape[1:])}, {config.name} takes "
+                             f"{run.model.shape}; make the set with this model")
+        calibration.save(path)
+    run.finish("calibrate")
+    print(f"calibrate: {len(calibration)} samples at {len(calibration.t.unique())} steps in {path}")
+
+
+def record(run):
+    """Full-precision trajectories of `calibration.images` images -> [(x, t)] per sampling step, noisiest first. Each
+    finished batch of images is kept in resume/calibrate."""
+    c, s = run.config.calibration, run.config.sampling
+    starts = range(0, c.images, s.batch_size)
+    parts = []
+    for start in tqdm(starts, desc="calibrate: full-precision trajectories", unit="batch"):
+        path = run.path(f"resume/calibrate/{start:06d}.safetensors")
+        if not path.exists():
+            steps = []
+            sample(run.model, run.model.eps, range(start, start + s.batch_size), sampler=s.sampler, steps=s.steps,
+                   skip=s.skip, eta=s.eta, seed=c.seed, batch_size=s.batch_size,
+                   callback=lambda step, t, x, *_: steps.append((x.cpu(), t)))
+            save_tensors(path, {"x": torch.stack([x for x, _ in steps]), "t": torch.tensor([t for _, t in steps])}, {})
+        parts.append(load_file(path))
+    x = torch.cat([p["x"] for p in parts], dim=1)[:, :c.images]
+    return [(x[i], float(t)) for i, t in enumerate(parts[0]["t"])]
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,81 @@
+"""Score the images of a run folder:  python scripts/evaluate.py RUN [evaluation.reference=FOLDER] [force=true]
+
+Writes RUN/metrics.json: distribution scores of quantized and full-precision images, PSNR and SSIM between images of
+the same seed, SQNR of eps at every step, sizes in bytes, each with its protocol.
+"""
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.metrics import MIN_IMAGES, distribution_scores, paired_scores  # noqa: E402
+from models.diffusion import sample  # noqa: E402
+from quant.analysis import step_sqnr  # noqa: E402
+from quant.files import write_text  # noqa: E402
+from scripts.cli import main  # noqa: E402
+from scripts.run_folder import one_folder, open_run  # noqa: E402
+from scripts.sample import eps_of, sample_folder  # noqa: E402
+
+
+def run(arguments):
+    evaluate(open_run(*one_folder(arguments)))
+
+
+def evaluate(run):
+    config, path = run.config, run.path("metrics.json")
+    protocol = {"model": config.name, "method": config.method, "bits": asdict(config.bits), "ema": True,
+                "sampling": asdict(config.sampling), "evaluation": asdict(config.evaluation),
+                "provenance": config.provenance, "device": str(run.model.device)}
+    if path.exists() and not config.force and json.loads(path.read_text())["protocol"]["asked"] == protocol:
+        print(f"evaluate: done already, {path}")
+        return
+    folders = {"float": sample_folder(run, "float"), "quantized": sample_folder(run, "simulated")}
+    for precision, folder in zip(("float", "simulated"), folders.values()):
+        missing = [i for i in range(config.sampling.num) if not (folder / f"{i:06d}.png").exists()]
+        if missing:
+            raise ValueError(f"{len(missing)} of {config.sampling.num} images are not in {folder} yet; make them with: "
+                             f"python scripts/sample.py {run.folder} precision={precision}")
+    with run.stage("evaluate"):
+        results = {name: scores_of(run, folder) for name, folder in folders.items()}
+        metrics = {"protocol": {"asked": protocol, "scores": results["quantized"]["protocol"]},
+                   "float": {"scores": results["float"]["scores"]}, "quantized": {"scores": results["quantized"]["scores"]},
+                   "paired": paired_scores(*folders.values()), "sqnr_db_per_step": sqnr(run),
+                   "sizes": {"float_bytes": run.model.float_bytes,
+                             "quantized_bytes": run.path("quantized.safetensors").stat().st_size},
+                   "float_samples": f"../{folders['float'].name}"}
+        write_text(path, json.dumps(metrics, indent=1))
+    s = config.sampling
+    print(f"protocol: {s.num} images, {s.sampler} {s.steps} {s.skip} steps, eta {s.eta}, EMA weights, seed {s.seed}, "
+          f"reference {metrics['protocol']['scores'].get('reference')}, "
+          f"{metrics['protocol']['scores'].get('extractor')}, {metrics['protocol']['scores'].get('tool')}")
+    for name in metrics["quantized"]["scores"]:
+        print(f"{name:28} float {metrics['float']['scores'][name]:10.4f}   quantized {metrics['quantized']['scores'][name]:10.4f}")
+    steps = metrics["sqnr_db_per_step"]
+    print(f"same-seed PSNR {metrics['paired']['psnr_db']:.2f} dB, SSIM {metrics['paired']['ssim']:.4f}, "
+          f"mean SQNR of eps {sum(r['sqnr_db'] for r in steps) / len(steps):.2f} dB")
+    print(f"evaluate: {path}")
+
+
+def scores_of(run, folder):
+    """Distribution scores of one folder; none, and the reason, where there are too few images."""
+    e, num = run.config.evaluation, run.config.sampling.num
+    if num < MIN_IMAGES:
+        reason = f"{num} images are too few for scores of a distribution (at least {MIN_IMAGES})"
+        print(f"evaluate: {reason}; PSNR, SSIM and SQNR only")
+        return {"scores": {}, "protocol": {"count": num, "left_out": reason}}
+    return distribution_scores(folder, extractor=e.extractor, inception_path=e.inception_path, fetch=e.fetch,
+                               reference=e.reference, device=run.model.device)
+
+
+def sqnr(run):
+    """SQNR of eps along the full-precision trajectories of `evaluation.sqnr_images` images."""
+    s, record = run.config.sampling, []
+    sample(run.model, run.model.eps, range(run.config.evaluation.sqnr_images), sampler=s.sampler, steps=s.steps,
+           skip=s.skip, eta=s.eta, seed=s.seed, callback=lambda step, t, x, eps, *_: record.append((step, t, x, eps)))
+    return step_sqnr(record, eps_of(run, "simulated"))
+
+
+if __name__ == "__main__":
+    main(run)

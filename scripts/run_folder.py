@@ -1,0 +1,257 @@
+"""The run folder: its recipe, what is done in it, and how a stage refuses a folder that belongs to another recipe."""
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from models.diffusion import PROJECT, load_model, resolve_device
+from quant.calibration import BUILDERS
+from quant.config import load, unknown_word
+from quant.convert import check_bits, check_rules
+from quant.files import write_text
+from quant.passes import check_passes
+
+
+@dataclass
+class Bits:
+    """Widths that the rules of a method refer to; 32 = floating point."""
+    weight: int = 8
+    input: int = 8
+    softmax: int = 8
+
+
+@dataclass
+class Calibration:
+    """Where calibration data come from: `images` trajectories at `steps` of the sampler's steps, or a `file`."""
+    builder: str = "uniform"
+    steps: int = 20
+    images: int = 256
+    seed: int = 1000
+    file: str = ""                           # ready-made set: our safetensors or a torch file {"xs", "ts"}
+
+
+@dataclass
+class Sampling:
+    sampler: str = "ddim"
+    steps: int = 100
+    skip: str = "quad"
+    eta: float = 0.0
+    seed: int = 0
+    batch_size: int = 64
+    num: int = 256                           # images 0 .. num-1 of the seed
+
+
+@dataclass
+class Effort:
+    """Counts and rates of reconstruction; the defaults are the published ones."""
+    weight_iters: int = 20000
+    input_iters: int = 5000
+    weight_lr: float = 1e-3
+    input_lr: float = 4e-4
+    batch_size: int = 32
+    bfloat16: bool = False
+
+
+@dataclass
+class Evaluation:
+    """Arguments of evaluation.metrics.distribution_scores, and the images on which SQNR per step is measured."""
+    extractor: str = "auto"
+    inception_path: str = ""
+    fetch: bool = False
+    reference: str = ""
+    sqnr_images: int = 64
+
+
+@dataclass
+class RunConfig:
+    """All keys of a run: a model YAML, a bits YAML, a method YAML, a preset YAML and key=value, merged in order."""
+    name: str = ""                           # of the model
+    network: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str = ""
+    download: str = ""                       # command that fetches the checkpoint
+    schedule: dict[str, Any] = field(default_factory=dict)
+    bits: Bits = field(default_factory=Bits)
+    method: str = ""
+    rules: list[Any] = field(default_factory=list)
+    passes: list[Any] = field(default_factory=list)
+    preset: str = "paper"
+    effort: Effort = field(default_factory=Effort)
+    calibration: Calibration = field(default_factory=Calibration)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0                            # of everything random in quantization
+    out: str = ""
+    device: str = "auto"
+    threads: int = 0                         # CPU threads; 0 = PyTorch's choice
+    memory_gb: float = 4.0                   # captured activations held in memory; the rest spills to disk
+    force: bool = False                      # do a finished stage again
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+FREE = {"num", "out", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}   # change no artefact
+
+
+class Run:
+    """An open run folder: `config` (RunConfig) and paths; the model is loaded when first asked for."""
+
+    def __init__(self, config):
+        self.config, self.folder = config, Path(config.out)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._model = None
+
+    @property
+    def model(self):
+        if self._model is None:
+            self._model = load_model(asdict(self.config), device=resolve_device(self.config.device))
+            known = self.config.provenance.get("weights_hash")
+            if known and known != self._model.weights_hash:
+                raise ValueError(f"{self.folder} was made with other weights of {self.config.name} (hash {known[:12]}, "
+                                 f"the checkpoint now has {self._model.weights_hash[:12]}); use another out= folder")
+        return self._model
+
+    def path(self, name):
+        return self.folder / name
+
+    def need(self, name, maker):
+        """Path of an artefact that another stage makes; ValueError that names the command if it is absent."""
+        if not self.path(name).exists():
+            raise ValueError(f"{self.path(name)} does not exist yet; make it with: python scripts/{maker}.py {self.folder}")
+        return self.path(name)
+
+    @contextmanager
+    def stage(self, name):
+        """Time a stage; its seconds are added to those of earlier, interrupted calls."""
+        started = time.monotonic()
+        yield
+        path = self.path("stages.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [row for row in rows if row["stage"] != name]
+        rows.append({"stage": name, "seconds": round(time.monotonic() - started, 2)})
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def finish(self, name):
+        """Drop what a finished stage kept in order to continue."""
+        shutil.rmtree(self.path(f"resume/{name}"), ignore_errors=True)
+        with suppress(OSError):
+            self.path("resume").rmdir()
+
+    def recipe(self):
+        """What identifies a quantized network: everything that changes its numbers, without what only moves it."""
+        keep = ("name", "network", "schedule", "bits", "method", "rules", "passes", "preset", "effort", "calibration", "seed")
+        everything = asdict(self.config)
+        return {k: everything[k] for k in keep} | {"weights_hash": self.model.weights_hash}
+
+
+def check(config):
+    """Raises ValueError for what types alone do not catch, before any work begins."""
+    if not config.out:
+        raise ValueError("say where the run lives: out=FOLDER")
+    if not config.network:
+        raise ValueError("no model was given; name a configs/model/*.yaml")
+    check_bits(config.bits.weight, "weight")
+    check_bits(config.bits.input, "input")
+    check_bits(config.bits.softmax, "input")
+    check_rules(config.rules)
+    check_passes(config.passes)
+    if config.calibration.builder not in BUILDERS:
+        raise ValueError(unknown_word(f"calibration builder '{config.calibration.builder}' is unknown",
+                                      config.calibration.builder, BUILDERS))
+    for key in ("sampling.num", "sampling.batch_size", "sampling.steps", "calibration.images", "calibration.steps"):
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) < 1:
+            raise ValueError(f"{key} is {getattr(getattr(config, section), name)}; it must be at least 1")
+
+
+def flatten(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def differences(a, b):
+    """Keys on which two configurations disagree, those that change no artefact left out."""
+    a, b = (flatten(_without_free(asdict(c))) for c in (a, b))
+    return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def _without_free(tree):
+    if isinstance(tree, list):
+        return [_without_free(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {k: _without_free(v) for k, v in tree.items() if k not in FREE}
+
+
+def create(files, overrides):
+    """A new run folder for these files, or the one that is there if it has the same recipe."""
+    config = load(RunConfig, files, overrides)
+    check(config)
+    saved = Path(config.out) / "config.yaml"
+    if saved.exists():
+        return _reopen(saved, config)
+    run = Run(config)
+    config.provenance = provenance(run.model, files)
+    write_config(run)
+    return run
+
+
+def open_run(folder, overrides=()):
+    """An existing run folder; `overrides` may change only what changes no artefact."""
+    saved = Path(folder) / "config.yaml"
+    if not saved.exists():
+        raise ValueError(f"{folder} is no run folder (it has no config.yaml); begin with: python scripts/calibrate.py "
+                         f"configs/model/MODEL.yaml configs/bits/BITS.yaml configs/method/METHOD.yaml out={folder}")
+    return _reopen(saved, load(RunConfig, [saved], [*overrides, f"out={folder}"]))
+
+
+def _reopen(saved, config):
+    check(config)
+    before = load(RunConfig, [saved])
+    changed = differences(before, config)
+    if changed:
+        raise ValueError(f"{saved.parent} belongs to another recipe: {'; '.join(changed[:4])}"
+                         f"{' and more' if len(changed) > 4 else ''}; choose another out= folder")
+    config.provenance = before.provenance
+    run = Run(config)
+    if asdict(before) | {"force": False} != asdict(config) | {"force": False}:
+        write_config(run)
+    return run
+
+
+def write_config(run):
+    write_text(run.path("config.yaml"), OmegaConf.to_yaml(OmegaConf.create(asdict(run.config) | {"force": False})))
+
+
+def provenance(model, files):
+    """Versions, commit and hashes that a number depends on."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True,
+                                check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity")}
+    return {"weights_hash": model.weights_hash, "commit": commit, "versions": versions, "files": [str(f) for f in files],
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads()}
+
+
+def split_arguments(arguments):
+    """Command line -> (what is no key=value, the key=value words)."""
+    return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+
+
+def one_folder(arguments):
+    """Command line of a later stage -> (run folder, overrides)."""
+    plain, overrides = split_arguments(arguments)
+    if len(plain) != 1:
+        raise ValueError(f"expected one run folder and key=value words, found {' '.join(plain) or 'no folder'}")
+    return plain[0], overrides

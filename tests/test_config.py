@@ -1,0 +1,86 @@
+"""Configurations: files merge left to right, then key=value; every mistake ends in one sentence."""
+from dataclasses import dataclass, field
+
+import pytest
+
+from quant.config import load, read_yaml
+
+
+@dataclass
+class Bits:
+    weight: int = 8
+    input: int = 8
+
+
+@dataclass
+class Schema:
+    name: str = ""
+    bits: Bits = field(default_factory=Bits)
+    symmetric: bool = False
+    rules: list = field(default_factory=list)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to(name, text):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+    return to
+
+
+def test_later_files_and_overrides_win(write):
+    first = write("a.yaml", "name: a\nbits: {weight: 4, input: 6}\nrules: [{match: '*', bits: 3}]")
+    second = write("b.yaml", "name: b\nbits: {weight: 2}")
+    config = load(Schema, [first, second], ["bits.input=5", "symmetric=true"])
+    assert config == Schema("b", Bits(2, 5), True, [{"match": "*", "bits": 3}])
+    assert isinstance(config.bits, Bits)
+
+
+MISTAKES = {
+    "unknown key 'bits.wieght'; did you mean 'weight'?": ("bits: {wieght: 4}", ()),
+    "unknown key 'nam'; did you mean 'name'?": ("nam: x", ()),
+    "unknown key 'zzz'; known: name, bits, symmetric, rules": ("zzz: x", ()),
+    "'bits.inputt=4': unknown key 'bits.inputt'; did you mean 'input'?": ("name: x", ("bits.inputt=4",)),
+    "key 'bits.weight': Value 'four'": ("bits: {weight: four}", ()),
+    "key 'symmetric': Value 'perhaps'": ("name: x", ("symmetric=perhaps",)),
+    "'force' is not key=value": ("name: x", ("force",)),
+    "is not valid YAML": ("name: [1, 2", ()),
+    "must hold keys and values": ("- 1\n- 2", ()),
+}
+
+
+@pytest.mark.parametrize("sentence", MISTAKES)
+def test_mistakes(write, sentence):
+    text, overrides = MISTAKES[sentence]
+    with pytest.raises(ValueError) as error:
+        load(Schema, [write("run.yaml", text)], overrides)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_file_with_the_mistake_is_named(write):
+    with pytest.raises(ValueError, match="b.yaml: unknown key"):
+        load(Schema, [write("a.yaml", "name: a"), write("b.yaml", "nme: b")])
+
+
+def test_absent_file_suggests_its_neighbours(write):
+    path = write("w4a8.yaml", "name: x")
+    with pytest.raises(ValueError, match=r"w4a88.yaml does not exist; did you mean w4a8.yaml\?"):
+        read_yaml(path.with_name("w4a88.yaml"))
+    with pytest.raises(ValueError, match="does not exist$"):
+        read_yaml(path.with_name("nothing-alike"))
+
+
+@pytest.mark.parametrize("text", ["name: ${nmae}", "name: ${bits.wieght}"])
+def test_reference_to_nothing(write, text):
+    with pytest.raises(ValueError) as error:
+        load(Schema, [write("run.yaml", text)])
+    assert "run.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_override_without_a_key(write):
+    with pytest.raises(ValueError, match="=3"):
+        load(Schema, [write("run.yaml", "name: x")], ["=3"])
+
+
+def test_empty_file_changes_nothing(write):
+    assert load(Schema, [write("empty.yaml", "")]) == Schema()

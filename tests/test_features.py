@@ -1,0 +1,82 @@
+"""Choice of the extractor, never silent, and features that do not depend on how images are batched."""
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from evaluation import features
+from evaluation.features import (INCEPTION_NAMES, WEIGHTS, CifarResnet, build_extractor, choose_extractor, extract,
+                                 find_inception, load_classifier)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of torch hub."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_registered_and_equal_to_the_classifier():
+    assert FEATURE_EXTRACTORS_REGISTRY["cifar-resnet"] is CifarResnet
+    x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    pooled, logits = build_extractor("cifar-resnet", WEIGHTS)(x)
+    net = load_classifier()
+    with torch.no_grad():
+        torch.testing.assert_close(pooled, net.features(x / 255))
+        torch.testing.assert_close(logits, net.logits(x / 255))
+    assert CifarResnet("cifar-resnet", ["logits"])(x)[0].shape == (3, 10)
+
+
+def test_extract_from_files_equals_extract_from_a_tensor(tmp_path):
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    net = build_extractor("cifar-resnet", WEIGHTS)
+    whole = extract(net, images, batch_size=7)
+    files = extract(net, sorted(tmp_path.glob("*.png")), batch_size=3)
+    torch.testing.assert_close(files["pooled"], whole["pooled"])
+    assert files["sha256"] == whole["sha256"] and files["size"] == "32x32"
+
+
+def test_other_and_mixed_sizes_are_refused(tmp_path):
+    net = build_extractor("cifar-resnet", WEIGHTS)
+    with pytest.raises(ValueError, match="64x48 but the extractor cifar-resnet takes 32x32"):
+        net(torch.zeros(1, 3, 48, 64, dtype=torch.uint8))
+    for i, size in enumerate((32, 16)):
+        Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="1.png is 16x16 but 0.png is 32x32"):
+        extract(net, sorted(tmp_path.glob("*.png")))
+
+
+def test_without_inception_the_offline_extractor_is_announced(hub):
+    name, weights_path, notice = choose_extractor()
+    assert (name, weights_path) == ("cifar-resnet", WEIGHTS)
+    assert "offline extractor" in notice and "do not compare with published FID" in notice
+    assert choose_extractor("cifar-resnet") == ("cifar-resnet", WEIGHTS, "")
+    with pytest.raises(ValueError, match="no Inception weights"):
+        choose_extractor("inception")
+    with pytest.raises(ValueError, match="extractor 'vgg' is unknown; choose auto, inception or cifar-resnet"):
+        choose_extractor("vgg")
+
+
+def test_inception_by_path_and_in_the_cache(hub, monkeypatch):
+    path = hub / INCEPTION_NAMES[1]
+    path.write_bytes(b"not the weights")
+    with pytest.raises(ValueError, match="not the Inception file of 2015-12-05"):
+        find_inception()
+    with pytest.raises(ValueError, match="nothing.pth does not exist"):
+        find_inception("nothing.pth")
+    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(path)[:8])
+    assert choose_extractor() == ("inception", path, "")
+    assert find_inception(str(path))[0] == path
+
+
+def test_a_failed_download_is_part_of_the_notice(hub, monkeypatch):
+    def fail(*_, **__):
+        raise URLError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    assert "the download failed" in choose_extractor(fetch=True)[2]

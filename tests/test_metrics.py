@@ -1,0 +1,154 @@
+"""Scores with answers known beforehand, agreement with torch-fidelity, and one sentence for every bad folder."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity import calculate_metrics, feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from evaluation import features, metrics
+from evaluation.metrics import distribution_scores, paired_scores, psnr_db, sqnr_db, ssim
+from evaluation.reference import STATISTICS
+
+
+def write_images(folder, num, seed=0, size=32):
+    """Smooth coloured noise, so that images differ in features and not only in pixels."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for i in range(num):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((size, size), Image.BICUBIC).save(folder / f"{i:06d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    return write_images(root / "a", 200), write_images(root / "b", 220, seed=1)
+
+
+def test_equal_folders(folders):
+    found = distribution_scores(folders[0], extractor="cifar-resnet", reference=str(folders[0]))
+    scores = found["scores"]
+    assert scores["FD-cifar-resnet"] == pytest.approx(0, abs=1e-4)
+    assert scores["precision-cifar-resnet"] == scores["recall-cifar-resnet"] == 1
+    assert scores["KID-cifar-resnet"] <= 0 and found["protocol"]["kid_subset_size"] == 200
+    assert found["protocol"]["samples_sha256"] == found["protocol"]["reference_sha256"]
+
+
+def test_agreement_with_torch_fidelity(folders):
+    scores = distribution_scores(folders[0], extractor="cifar-resnet", reference=str(folders[1]))["scores"]
+    upstream = calculate_metrics(input1=str(folders[0]), input2=str(folders[1]), feature_extractor="cifar-resnet",
+                                 isc=True, fid=True, kid=True, prc=True, kid_subset_size=200, cuda=False, verbose=False,
+                                 save_cpu_ram=True)
+    names = {"IS": "inception_score_mean", "IS-std": "inception_score_std", "FD": "frechet_inception_distance",
+             "KID": "kernel_inception_distance_mean", "KID-std": "kernel_inception_distance_std",
+             "precision": "precision", "recall": "recall"}
+    for score, key in names.items():
+        ours = scores[metrics._named(score, "cifar-resnet")]
+        assert ours == pytest.approx(upstream[key], rel=1e-3, abs=1e-6), score
+
+
+def test_without_a_reference_the_shipped_statistics_serve(folders):
+    found = distribution_scores(folders[0], extractor="cifar-resnet")
+    assert set(found["scores"]) == {"IS-cifar-resnet", "IS-cifar-resnet-std", "FD-cifar-resnet"}
+    protocol = found["protocol"]
+    assert protocol["count"] == 200 and protocol["reference_count"] == 50000
+    assert protocol["reference"].startswith(STATISTICS.name) and protocol["image_format"] == "png"
+    assert protocol["tool"].startswith("torch-fidelity ") and "KID, precision, recall" in protocol["left_out"]
+
+
+def test_too_few_images_for_a_covariance_leave_the_distance_out(tmp_path):
+    found = distribution_scores(write_images(tmp_path / "few", 120), extractor="cifar-resnet")
+    assert set(found["scores"]) == {"IS-cifar-resnet", "IS-cifar-resnet-std"}
+    assert "120 images cannot give a covariance of 160 features full rank" in found["protocol"]["left_out"]["FD"]
+
+
+def test_the_offline_extractor_is_announced(folders, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    protocol = distribution_scores(folders[0])["protocol"]
+    assert protocol["extractor"] == "cifar-resnet" and protocol["notice"] in capsys.readouterr().out
+
+
+def test_inception_scores_carry_the_published_names(folders, tmp_path, monkeypatch):
+    """Random weights and a small input stand in for the real file."""
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.save(FeatureExtractorInceptionV3("inception", ["2048"]).state_dict(), tmp_path / "inception.pth")
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", "")
+    monkeypatch.setattr(metrics, "MIN_IMAGES", 10)
+    small = write_images(tmp_path / "small", 12)
+    alone = distribution_scores(small, inception_path=str(tmp_path / "inception.pth"))
+    assert set(alone["scores"]) == {"IS", "IS-std"} and "reference=cifar10-train" in alone["protocol"]["left_out"]["FD"]
+    monkeypatch.setattr(metrics, "read_statistics", None)              # the shipped ones must not be touched
+    found = distribution_scores(small, inception_path=str(tmp_path / "inception.pth"), reference=str(small))
+    assert set(found["scores"]) == {"IS", "IS-std", "KID", "KID-std", "precision", "recall"}
+    assert "2048 features" in found["protocol"]["left_out"]["FD"] and found["protocol"]["extractor"] == "inception"
+
+
+def test_bad_folders_are_said_in_a_sentence(folders, tmp_path):
+    def complain(words, samples, **options):
+        with pytest.raises(ValueError, match=words):
+            distribution_scores(samples, extractor="cifar-resnet", **options)
+    (tmp_path / "empty").mkdir()
+    complain("does not exist", tmp_path / "nowhere")
+    complain("holds no images", tmp_path / "empty")
+    complain("holds 3 images but scores of a distribution need at least 100", write_images(tmp_path / "three", 3))
+    complain("reference .*three holds 3 images", folders[0], reference=str(tmp_path / "three"))
+    broken = write_images(tmp_path / "broken", 100)
+    (broken / "000050.png").write_bytes(b"no image")
+    complain("000050.png is not a readable image", broken)
+    mixed = write_images(tmp_path / "mixed", 100)
+    Image.new("RGB", (16, 16)).save(mixed / "000099.png")
+    complain("000099.png is 16x16 but 000000.png is 32x32", mixed)
+
+
+def test_psnr_of_a_constant_shift():
+    a = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    b = a.clone()
+    b[1] += 5
+    found = psnr_db(a, b)
+    assert found[0] == math.inf and found[1].item() == pytest.approx(20 * math.log10(255 / 5))
+
+
+def test_ssim_of_equal_and_of_constant_images():
+    """Two constant images differ in luminance alone: (2ab + C1) / (a^2 + b^2 + C1)."""
+    a = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(ssim(a, a), torch.ones(2, dtype=torch.float64))
+    c1 = (0.01 * 255) ** 2
+    flat = [torch.full((1, 3, 16, 16), value, dtype=torch.uint8) for value in (60, 180)]
+    expected = (2 * 60 * 180 + c1) / (60 ** 2 + 180 ** 2 + c1)
+    assert ssim(*flat).item() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="8x8 but SSIM's window is 11x11"):
+        ssim(a[..., :8, :8], a[..., :8, :8])
+
+
+def test_sqnr_closed_form():
+    x = torch.randn(4, 5)
+    assert sqnr_db(x, 0.9 * x) == pytest.approx(20, abs=1e-4)
+    assert sqnr_db(x, x) == math.inf
+    with pytest.raises(ValueError, match="differ"):
+        sqnr_db(x, x[0])
+
+
+def test_pairs_by_name(tmp_path):
+    for folder, shift, num in (("a", 0, 4), ("b", 10, 3)):
+        (tmp_path / folder).mkdir()
+        for i in range(num):
+            value = 100 + (shift if i else 0)
+            Image.new("RGB", (16, 16), (value,) * 3).save(tmp_path / folder / f"{i}.png")
+    found = paired_scores(tmp_path / "a", tmp_path / "b", batch_size=2)
+    assert found["psnr_db"] == pytest.approx(20 * math.log10(255 / 10)) and found["ssim"] < 1
+    assert (found["count"], found["identical"], found["unpaired"]) == (3, 1, 1)
+    same = paired_scores(tmp_path / "a", tmp_path / "a")
+    assert same["psnr_db"] is None and same["ssim"] == pytest.approx(1) and same["identical"] == 4
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="no PNG has the same name"):
+        paired_scores(tmp_path / "a", tmp_path / "none")
+    Image.new("RGB", (12, 12)).save(tmp_path / "b" / "2.png")
+    with pytest.raises(ValueError, match="2.png is 16x16 .* 12x12"):
+        paired_scores(tmp_path / "a", tmp_path / "b")
