@@ -30,7 +30,7 @@ def read_image(path, size=None):
     if size and image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
+        image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -51,10 +51,11 @@ class Data(pl.LightningDataModule):
         self.source, self.config = (images, labels), config
 
     def train_dataloader(self):
-        c = self.config
-        batches = ImageBatches(*self.source, batch_size=c.batch_size, num_batches=c.steps_per_epoch, seed=c.seed,
-                               epoch=self.trainer.current_epoch)
-        return DataLoader(batches, batch_size=None)
+        c, epoch = self.config, self.trainer.current_epoch
+        left = self.trainer.lightning_module.num_steps - epoch * c.steps_per_epoch       # the last epoch may be shorter
+        batches = ImageBatches(*self.source, batch_size=c.batch_size, num_batches=max(min(c.steps_per_epoch, left), 1),
+                               seed=c.seed, epoch=epoch)
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())    # spares the global stream
 
 
 class Training(pl.LightningModule):
@@ -199,7 +200,9 @@ def fit(module, images, labels, folder):
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder, config.sample_every)
     keep = pl.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-    trainer = pl.Trainer(max_steps=module.num_steps, accelerator=config.device, devices=1, precision=config.precision,
+    # The end is told in epochs: Lightning resumes a run that is told in steps with the data of the epoch before.
+    num_epochs = math.ceil(module.num_steps / config.steps_per_epoch)
+    trainer = pl.Trainer(max_epochs=num_epochs, accelerator=config.device, devices=1, precision=config.precision,
                          gradient_clip_val=config.grad_clip, callbacks=[progress, keep], logger=False,
                          reload_dataloaders_every_n_epochs=1, enable_progress_bar=False, enable_model_summary=False,
                          use_distributed_sampler=False)

@@ -1,12 +1,12 @@
 """Calibration sets: what the network sees on its way from noise to image, and how it was collected."""
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from quant.files import save_tensors
+from quant.files import load_tensors, save_tensors
+
+FORMAT = "tinydm-calibration/1"
 
 
 @dataclass
@@ -31,7 +31,7 @@ class CalibrationSet:
 
     def save(self, path):
         tensors = {"x": self.x, "t": self.t} | ({} if self.cond is None else {"cond": self.cond})
-        save_tensors(path, tensors, {"format": "tinydm-calibration/1", "made": json.dumps(self.made)})
+        save_tensors(path, tensors, {"format": FORMAT, "made": self.made})
 
 
 def load_calibration(path):
@@ -41,15 +41,10 @@ def load_calibration(path):
     if not path.is_file():
         raise ValueError(f"calibration file {path} does not exist; scripts/calibrate.py makes it")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                meta, names = file.metadata() or {}, file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors ({error}); make it again") from None
-        if not meta.get("format", "").startswith("tinydm-calibration"):
-            raise ValueError(f"{path} is not a calibration file (format '{meta.get('format')}')")
-        return CalibrationSet(tensors["x"], tensors["t"], tensors.get("cond"), json.loads(meta["made"]))
+        tensors, meta = load_tensors(path)
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a calibration file (format '{meta.get('format')}', expected '{FORMAT}')")
+        return CalibrationSet(tensors["x"], tensors["t"], tensors.get("cond"), meta["made"])
     return _ecosystem_set(path)
 
 

@@ -4,15 +4,13 @@ Weights are unsigned integer codes packed to their real width, least significant
 scales, zero points, norms and biases are as they are; the metadata hold the recipe, so that the file loads in a fresh
 process without calibration data and without the full-precision checkpoint.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quant.convert import convert, quant_layers
-from quant.files import save_tensors
+from quant.files import load_tensors, save_tensors
 from quant.timeline import Timeline
 
 FORMAT = "tinydm-quantized/1"
@@ -56,7 +54,7 @@ def quantized_state(net):
 
 def save_quantized(path, net, recipe):
     """Write a hardened network. `recipe` is a JSON-able dict with at least name, network, rules and weights_hash."""
-    meta = {"format": FORMAT, "recipe": json.dumps(recipe), "boundaries": json.dumps(net.timeline.boundaries.tolist())}
+    meta = {"format": FORMAT, "recipe": recipe, "boundaries": net.timeline.boundaries.tolist()}
     save_tensors(path, quantized_state(net), meta)
 
 
@@ -65,16 +63,11 @@ def read_recipe(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"quantized model {path} does not exist; scripts/quantize.py makes it")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is cut off or no safetensors file ({error}); run scripts/quantize.py again with "
-                         "force=true") from None
+    meta = load_tensors(path, only_metadata=True)[1]
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not a quantized model of this project (format "
                          f"'{meta.get('format')}', expected '{FORMAT}')")
-    return json.loads(meta["recipe"]), json.loads(meta["boundaries"])
+    return meta["recipe"], meta["boundaries"]
 
 
 def load_quantized(path, build_network, *, expected=None):
@@ -86,8 +79,7 @@ def load_quantized(path, build_network, *, expected=None):
                          f"{recipe['weights_hash'][:12]}, this model has {expected[:12]}); use the model it was made "
                          "from or quantize again")
     net = convert(build_network(**recipe["network"]).requires_grad_(False), recipe["rules"], Timeline(boundaries))
-    with safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}
+    stored, _ = load_tensors(path)
     for name, layer in quant_layers(net).items():
         codes = stored.pop(f"{name}.weight_codes", None)
         q = layer.weight_quantizer

@@ -1,8 +1,10 @@
-"""Atomic writing: a file is either the old one or the complete new one, whatever happens in between."""
+"""Atomic writing: a file is either the old one or the complete new one, whatever happens in between; and safetensors
+with metadata of ours."""
+import json
 import os
-import threading
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -10,7 +12,7 @@ def write_atomically(path, write):
     """write(temporary path), flush to disk, rename to `path`; a failed write leaves nothing behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    part = path.with_name(f".{path.name}.part")           # left by a kill, it is overwritten by the next write
     try:
         write(part)
         with open(part, "rb+") as file:
@@ -25,6 +27,19 @@ def write_text(path, text):
 
 
 def save_tensors(path, tensors, metadata):
-    """Contiguous CPU copies of `tensors` and string metadata as safetensors."""
+    """Contiguous CPU copies of `tensors` and a JSON-able dict as safetensors; equal contents give equal bytes (the
+    library writes several metadata keys in any order, so there is one)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata))
+    text = {"tinydm": json.dumps(metadata, sort_keys=True)}
+    write_atomically(path, lambda part: save_file(tensors, part, text))
+
+
+def load_tensors(path, *, only_metadata=False):
+    """-> ({name: tensor}, metadata) of a safetensors file; metadata is {} in a file that `save_tensors` did not write.
+    Raises ValueError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {} if only_metadata else {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, json.loads((file.metadata() or {}).get("tinydm", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is cut off or no safetensors file ({error}); remove it and make it again") from None

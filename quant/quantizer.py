@@ -111,8 +111,8 @@ class Quantizer(nn.Module):
         index = self.group_of.expand(x.shape[1:]).flatten()
         order, counts = index.argsort(stable=True), index.bincount(minlength=groups)
         picks = max(1, min(int(counts.max()), VALUES_PER_GROUP // (self.spec_samples * 2)))
-        position = torch.linspace(0, 1, picks, device=x.device)[None] * (counts[:, None] - 1)
-        values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position.long()]]
+        position = torch.arange(picks, device=x.device) * (counts[:, None] - 1) // max(picks - 1, 1)
+        values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position]]
         shape, target = (len(x), groups), index.expand(len(x), -1)
         ends = [flat.new_zeros(shape).scatter_reduce(1, target, flat, how, include_self=False)[:, :, None]
                 for how in ("amin", "amax")]
@@ -131,11 +131,13 @@ class Quantizer(nn.Module):
         batches, self.observed = self.observed, None
         for s in range(len(self.scale)):
             seen = [values[segment == s] for values, segment in batches]
-            seen = [v.transpose(0, 1).flatten(1) for v in seen if len(v)]
+            seen = [v for v in seen if len(v)]
             if not seen:
                 raise ValueError(f"calibration data hold no sample in time segment {s} of {len(self.scale)}; "
                                  "add steps to the calibration set or use fewer segments")
-            self.fit(seen if self.spec.ema else [torch.cat(seen, dim=1)], s)
+            batches_in_use = seen if self.spec.ema else [torch.cat(seen)]
+            self.fit([torch.cat([v[:, :, :-2].transpose(0, 1).flatten(1), v[:, :, -2].amin(0)[:, None],
+                                 v[:, :, -1].amax(0)[:, None]], dim=1) for v in batches_in_use], s)
 
     @torch.no_grad()
     def fit(self, batches, segment=0, first=0):

@@ -6,17 +6,15 @@ Unit by unit in execution order. Weights: learn the rounding so that the unit, f
 Inputs: with hard weights, learn the activation scales (LSQ) from full-precision inputs to full-precision outputs,
     L = lp(out, target; 2.4).
 """
-import json
 import time
 from contextlib import nullcontext
 
 import torch
-from safetensors import safe_open
 
 from ddim.sampler import mix
 from quant.capture import Store, Stream, last_uses
 from quant.convert import input_quantizers, quant_layers, set_input_quantization, units_in_order
-from quant.files import save_tensors
+from quant.files import load_tensors, save_tensors
 from quant.rounding import Rounding
 
 ERROR_ROWS = 256                           # samples on which the error before and after is measured
@@ -160,18 +158,18 @@ def save_unit(module, path, facts):
     tensors = {f"{name}|weight_int": layer.weight_int.to(torch.int16) for name, layer in quant_layers(module).items()
                if layer.weight_int is not None}
     tensors |= {f"{name}|scale": q.scale for name, q in input_quantizers(module).items()}
-    save_tensors(path, tensors or {"empty": torch.zeros(1)}, {"facts": json.dumps(facts)})
+    save_tensors(path, tensors or {"empty": torch.zeros(1)}, {"facts": facts})
 
 
 def load_unit(module, path):
     """Put a saved unit back; returns its facts."""
     layers, quantizers = quant_layers(module), input_quantizers(module)
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            name, _, part = key.partition("|")
-            if part == "weight_int":
-                layers[name].harden()
-                layers[name].weight_int.copy_(file.get_tensor(key))
-            elif part == "scale":
-                quantizers[name].scale.data.copy_(file.get_tensor(key))
-        return json.loads(file.metadata()["facts"])
+    tensors, meta = load_tensors(path)
+    for key, value in tensors.items():
+        name, _, part = key.partition("|")
+        if part == "weight_int":
+            layers[name].harden()
+            layers[name].weight_int.copy_(value)
+        elif part == "scale":
+            quantizers[name].scale.data.copy_(value)
+    return meta["facts"]

@@ -11,12 +11,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from models.diffusion import sample  # noqa: E402
 from quant.calibration import BUILDERS, load_calibration  # noqa: E402
-from quant.files import save_tensors  # noqa: E402
+from quant.files import load_tensors, save_tensors  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import create, split_arguments  # noqa: E402
 
@@ -60,7 +59,7 @@ def record(run):
                    skip=s.skip, eta=s.eta, seed=c.seed, batch_size=s.batch_size,
                    callback=lambda step, t, x, *_: steps.append((x.cpu(), t)))
             save_tensors(path, {"x": torch.stack([x for x, _ in steps]), "t": torch.tensor([t for _, t in steps])}, {})
-        parts.append(load_file(path))
+        parts.append(load_tensors(path)[0])
     x = torch.cat([p["x"] for p in parts], dim=1)[:, :c.images]
     return [(x[i], float(t)) for i, t in enumerate(parts[0]["t"])]
 

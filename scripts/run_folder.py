@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from ddim.sampler import SAMPLERS
+from ddim.schedule import make_schedule, step_sequence
 from models.diffusion import PROJECT, load_model, resolve_device
 from quant.calibration import BUILDERS
 from quant.config import load, unknown_word
@@ -165,6 +167,12 @@ def check(config):
     if config.calibration.builder not in BUILDERS:
         raise ValueError(unknown_word(f"calibration builder '{config.calibration.builder}' is unknown",
                                       config.calibration.builder, BUILDERS))
+    if config.sampling.sampler not in SAMPLERS:
+        raise ValueError(unknown_word(f"sampler '{config.sampling.sampler}' is unknown", config.sampling.sampler, SAMPLERS))
+    num_steps = len(step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule)))
+    if config.calibration.steps > num_steps and not config.calibration.file:
+        raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "
+                         "choose at most that many")
     for key in ("sampling.num", "sampling.batch_size", "sampling.steps", "calibration.images", "calibration.steps"):
         section, name = key.split(".")
         if getattr(getattr(config, section), name) < 1:
@@ -196,9 +204,9 @@ def create(files, overrides):
     config = load(RunConfig, files, overrides)
     check(config)
     saved = Path(config.out) / "config.yaml"
-    if saved.exists():
-        return _reopen(saved, config)
     run = Run(config)
+    if any(run.path(name).exists() for name in ("calibration.safetensors", "resume")):
+        return _reopen(saved, config)
     config.provenance = provenance(run.model, files)
     write_config(run)
     return run

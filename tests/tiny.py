@@ -1,0 +1,52 @@
+"""What the tests of quant/ share: rules, calibration samples and jobs for the tiny network."""
+from types import SimpleNamespace
+
+import torch
+
+from quant.calibration import CalibrationSet
+from quant.convert import convert, input_quantizers, trace
+from quant.passes import Job, run_passes
+from quant.timeline import Timeline
+
+SHAPE = (3, 8, 8)
+WEIGHT_8 = {"bits": 8, "per": "channel"}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rules(weight, inputs):
+    """Weights per channel, inputs per tensor."""
+    return [{"weight": {"bits": weight, "per": "channel"}, "input": {"bits": inputs}}]
+
+
+def samples(num=10, seed=0):
+    """Calibration samples at steps that are spread over 0..999."""
+    return CalibrationSet(normal(num, *SHAPE, seed=seed), torch.linspace(999, 0, num).round())
+
+
+def make_job(net, folder, wanted, *, num=10, boundaries=(), **more):
+    return Job(model=SimpleNamespace(net=net, shape=SHAPE), net=convert(net, wanted, Timeline(boundaries)),
+               calibration=samples(num), order=trace(net, SHAPE), resume_folder=folder,
+               **{"log": lambda line: None} | more)
+
+
+def quantized(net, folder, wanted, *, passes=({"fit_ranges": {}},), **more):
+    """The hardened copy of `net`."""
+    job = make_job(net, folder, wanted, **more)
+    run_passes(job, passes)
+    return job.net
+
+
+def fit(module, *inputs):
+    """Ranges of a lone quantized layer or product from one batch of its inputs."""
+    if getattr(module, "weight_quantizer", None) is not None:
+        module.fit_weight()
+    quantizers = input_quantizers(module).values()
+    for q in quantizers:
+        q.begin_observing(len(inputs[0]))
+    module(*inputs)
+    for q in quantizers:
+        q.fit_observed()
+    return module
