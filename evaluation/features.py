@@ -4,17 +4,16 @@ inception       torch-fidelity's port of the 2015-12-05 TensorFlow graph, the ex
 cifar-resnet    the classifier in models/weights: needs no download; its scores compare only with each other
 """
 import hashlib
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.registry import register_feature_extractor
 
 from evaluation.classifier import build_classifier
 from models.data import read_image
+from quant.files import load_tensors
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier.safetensors"
 INCEPTION_SHA256 = "6726825d"               # first digits, as in the name of the file
@@ -25,14 +24,11 @@ OFFLINE = ("scores use the offline extractor cifar-resnet and do not compare wit
 
 def load_classifier(path=WEIGHTS):
     """The classifier in a file of evaluation.reference: its metadata says how to build the network."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            options = json.loads((file.metadata() or {})["network"])
-            weights = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, KeyError):
-        raise ValueError(f"{path} is absent or not a packaged classifier; restore it from the repository or make it "
-                         "with python -m evaluation.reference") from None
-    net = build_classifier(**options)
+    weights, facts = load_tensors(path)
+    if "network" not in facts:
+        raise ValueError(f"{path} is not a packaged classifier; restore it from the repository or make it with "
+                         "python -m evaluation.reference")
+    net = build_classifier(**facts["network"])
     net.load_state_dict(weights)
     return net.eval()
 
@@ -70,8 +66,7 @@ class CifarResnet(FeatureExtractorBase):
 
 
 def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def find_inception(path="", *, fetch=False):

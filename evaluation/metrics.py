@@ -18,13 +18,14 @@ from evaluation.reference import STATISTICS, frechet_distance, read_statistics
 from models.data import image_files, load_images, read_image
 
 MIN_IMAGES = 100                            # ten splits of ten for IS, and neighbourhoods that mean something
-KID_SUBSET_SIZE = 1000                      # torch-fidelity's default; smaller sets are used whole, as the protocol says
+KID_SUBSET_SIZE = 1000                      # torch-fidelity's default; smaller sets are used whole (see the protocol)
 
 
-def distribution_scores(samples_dir, *, extractor="auto",   # auto | inception | cifar-resnet
-                        inception_path="",                  # file of the Inception weights; "" = torch hub's cache
-                        fetch=False,                        # may the Inception weights be downloaded?
-                        reference="",                       # image folder | cifar10-train[:FOLDER] | "" = shipped statistics
+def distribution_scores(samples_dir, *,
+                        extractor="auto",          # auto | inception | cifar-resnet
+                        inception_path="",         # file of the Inception weights; "" = torch hub's cache
+                        fetch=False,               # may the Inception weights be downloaded?
+                        reference="",              # image folder | cifar10-train[:FOLDER] | "" = shipped statistics
                         batch_size=256, device="cpu"):
     """-> {"scores": {name: number}, "protocol": {...}} of the images in a folder."""
     name, weights_path, notice = choose_extractor(extractor, inception_path, fetch=fetch)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.version import __version__ as fidelity_version
@@ -19,6 +17,7 @@ from torch_fidelity.version import __version__ as fidelity_version
 from evaluation.features import build_extractor, extract, sha256
 from models.data import load_images
 from quant.config import load
+from quant.files import load_tensors, save_tensors, write_text
 from scripts.cli import main
 
 STATISTICS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier-stats.safetensors"
@@ -35,32 +34,27 @@ class PackageConfig:
 
 
 def write_statistics(path, pooled, facts):
-    """Mean and covariance of features (N, D), with `facts` as one JSON text in the file's metadata."""
+    """Mean and covariance of features (N, D), with `facts` in the file's metadata."""
     statistics = fid_features_to_statistics(pooled.double())
-    save_file({key: torch.from_numpy(value) for key, value in statistics.items()}, path,
-              {"facts": json.dumps(facts, sort_keys=True)})
+    save_tensors(path, {key: torch.from_numpy(value) for key, value in statistics.items()}, facts)
 
 
 def read_statistics(path=STATISTICS):
     """-> {"mu" (D,), "sigma" (D, D)} as NumPy arrays in float64, and the facts stored with them."""
-    try:
-        with safe_open(str(path), framework="np") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return {"mu": file.get_tensor("mu"), "sigma": file.get_tensor("sigma")}, facts
-    except (SafetensorError, OSError, KeyError):
-        raise ValueError(f"{path} is absent or not a file of reference statistics; restore it from the repository "
-                         "or make it with python -m evaluation.reference") from None
+    tensors, facts = load_tensors(path)
+    if not facts or not {"mu", "sigma"} <= tensors.keys():
+        raise ValueError(f"{path} is not a file of reference statistics; restore it from the repository or make it "
+                         "with python -m evaluation.reference")
+    return {"mu": tensors["mu"].numpy(), "sigma": tensors["sigma"].numpy()}, facts
 
 
 def package_weights(run, path):
     """Copy the weights of a training run to `path`, self-describing; returns the record of the run."""
-    try:
-        record = json.loads((run / "record.json").read_text())
-        weights = load_file(run / "weights.safetensors")
-    except (OSError, SafetensorError):
+    if not (run / "record.json").is_file():
         raise ValueError(f"{run} holds no finished training; make it with python scripts/train.py "
-                         "configs/train/cifar10-classifier.yaml out=FOLDER") from None
-    save_file(weights, path, {"network": json.dumps(record["recipe"]["classifier"], sort_keys=True)})
+                         "configs/train/cifar10-classifier.yaml out=FOLDER")
+    record = json.loads((run / "record.json").read_text())
+    save_tensors(path, load_tensors(run / "weights.safetensors")[0], {"network": record["recipe"]["classifier"]})
     return record
 
 
@@ -96,7 +90,7 @@ def package(config):
     record.update(hardware=config.hardware, note=config.note, seed=record["recipe"]["seed"], scores=scores,
                   test_accuracy=scores["test"]["accuracy"], weights_sha256=facts["extractor_sha256"],
                   statistics_sha256=sha256(statistics_path))
-    (out / f"{NAME}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text(out / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
     return record
 
 

@@ -8,7 +8,6 @@ import html
 import io
 import json
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,11 +19,14 @@ from PIL import Image
 
 from models.data import read_image
 from quant.config import read_yaml
+from quant.files import write_atomically
 
-COMMANDS = {"config.yaml": "python scripts/calibrate.py MODEL.yaml BITS.yaml METHOD.yaml out={run}",
+CALIBRATE = ("python scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml configs/method/METHOD.yaml "
+             "out={run}")
+COMMANDS = {"config.yaml": CALIBRATE,
             "map.json": "python scripts/quantize.py {run}",
             "passes.jsonl": "python scripts/quantize.py {run}",
-            "stages.jsonl": "python scripts/calibrate.py MODEL.yaml BITS.yaml METHOD.yaml out={run}",
+            "stages.jsonl": CALIBRATE,
             "samples": "python scripts/sample.py {run}",
             "float samples": "python scripts/sample.py {run} precision=float",
             "metrics.json": "python scripts/evaluate.py {run}"}
@@ -159,14 +161,14 @@ def summary(runs):
 
 
 def protocol_key(metrics):
-    protocol = metrics.get("protocol") or {}
+    protocol = (metrics.get("protocol") or {}).get("scores") or {}
     return protocol.get("count"), protocol.get("reference"), protocol.get("extractor_sha256")
 
 
 def summary_row(run, columns):
     config, metrics = run["config"], run["metrics"] or {}
-    bits, sampling, model = (config.get(key) or {} for key in ("bits", "sampling", "model"))
-    row = [run["name"], model.get("name", "–"), str(config.get("method", "–")),
+    bits, sampling = (config.get(key) or {} for key in ("bits", "sampling"))
+    row = [run["name"], config.get("name", "–"), config.get("method", "–"),
            f"{bits.get('weight', '–')}/{bits.get('input', '–')}", sampling.get("steps"), sampling.get("num")]
     for name, *key in columns:
         same = tuple(key) == protocol_key(metrics)
@@ -174,13 +176,13 @@ def summary_row(run, columns):
                            for kind in ("quantized", "float"))
         row.append(Html(number(quantized) + element("small", f"float {number(full)}")))
     paired, points, sizes = metrics.get("paired") or {}, curve(run), metrics.get("sizes") or {}
-    ratio = sizes["float_bytes"] / sizes["quantized_bytes"] if sizes else None
+    ratio = f"{sizes['float_bytes'] / sizes['quantized_bytes']:.2f}×" if sizes else "–"
     small = element("small", f"float {number(sizes.get('float_bytes'))}")
     seconds = seconds_per_stage(run)
     calibration = [seconds[stage] for stage in ("calibrate", "quantize") if stage in seconds]
     return row + [paired.get("psnr_db"), paired.get("ssim"),
                   sum(value for _, value in points) / len(points) if points else None,
-                  Html(number(sizes.get("quantized_bytes")) + small), Html(f"{number(ratio, 2)}{'×' if ratio else ''}"),
+                  Html(number(sizes.get("quantized_bytes")) + small), Html(ratio),
                   Html(number(sum(calibration), 1) if calibration else "–")]
 
 
@@ -259,7 +261,8 @@ def sizes_section(run):
     if not sizes:
         return missing(run, "metrics.json", "sizes (metrics.json)")
     full, quantized = sizes["float_bytes"], sizes["quantized_bytes"]
-    return table(["weights", "bytes", "share"], [["full precision", full, 1.0], ["quantized", quantized, quantized / full]])
+    return table(["weights", "bytes", "share"],
+                 [["full precision", full, 1.0], ["quantized", quantized, quantized / full]])
 
 
 def time_section(run):
@@ -268,8 +271,8 @@ def time_section(run):
     seconds = seconds_per_stage(run)
     per_pass = defaultdict(float)
     for row in run["passes"] or []:
-        name = f"{row['pass']} {row.get('stage') or ''}".strip()
-        per_pass[name] += row.get("seconds") or 0
+        if "seconds" in row:
+            per_pass[f"{row['pass']} {row.get('stage', '')}".strip()] += row["seconds"]
     rows = [[stage, number(value, 1)] for stage, value in seconds.items()]
     rows += [[f"of which pass {name}", number(value, 1)] for name, value in per_pass.items()]
     return table(["stage", "seconds"], [[name, Html(value)] for name, value in rows])
@@ -278,21 +281,27 @@ def time_section(run):
 def map_section(run):
     if run["map"] is None:
         return missing(run, "map.json")
-    layers = run["map"]["layers"]
+    layers = [{**layer, "weight_bits": width(layer["weight_bits"]), "input_bits": width(layer["input_bits"])}
+              for layer in run["map"]["layers"]]
     groups = defaultdict(lambda: [0, 0, 0])
     for layer in layers:
-        key = tuple(str(layer.get(name, "–")) for name in ("role", "kind", "weight_bits", "input_bits"))
-        for i, amount in enumerate((1, layer.get("params") or 0, layer.get("macs") or 0)):
+        key = tuple(layer[name] for name in ("role", "kind", "weight_bits", "input_bits"))
+        for i, amount in enumerate((1, layer["params"], layer["macs"])):
             groups[key][i] += amount
     shares = (f"{len(layers)} layers; quantized: {run['map']['params_share']:.1%} of the parameters and "
               f"{run['map']['macs_share']:.1%} of the multiply-adds.")
     names = ["name", "role", "kind", "weight_bits", "input_bits", "params", "macs"]
     every = table(["layer", "role", "kind", "weight bits", "input bits", "parameters", "multiply-adds"],
-                  [[layer.get(name) for name in names] for layer in layers])
+                  [[layer[name] for name in names] for layer in layers])
     return element("div", element("p", shares),
                    table(["role", "kind", "weight bits", "input bits", "layers", "parameters", "multiply-adds"],
                          [[*key, *amounts] for key, amounts in groups.items()]),
                    element("details", element("summary", "every layer"), every))
+
+
+def width(bits):
+    """Bits as text; an attention product has two inputs and no weight."""
+    return "/".join(map(str, bits)) if isinstance(bits, list) else number(bits)
 
 
 def protocol_section(run):
@@ -319,8 +328,8 @@ def write_report(runs, path):
     if not runs:
         raise ValueError("no run folder was given; name at least one")
     path, runs = Path(path), [read_run(folder) for folder in runs]
-    compared = [element("h1", "TinyDM report"), element("p", f"{len(runs)} run{'s' if len(runs) > 1 else ''}", class_="note"),
-                element("h2", "What was run"), summary(runs), element("h2", "Error at each sampling step"),
+    compared = [element("h1", "TinyDM report"), element("h2", "What was run"), summary(runs),
+                element("h2", "Error at each sampling step"),
                 sqnr_plot(runs) if any(curve(run) for run in runs) else ""]
     compared += [missing(run, "metrics.json", f"SQNR per step of {run['name']}") for run in runs if not curve(run)]
     body = [*compared, *(run_page(run) for run in runs)]
@@ -329,9 +338,7 @@ def write_report(runs, path):
                    element("meta", http_equiv="Content-Security-Policy", content=policy),
                    element("title", "TinyDM report"), element("style", Html(STYLE)))
     page = "<!DOCTYPE html>\n" + element("html", head, element("body", *body), lang="en") + "\n"
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, lambda part: part.write_text(page, encoding="utf-8"))
     return path
 
 

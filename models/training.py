@@ -73,7 +73,8 @@ class Training(pl.LightningModule):
             decay = min(config.ema_decay, (1 + float(n)) / (10 + float(n)))
             return value + (mean - value) * decay
         self.ema = AveragedModel(net, avg_fn=average, use_buffers=True)
-        self.forward_net = torch.compile(net) if config.compile else net
+        # Not a submodule: a checkpoint holds the weights once, and does not depend on `compile`.
+        self.__dict__["forward_net"] = torch.compile(net) if config.compile else net
 
     def configure_optimizers(self):
         c = self.config
@@ -132,8 +133,8 @@ class ClassifierTraining(Training):
     def training_step(self, batch, _):
         x, y = batch[0].to(self.device).float() / 255, batch[1].to(self.device)
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5, x.flip(3), x)
-        rows, cols = (torch.randint(0, 9, (len(x), 1), device=self.device) + torch.arange(x.shape[2], device=self.device)
-                      for _ in range(2))
+        line = torch.arange(x.shape[2], device=self.device)
+        rows, cols = (torch.randint(0, 9, (len(x), 1), device=self.device) + line for _ in range(2))
         padded, images = F.pad(x, (4, 4, 4, 4), mode="reflect"), torch.arange(len(x), device=self.device)
         x = padded[images[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
         x = self.erase(x).contiguous(memory_format=torch.channels_last)
@@ -199,7 +200,8 @@ def fit(module, images, labels, folder):
     folder, config = Path(folder), module.config
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder, config.sample_every)
-    keep = pl.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    keep = pl.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False,
+                                        save_on_train_epoch_end=True)
     # The end is told in epochs: Lightning resumes a run that is told in steps with the data of the epoch before.
     num_epochs = math.ceil(module.num_steps / config.steps_per_epoch)
     trainer = pl.Trainer(max_epochs=num_epochs, accelerator=config.device, devices=1, precision=config.precision,
@@ -207,6 +209,9 @@ def fit(module, images, labels, folder):
                          reload_dataloaders_every_n_epochs=1, enable_progress_bar=False, enable_model_summary=False,
                          use_distributed_sampler=False)
     last = folder / "last.ckpt"
-    trainer.fit(module, datamodule=Data(images, labels, config), ckpt_path=str(last) if last.exists() else None,
-                weights_only=True)
+    try:
+        trainer.fit(module, datamodule=Data(images, labels, config), ckpt_path=str(last) if last.exists() else None,
+                    weights_only=True)
+    except SystemExit:                       # Lightning ends the process on Ctrl-C; that is the script's to say
+        raise KeyboardInterrupt from None
     return progress.rows

@@ -53,14 +53,17 @@ def _ecosystem_set(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                           # noqa: BLE001 (any unpickling failure is the same news)
-        raise ValueError(f"{path} is not a readable torch file of plain tensors "
-                         f"({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path} is not a readable torch file of plain tensors ({type(error).__name__}); nothing in "
+                         "it was run") from None
     if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
         raise ValueError(f"{path} must hold a dict with 'xs' and 'ts' (lists over sampling steps)")
     xs, ts = ([torch.as_tensor(step) for step in content[key]] for key in ("xs", "ts"))
     if len(xs) != len(ts):
         raise ValueError(f"{path} has {len(xs)} steps in 'xs' and {len(ts)} in 'ts'")
     t = [step.reshape(-1).expand(len(x)) if step.numel() == 1 else step for x, step in zip(xs, ts)]
+    for x, steps in zip(xs, t):
+        if len(x) != len(steps):
+            raise ValueError(f"{path} has {len(x)} samples in an entry of 'xs' and {len(steps)} steps in that of 'ts'")
     cond = torch.cat([torch.as_tensor(c) for c in content["cs"]]) if "cs" in content else None
     return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, {"file": path.name, "steps": len(xs)})
 

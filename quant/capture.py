@@ -65,6 +65,7 @@ def answering(modules, answers):
 def last_uses(net, units, x, t):
     """Probe the graph with one sample: unit -> index of the last unit that reads its output (its own index if none)."""
     modules, outputs = dict(net.named_modules()), {}
+    x, t = (a[:1].to(next(net.parameters()).device) for a in (x, t))
 
     def run_and_keep(name):
         def answer(*arguments):
@@ -72,7 +73,7 @@ def last_uses(net, units, x, t):
             return outputs[name]
         return answer
     with torch.no_grad(), answering(modules, {u: run_and_keep(u) for u in units}):
-        net(x[:1], t[:1])
+        net(x, t)
 
     last = {}
     for i, probed in enumerate(units):
@@ -85,7 +86,7 @@ def last_uses(net, units, x, t):
                 return torch.full_like(outputs[name], float("nan")) if name == probed else outputs[name]
             return answer
         with torch.no_grad(), answering(modules, {u: recall(j, u) for j, u in enumerate(units)}):
-            net(x[:1], t[:1])
+            net(x, t)
         last[probed] = max(readers, default=i)
     return last
 
@@ -95,15 +96,15 @@ class Stream:
 
     def __init__(self, net, units, last_use, calibration, *, batch_size, store):
         self.net, self.modules, self.units, self.last_use = net, dict(net.named_modules()), units, last_use
-        self.calibration, self.store = calibration, store
+        self.calibration, self.store, self.device = calibration, store, next(net.parameters()).device
         self.rows = [slice(i, min(i + batch_size, len(calibration))) for i in range(0, len(calibration), batch_size)]
         self.outputs, self.shapes = {}, {}
 
     def _recall(self, name, rows):
         def answer(*_):
             if name in self.outputs:
-                return self.outputs[name][rows]
-            return torch.zeros(()).expand(rows.stop - rows.start, *self.shapes[name])     # nobody reads it any more
+                return self.outputs[name][rows].to(self.device)
+            return torch.zeros((), device=self.device).expand(rows.stop - rows.start, *self.shapes[name])     # nobody reads it any more
         return answer
 
     @torch.no_grad()
@@ -116,7 +117,7 @@ class Stream:
             answers = {name: self._recall(name, rows) for name in self.shapes} | {unit: stop}
             with answering(self.modules, answers):
                 try:
-                    self.net(self.calibration.x[rows], self.calibration.t[rows])
+                    self.net(self.calibration.x[rows].to(self.device), self.calibration.t[rows].to(self.device))
                     raise RuntimeError(f"the network never calls {unit}")
                 except _Reached as reached:
                     arguments = reached.args[0]
@@ -130,7 +131,9 @@ class Stream:
         """Run `unit` on its inputs, keep the output (N, ...), drop what nobody reads any more; returns the output."""
         whole = None
         for rows in self.rows:
-            out = self.modules[unit](*(a[rows] for a in inputs))
+            if hasattr(self.net, "timeline"):
+                self.net.timeline.set_time(self.calibration.t[rows])
+            out = self.modules[unit](*(a[rows].to(self.device) for a in inputs))
             whole = self.store.empty((len(self.calibration), *out.shape[1:])) if whole is None else whole
             whole[rows] = out
         self.outputs[unit], self.shapes[unit] = whole, whole.shape[1:]

@@ -19,7 +19,7 @@ CHUNK = 2 ** 20                            # codes unpacked at a time (a multipl
 
 def pack(codes, bits):
     """Integer codes in 0..2^bits-1, any shape -> uint8 (ceil(count * bits / 8),)."""
-    flat = codes.flatten().to(torch.uint8).numpy()
+    flat = codes.flatten().to(torch.uint8).cpu().numpy()
     pieces = [np.packbits((flat[i:i + CHUNK, None] >> np.arange(bits, dtype=np.uint8)) & 1, bitorder="little")
               for i in range(0, len(flat), CHUNK)]
     return torch.from_numpy(np.concatenate(pieces))
@@ -82,13 +82,13 @@ def load_quantized(path, build_network, *, expected=None):
     stored, _ = load_tensors(path)
     for name, layer in quant_layers(net).items():
         codes = stored.pop(f"{name}.weight_codes", None)
-        q = layer.weight_quantizer
-        if codes is None or q is None:
-            continue
+        q, zero_point = layer.weight_quantizer, stored.get(f"{name}.weight_quantizer.zero_point")
+        if codes is None or q is None or zero_point is None or zero_point.shape != q.zero_point.shape:
+            continue                                       # the comparison with the net's own state says so
         if len(codes) != (int(torch.Size(layer.shape).numel()) * q.spec.bits + 7) // 8:
             raise ValueError(f"{path}: the weight of {name} has {len(codes)} bytes, which does not fit "
                              f"{tuple(layer.shape)} at {q.spec.bits} bits; the file is damaged, quantize again")
-        zero_point = stored[f"{name}.weight_quantizer.zero_point"].float()
+        zero_point = zero_point.float()
         q.zero_point.copy_(zero_point)
         integers = unpack(codes, q.spec.bits, layer.shape).float() + q.low
         layer.weight_int, layer.weight = integers - q.table(q.zero_point, integers), None

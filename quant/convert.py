@@ -76,7 +76,7 @@ def convert(net, rules, timeline=None):
         net.set_submodule(name, swapped)
     timeline.follow(net)
     net.timeline = timeline
-    return net.eval()
+    return net.to(next(net.parameters()).device).eval()
 
 
 def quant_layers(net):

@@ -39,8 +39,9 @@ def fit_ranges(job, *, num_samples=256, batch_size=64):
         sample = job.calibration.subset(num_samples, job.seed)
         for q in quantizers:
             q.begin_observing(len(sample))
+        device = next(job.net.parameters()).device
         for x, t in sample.batches(batch_size):
-            job.net(x, t)
+            job.net(x.to(device), t.to(device))
         for q in quantizers:
             q.fit_observed()
     set_input_quantization(job.net, True)

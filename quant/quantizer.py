@@ -55,6 +55,13 @@ class StraightThrough(torch.autograd.Function):
         return grad_ratio * inverse, grad_scale, None, None, None
 
 
+def pooled(noted):
+    """What was observed of N samples, (N, groups, picks + 2) -> (groups, N * picks + 2): the extremes of the whole
+    once, so that they do not shift a percentile."""
+    picks, low, high = noted[:, :, :-2], noted[:, :, -2], noted[:, :, -1]
+    return torch.cat([picks.transpose(0, 1).flatten(1), low.amin(0)[:, None], high.amax(0)[:, None]], dim=1)
+
+
 class Quantizer(nn.Module):
     """Quantizer of one tensor. `group_of` as made by quant.groups; `timeline` says the segment (None: static)."""
 
@@ -130,14 +137,11 @@ class Quantizer(nn.Module):
         the timeline was never seen."""
         batches, self.observed = self.observed, None
         for s in range(len(self.scale)):
-            seen = [values[segment == s] for values, segment in batches]
-            seen = [v for v in seen if len(v)]
+            seen = [v for v in (values[segment == s] for values, segment in batches) if len(v)]
             if not seen:
                 raise ValueError(f"calibration data hold no sample in time segment {s} of {len(self.scale)}; "
                                  "add steps to the calibration set or use fewer segments")
-            batches_in_use = seen if self.spec.ema else [torch.cat(seen)]
-            self.fit([torch.cat([v[:, :, :-2].transpose(0, 1).flatten(1), v[:, :, -2].amin(0)[:, None],
-                                 v[:, :, -1].amax(0)[:, None]], dim=1) for v in batches_in_use], s)
+            self.fit([pooled(v) for v in (seen if self.spec.ema else [torch.cat(seen)])], s)
 
     @torch.no_grad()
     def fit(self, batches, segment=0, first=0):

@@ -35,6 +35,7 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     Returns one fact per unit and stage: error before and after (relative to the mean square of the target), seconds.
     """
     settings = {k: v for k, v in locals().items() if k != "job"}
+    settings["set_time"] = lambda rows: job.net.timeline.set_time(job.calibration.t[rows])
     store = Store(memory_gb, job.resume_folder)
     units = units_in_order(job.model.net, job.order)
     calibration = job.calibration
@@ -78,32 +79,34 @@ def optimise_unit(unit, module, quant_inputs, float_inputs, target, generator, s
     facts = []
     layers = [m for m in quant_layers(module).values() if m.weight_quantizer is not None]
     if layers:
-        facts.append(measured(unit, "weight", module, quant_inputs, target,
+        facts.append(measured(unit, "weight", module, quant_inputs, target, settings["set_time"],
                               lambda: learn_rounding(module, layers, quant_inputs, target, generator, settings)))
     quantizers = list(input_quantizers(module).values())
     if quantizers:
         set_input_quantization(module, True)
-        facts.append(measured(unit, "input", module, float_inputs, target,
+        facts.append(measured(unit, "input", module, float_inputs, target, settings["set_time"],
                               lambda: learn_scales(module, quantizers, float_inputs, target, generator, settings)))
         set_input_quantization(module, False)
     return facts
 
 
-def measured(unit, stage, module, inputs, target, optimise):
+def measured(unit, stage, module, inputs, target, set_time, optimise):
     """Error before, optimise(), error after."""
-    before, started = relative_error(module, inputs, target), time.monotonic()
+    before, started = relative_error(module, inputs, target, set_time), time.monotonic()
     optimise()
     return {"pass": "reconstruct", "stage": stage, "unit": unit, "error_before": before,
-            "error_after": relative_error(module, inputs, target), "seconds": time.monotonic() - started}
+            "error_after": relative_error(module, inputs, target, set_time), "seconds": time.monotonic() - started}
 
 
 @torch.no_grad()
-def relative_error(module, inputs, target):
+def relative_error(module, inputs, target, set_time):
     """mean square of (unit(inputs) - target) over mean square of target, on an even pick of the samples."""
     rows = torch.linspace(0, len(target) - 1, min(ERROR_ROWS, len(target))).long()
     error = power = 0.0
+    device = next(module.parameters()).device
     for part in rows.split(64):
-        out, wanted = module(*(a[part] for a in inputs)), target[part]
+        set_time(part)
+        out, wanted = module(*(a[part].to(device) for a in inputs)), target[part].to(device)
         error += float((out - wanted).square().sum())
         power += float(wanted.square().sum())
     return error / max(power, 1e-30)
@@ -141,10 +144,13 @@ def learn_scales(module, quantizers, inputs, target, generator, s):
 
 def batch_loss(module, inputs, target, generator, s, norm):
     rows = torch.randint(len(target), (s["batch_size"],), generator=generator)
-    x = [a[rows].contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a[rows] for a in inputs]
-    with torch.autocast(x[0].device.type, torch.bfloat16) if s["bfloat16"] else nullcontext():
+    s["set_time"](rows)
+    device = next(module.parameters()).device
+    x = [a[rows].to(device) for a in inputs]
+    x = [a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a for a in x]
+    with torch.autocast(device.type, torch.bfloat16) if s["bfloat16"] else nullcontext():
         out = module(*x)
-    return lp(out.float(), target[rows], norm)
+    return lp(out.float(), target[rows].to(device), norm)
 
 
 def descend(optimizer, loss, parameters):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
 LISTS = ("dependencies", "test")             # what the tests need is installed too
-COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt}
+COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
+           ">": operator.gt, "<": operator.lt}
 
 
 def requirements(text):
@@ -25,7 +26,8 @@ def requirements(text):
 
 def numbers(text):
     """Release numbers of a version without trailing zeros, so that 2.11 equals 2.11.0+cpu."""
-    return tuple(int(n) for n in re.match(r"\d+(\.\d+)*", re.sub(r"(\.0)+$", "", text.split("+")[0])).group().split("."))
+    release = re.match(r"\d+(\.\d+)*", text).group()
+    return tuple(int(n) for n in re.sub(r"(\.0)+$", "", release).split("."))
 
 
 def installed(name):

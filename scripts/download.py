@@ -101,7 +101,8 @@ def _append(address, part):
 
 def _show(done, size):
     if sys.stderr.isatty():
-        print(f"\r{done / 1e6:.0f} of {size / 1e6:.0f} MB", end="" if done < size else "\n", file=sys.stderr, flush=True)
+        end = "" if done < size else "\n"
+        print(f"\r{done / 1e6:.0f} of {size / 1e6:.0f} MB", end=end, file=sys.stderr, flush=True)
 
 
 def download(name, folder, mirror=None):
@@ -112,7 +113,8 @@ def download(name, folder, mirror=None):
     path = Path(folder).expanduser() / checkpoint.path
     if path.exists():
         if md5_of(path) != checkpoint.md5:
-            raise ValueError(f"{path} is there but its MD5 is not {checkpoint.md5}; delete it and run the command again")
+            raise ValueError(f"{path} is there but its MD5 is not {checkpoint.md5}; "
+                             "delete it and run the command again")
         return f"{name}: already at {path}, MD5 verified"
     address = f"{mirror.rstrip('/')}/{checkpoint.path}" if mirror else checkpoint.address
     print(f"{name}: {checkpoint.about}, from {address}", flush=True)

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Fetch public checkpoints into models/checkpoints; `--help` tells more. Needs Python 3.10 or newer and nothing else.
 set -euo pipefail
-python="$(command -v python3 || command -v python)" || { echo "error: no python3 on the PATH; install Python 3.10 or newer" >&2; exit 2; }
+if ! python="$(command -v python3 || command -v python)"; then
+    echo "error: no python3 is on the PATH; install Python 3.10 or newer" >&2
+    exit 2
+fi
 exec "$python" "$(dirname "${BASH_SOURCE[0]}")/download.py" "$@"

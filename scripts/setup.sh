@@ -40,7 +40,8 @@ setup_python() {
     PYTHON="$venv/bin/python"
     "$PYTHON" "$root/scripts/dependencies.py" > "$venv/requirements.txt" || true       # 1: some are missing
     if ! install_requirements "$venv/requirements.txt"; then
-        echo "error: the dependencies could not be installed (see above); check network and disk space and run this again" >&2
+        echo "error: the dependencies could not be installed (see above);" \
+             "check the network and the disk space and run this again" >&2
         return 2
     fi
     echo complete > "$venv/tinydm-setup"

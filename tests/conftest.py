@@ -52,7 +52,8 @@ def randomize(net, seed=0):
     rng = torch.Generator().manual_seed(seed)
     for name, value in net.named_parameters():
         noise = torch.randn(value.shape, generator=rng)
-        value.data = noise / value[0].numel() ** 0.5 if value.dim() > 1 else 0.1 * noise + ("norm" in name and "weight" in name)
+        centre = 1 if "norm" in name and name.endswith("weight") else 0
+        value.data = noise / value[0].numel() ** 0.5 if value.dim() > 1 else centre + 0.1 * noise
     return net
 
 

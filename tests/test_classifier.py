@@ -11,7 +11,8 @@ from torch import nn
 
 from evaluation.classifier import build_classifier
 from evaluation.features import WEIGHTS, load_classifier, sha256
-from evaluation.reference import STATISTICS, PackageConfig, frechet_distance, package, read_statistics, write_statistics
+from evaluation.reference import (STATISTICS, PackageConfig, frechet_distance, package, read_statistics,
+                                  write_statistics)
 from quant.config import read_yaml
 
 TINY = {"stem_width": 4, "widths": [4, 8, 6], "blocks": 2}
@@ -84,10 +85,13 @@ def test_frechet_distance_of_two_gaussians():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_absent_files_are_said_in_a_sentence(tmp_path):
+def test_absent_and_foreign_files_are_said_in_a_sentence(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a packaged classifier"):
-        load_classifier(tmp_path / "nothing.safetensors")
+        load_classifier(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a file of reference statistics"):
-        read_statistics(tmp_path / "nothing.safetensors")
+        read_statistics(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="nothing.safetensors"):
+        load_classifier(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="holds no finished training"):
         package(PackageConfig(run=str(tmp_path), out=str(tmp_path)))

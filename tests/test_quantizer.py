@@ -62,15 +62,17 @@ def test_groups_of_an_activation_equal_a_loop_over_lone_quantizers(per, options)
 
 
 def lsq_gradient(x, scale, zero_point, low, high):
-    """Esser et al. 2020, Eq. 3, for one value."""
-    ratio = x / scale
-    return min(max(round(ratio), low - zero_point), high - zero_point) - (ratio if low <= round(ratio) + zero_point <= high
-                                                                          else 0)
+    """Esser et al. 2020, Eq. 3, for one value: (d value / d scale, whether x is inside)."""
+    code = round(x / scale) + zero_point
+    if low <= code <= high:
+        return code - zero_point - x / scale, True
+    return (low if code < low else high) - zero_point, False
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("group_of", [torch.tensor(0), activation_groups("channel", 3, 1),
-                                      activation_groups("group", 3, 1, group_size=2)], ids=["tensor", "channel", "group"])
+@pytest.mark.parametrize("group_of", [
+    torch.tensor(0), activation_groups("channel", 3, 1), activation_groups("group", 3, 1, group_size=2)],
+    ids=["tensor", "channel", "group"])
 def test_gradient_of_scale_is_that_of_lsq_and_of_x_straight_through(group_of, symmetric):
     q = with_range(-0.8, 1.1, bits=3, symmetric=symmetric, group_of=group_of)
     q.scale.data *= 1 + 0.1 * torch.arange(q.scale.shape[1])
@@ -82,10 +84,10 @@ def test_gradient_of_scale_is_that_of_lsq_and_of_x_straight_through(group_of, sy
     for n in range(5):
         for c in range(3):
             for i in range(4):
-                g, value = int(index[c, i]), float(x[n, c, i])
-                scale, zero_point = float(q.scale[0, g]), int(q.zero_point[0, g])
-                expected[g] += float(weight[n, c, i]) * lsq_gradient(value, scale, zero_point, q.low, q.high)
-                inside[n, c, i] = q.low <= round(value / scale) + zero_point <= q.high
+                g, value = int(index[c, i]), float(x.detach()[n, c, i])
+                scale, zero_point = float(q.scale.detach()[0, g]), int(q.zero_point[0, g])
+                slope, inside[n, c, i] = lsq_gradient(value, scale, zero_point, q.low, q.high)
+                expected[g] += float(weight[n, c, i]) * slope
     assert 0 < inside.mean() < 1
     torch.testing.assert_close(q.scale.grad[0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x.grad, weight * inside, rtol=1e-6, atol=0)
@@ -139,8 +141,9 @@ def test_percentile_of_a_subsample_is_that_of_all_values():
     """Even picks have the quantiles of the whole; the added extremes must not shift them."""
     num, size, tail = 256, 2000, 0.001
     x = torch.linspace(-1, 1, num * size)[torch.randperm(num * size, generator=torch.Generator().manual_seed(0))]
-    q = observed(Quantizer(QuantSpec(bits=8, range="percentile", tail=tail), torch.tensor(0)), *x.view(num, size).split(64))
-    spread = 2 * math.sqrt(tail / quantizer.VALUES_PER_GROUP * 2)          # one standard deviation of the sample quantile
+    spec = QuantSpec(bits=8, range="percentile", tail=tail)
+    q = observed(Quantizer(spec, torch.tensor(0)), *x.view(num, size).split(64))
+    spread = 2 * math.sqrt(2 * tail / quantizer.VALUES_PER_GROUP)         # standard deviation of a sample's quantile
     assert float(q.scale) * 255 == pytest.approx(2 - 4 * tail, abs=5 * spread)
 
 
@@ -163,7 +166,7 @@ def test_segments_are_fitted_as_static_quantizers_of_their_samples(per):
     for t in STEPS.unique():
         alone = observed(Quantizer(QuantSpec(bits=6, per=per), group_of), x[STEPS == t]) if t < 600 else \
             observed(Quantizer(QuantSpec(bits=6, per=per), group_of), x[STEPS >= 600])
-        timeline.set_time(t.expand(8))
+        timeline.set_time(t[None])
         assert torch.equal(q(x), alone(x))
 
 

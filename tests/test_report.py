@@ -24,21 +24,24 @@ def make_run(folder, fd=3.25, count=256):
     write_images(folder / "samples", 9, 0)
     write_images(folder / "float", 9, 1)
     (folder / "config.yaml").write_text(
-        "model: {name: cifar10-compact}\nbits: {weight: 4, input: 8}\nmethod: '<b>tinydm</b>'\n"
+        "name: cifar10-compact\nbits: {weight: 4, input: 8}\nmethod: '<b>tinydm</b>'\n"
         "sampling: {sampler: ddim, steps: 20, num: 9, seed: 0}\nprovenance: {versions: {torch: '9.9'}}\n")
     write_lines(folder / "passes.jsonl", [{"pass": "fit_ranges", "seconds": 1.5}] + [
         {"pass": "reconstruct", "stage": stage, "unit": f"down.{i}", "error_before": 0.1, "error_after": 0.02,
          "seconds": 2.0} for stage in ("weight", "input") for i in range(3)])
-    write_lines(folder / "stages.jsonl", [{"stage": "calibrate", "seconds": 10.0}, {"stage": "quantize", "seconds": 5.0},
-                                          {"stage": "quantize", "seconds": 7.0}])
+    write_lines(folder / "stages.jsonl", [{"stage": stage, "seconds": seconds} for stage, seconds in (
+        ("calibrate", 10.0), ("quantize", 5.0), ("quantize", 7.0))])
     layer = {"role": "conv1", "kind": "conv2d", "weight_bits": 4, "input_bits": 8, "params": 100, "macs": 1000}
+    product = {"name": "qk", "role": "q+k", "kind": "matmul", "weight_bits": None, "input_bits": [8, 16], "params": 0,
+               "macs": 5}
     (folder / "map.json").write_text(json.dumps(
-        {"layers": [{"name": f"down.{i}.conv1", **layer} for i in range(2)], "params_share": 0.987, "macs_share": 0.5}))
+        {"layers": [*({"name": f"down.{i}.conv1", **layer} for i in range(2)), product], "params_share": 0.987,
+         "macs_share": 0.5}))
     (folder / "metrics.json").write_text(json.dumps(
-        {"protocol": {"count": count, "reference": "cifar10 train", "extractor_sha256": "abc", "left_out": {}},
+        {"protocol": {"asked": {}, "scores": {"count": count, "reference": "cifar10 train", "extractor_sha256": "abc"}},
          "float": {"scores": {"FD-cifar-resnet": 2.125}}, "quantized": {"scores": {"FD-cifar-resnet": fd}},
          "paired": {"psnr_db": 31.5, "ssim": 0.912, "count": 9},
-         "sqnr_db_per_step": [{"step": i, "t": 900 - i, "sqnr_db": value} for i, value in enumerate((20.0, 30.0, None))],
+         "sqnr_db_per_step": [{"step": i, "t": 900 - i, "sqnr_db": db} for i, db in enumerate((20.0, 30.0, None))],
          "sizes": {"float_bytes": 4000, "quantized_bytes": 1000}, "float_samples": "float"}))
     return folder
 
@@ -46,7 +49,8 @@ def make_run(folder, fd=3.25, count=256):
 def test_a_complete_run_shows_all_it_holds(tmp_path):
     page = write_report([make_run(tmp_path / "w4a8")], tmp_path / "report.html").read_text()
     for text in ("cifar10-compact", "4/8", "FD-cifar-resnet", "3.250", "float 2.125", "31.500", "0.912", "25.000",
-                 "4.00×", "22.0", "98.7%", "50.0%", "down.1.conv1", "protocol.count", "provenance.versions.torch"):
+                 "4.00×", "22.0", "98.7%", "50.0%", "down.1.conv1", "8/16", "protocol.scores.count",
+                 "provenance.versions.torch"):
         assert text in page, text
     assert page.count("data:image/png") == 2 and page.count("data:image/svg+xml") == 2
     assert "not there yet" not in page
@@ -106,4 +110,5 @@ def test_broken_json_and_absent_folders_are_said_in_a_sentence(tmp_path):
 def test_pieces(tmp_path):
     assert curve(read_run(make_run(tmp_path / "run"))) == [(0, 20.0), (1, 30.0)]
     assert flatten({"a": {"b": 1}, "c": 2}) == [("a.b", 1), ("c", 2)]
-    assert [number(value) for value in (None, 1234567, 0.5, 0.0012345, "x")] == ["–", "1,234,567", "0.5", "0.00123", "x"]
+    values = (None, 1234567, 0.5, 0.0012345, "x")
+    assert [number(value) for value in values] == ["–", "1,234,567", "0.5", "0.00123", "x"]

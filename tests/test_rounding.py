@@ -22,13 +22,13 @@ def test_soft_weight_starts_as_the_weight_itself(bits, per, symmetric):
     rounding, q = start(weight, bits, per=per, symmetric=symmetric)
     scale, zero = (q.table(v, weight) for v in (q.scale, q.zero_point))
     ratio = weight / scale
-    torch.testing.assert_close(rounding.h(), ratio - ratio.floor(), rtol=0, atol=2e-5)
+    off = (rounding.h() - ratio + 0.5) % 1 - 0.5           # h is the fraction, up to a whole step
+    assert off.abs().max() < 1e-4
     inside = (ratio >= q.low - zero) & (ratio <= q.high - zero)
     assert inside.float().mean() > 0.5
-    error = (rounding() - weight).abs() / scale
-    assert error[inside].max() < 2e-5
-    clipped = (ratio.clamp(q.low - zero, q.high - zero) * scale)
-    assert ((rounding() - clipped).abs() / scale).max() < 2e-5
+    clipped = ratio.clamp(q.low - zero, q.high - zero) * scale
+    assert ((rounding() - clipped).abs() / scale).max() < 1e-4
+    torch.testing.assert_close(rounding()[inside], weight[inside], rtol=0, atol=1e-4 * float(scale.max()))
 
 
 @pytest.mark.parametrize("name", ["minmax", "mse"])
@@ -64,4 +64,4 @@ def test_penalty_closed_form(beta):
     h = torch.tensor([[0.5, 0.25, 0.9]])
     rounding.alpha.data = torch.logit((h + 0.1) / 1.2)     # inverse of h = 1.2 sigmoid(alpha) - 0.1
     expected = (1 - 0.0 ** beta) + (1 - 0.5 ** beta) + (1 - 0.8 ** beta)
-    assert float(rounding.penalty(beta)) == pytest.approx(expected, rel=1e-5)
+    assert float(rounding.penalty(beta).detach()) == pytest.approx(expected, rel=1e-5)

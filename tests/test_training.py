@@ -1,5 +1,6 @@
 """Training: closed forms of its parts, and a killed run that continues to the weights of an uninterrupted one."""
 import math
+import signal
 from dataclasses import dataclass
 
 import pytest
@@ -79,6 +80,18 @@ def test_finished_run_stays_as_it_is(tmp_path, quiet):
     again = make()
     assert fit(again, *images(), tmp_path) == rows
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_interrupt_reaches_the_script(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(DiffusionTraining, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(make(), *images(), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, handler)             # Lightning turns Ctrl-C off while it shuts down
 
 
 def test_average_of_weights_equals_a_loop():

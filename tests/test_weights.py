@@ -12,13 +12,14 @@ from models.zoo import build_network
 
 
 def other(state):
-    return {name: value + 1 for name, value in state.items()}
+    """What a data-parallel training run leaves beside its averaged weights."""
+    return {f"module.{name}": value + 1 for name, value in state.items()}
 
 
 CONTAINERS = {
     "flat": lambda state: state,
     "state_dict": lambda state: {"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.0"},
-    "training list": lambda state: [{f"module.{k}": v for k, v in other(state).items()}, {"state": {}}, 12, 3400, state],
+    "training list": lambda state: [other(state), {"state": {}}, 12, 3400, state],
 }
 
 

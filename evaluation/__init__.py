@@ -1,0 +1,1 @@
+"""Features, scores and the report."""

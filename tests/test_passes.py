@@ -1,0 +1,70 @@
+"""The list of passes: words, order, facts, and ranges from the full-precision network."""
+import pytest
+import torch
+
+from quant import passes
+from quant.convert import input_quantizers, quant_layers
+from quant.passes import check_passes, fit_ranges, run_passes
+from tiny import make_job, rules
+
+
+@pytest.mark.parametrize("entry, complaint", [
+    ("fit_range", "pass 'fit_range' is unknown; did you mean 'fit_ranges'?"),
+    ({"reconstruct": {"weight_iter": 3}}, "'reconstruct' has no option 'weight_iter'; did you mean 'weight_iters'?"),
+    ({"fit_ranges": {"job": 3}}, "pass 'fit_ranges' has no option 'job'"),
+])
+def test_unknown_words_are_explained_before_anything_runs(entry, complaint, tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(8, 8), note=pytest.fail)
+    with pytest.raises(ValueError, match=complaint.replace("?", r"\?")):
+        run_passes(job, ["fit_ranges", entry])
+
+
+def test_words_with_and_without_options():
+    assert check_passes(["fit_ranges", {"fit_ranges": None}, {"fit_ranges": {"num_samples": 4}}]) == [
+        ("fit_ranges", {}), ("fit_ranges", {}), ("fit_ranges", {"num_samples": 4})]
+
+
+def test_passes_run_in_order_and_facts_add_up(tiny_net, tmp_path, monkeypatch):
+    def talk(job, *, word="a"):
+        job.note([{"half": word}])
+        return [{"word": word}]
+    monkeypatch.setitem(passes.PASSES, "talk", talk)
+    notes, job = [], make_job(tiny_net, tmp_path, rules(8, 32))
+    job.note = lambda facts: notes.append(list(facts))
+    fit_ranges(job)
+    facts = run_passes(job, ["talk", {"talk": {"word": "b"}}])
+    assert facts == [{"word": "a"}, {"word": "b"}]
+    assert notes == [[{"half": "a"}], [{"word": "a"}], [{"word": "a"}, {"half": "b"}], [{"word": "a"}, {"word": "b"}]]
+    assert all(layer.weight_int is not None and layer.weight is None for layer in quant_layers(job.net).values())
+
+
+@pytest.mark.parametrize("batch_size", [3, 10, 64])
+def test_ranges_are_those_of_the_full_precision_network(tiny_net, tmp_path, batch_size):
+    """With samples to spare for all values, min-max does not depend on batches or on other quantizers."""
+    job, seen = make_job(tiny_net, tmp_path, rules(2, 8)), {}
+    fit_ranges(job, batch_size=batch_size)
+    for name, module in tiny_net.named_modules():
+        if name in quant_layers(job.net):
+            module.register_forward_hook(lambda _, x, __, name=name: seen.__setitem__(name, x[0]))
+    with torch.no_grad():
+        tiny_net(job.calibration.x, job.calibration.t)
+    for name, layer in quant_layers(job.net).items():
+        parts = seen[name].split(layer.parts, dim=1) if len(layer.parts) > 1 else [seen[name]]
+        expected = [(float(p.max().clamp(min=0)) - float(p.min().clamp(max=0))) / 255 for p in parts]
+        assert layer.input_quantizer.scale[0].tolist() == pytest.approx(expected, rel=1e-4), name
+    assert all(q.enabled and q.observed is None for q in input_quantizers(job.net).values())
+
+
+def test_only_so_many_samples_are_used(tiny_net, tmp_path):
+    jobs = [make_job(tiny_net, tmp_path, rules(8, 8)) for _ in range(2)]
+    jobs[1].calibration = jobs[1].calibration.subset(4, jobs[1].seed)
+    fit_ranges(jobs[0], num_samples=4)
+    fit_ranges(jobs[1])
+    for a, b in zip(*(input_quantizers(job.net).values() for job in jobs)):
+        assert torch.equal(a.scale, b.scale)
+
+
+def test_facts_of_fitting(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(8, 8))
+    assert fit_ranges(job) == [{"pass": "fit_ranges", "weights": len(quant_layers(job.net)),
+                                "inputs": len(input_quantizers(job.net))}]
