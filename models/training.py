@@ -125,7 +125,7 @@ class DiffusionTraining(Training):
 
 
 class ClassifierTraining(Training):
-    """Cross-entropy with label smoothing; images flipped, shifted by up to 4 pixels and partly erased."""
+    """Cross-entropy with label smoothing; images flipped and shifted by up to 2 pixels."""
 
     def __init__(self, net, config):
         super().__init__(net.to(memory_format=torch.channels_last), config)
@@ -134,26 +134,15 @@ class ClassifierTraining(Training):
         x, y = batch[0].to(self.device).float() / 255, batch[1].to(self.device)
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5, x.flip(3), x)
         line = torch.arange(x.shape[2], device=self.device)
-        rows, cols = (torch.randint(0, 9, (len(x), 1), device=self.device) + line for _ in range(2))
-        padded, images = F.pad(x, (4, 4, 4, 4), mode="reflect"), torch.arange(len(x), device=self.device)
+        rows, cols = (torch.randint(0, 5, (len(x), 1), device=self.device) + line for _ in range(2))
+        padded, images = F.pad(x, (2, 2, 2, 2), mode="reflect"), torch.arange(len(x), device=self.device)
         x = padded[images[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-        x = self.erase(x).contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         logits = self.forward_net.logits(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=0.1)
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log("accuracy", (logits.argmax(1) == y).float().mean(), on_step=False, on_epoch=True, prog_bar=True)
         return loss
-
-    @staticmethod
-    def erase(x, size=8):
-        """One grey square of size x size per image (DeVries & Taylor 2017)."""
-        spans = []
-        for length in x.shape[2:]:
-            start = torch.randint(0, length - size + 1, (len(x), 1), device=x.device)
-            position = torch.arange(length, device=x.device)
-            spans.append((position >= start) & (position < start + size))
-        hole = spans[0][:, None, :, None] & spans[1][:, None, None, :]
-        return x.masked_fill(hole, 0.45)
 
 
 class Progress(pl.Callback):

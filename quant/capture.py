@@ -104,7 +104,8 @@ class Stream:
         def answer(*_):
             if name in self.outputs:
                 return self.outputs[name][rows].to(self.device)
-            return torch.zeros((), device=self.device).expand(rows.stop - rows.start, *self.shapes[name])     # nobody reads it any more
+            # Nobody reads it any more: the right shape without memory.
+            return torch.zeros((), device=self.device).expand(rows.stop - rows.start, *self.shapes[name])
         return answer
 
     @torch.no_grad()

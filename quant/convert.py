@@ -14,9 +14,11 @@ from ddim.unet import AttnBlock, Matmul, ResnetBlock
 from quant.config import unknown_word
 from quant.layers import SWAP, QuantLayer, QuantMatmul
 from quant.quantizer import Quantizer, QuantSpec
+from quant.ranges import RANGES
 from quant.timeline import Timeline
 
 UNITS = (ResnetBlock, AttnBlock)          # blocks that are reconstructed as a whole; other layers are units themselves
+ROLES = ("stem", "out", "temb", "emb_proj", "conv1", "conv2", "skip", "down", "up", "q", "k", "v", "probs", "proj")
 RULE_KEYS = ("match", "role", "kind", "weight", "input", "split")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
@@ -36,10 +38,18 @@ def check_rules(rules):
         for key in rule:
             if key not in RULE_KEYS:
                 raise ValueError(unknown_word(f"rule {dict(rule)} has an unknown key '{key}'", key, RULE_KEYS))
+        for key, words in (("role", ROLES), ("kind", ("layer", "matmul"))):
+            if rule.get(key, words[0]) not in words:
+                complaint = f"rule {dict(rule)} has an unknown {key} '{rule[key]}'"
+                raise ValueError(unknown_word(complaint, rule[key], words))
         for part in ("weight", "input"):
-            for key in rule.get(part, {}):
+            facts = rule.get(part, {})
+            if facts.get("range", "minmax") not in RANGES:
+                raise ValueError(unknown_word(f"range search '{facts['range']}' is unknown", facts["range"], RANGES))
+            for key in facts:
                 if key not in known:
-                    raise ValueError(unknown_word(f"{part} of rule {dict(rule)} has an unknown key '{key}'", key, known))
+                    complaint = f"{part} of rule {dict(rule)} has an unknown key '{key}'"
+                    raise ValueError(unknown_word(complaint, key, known))
             check_bits(rule.get(part, {}).get("bits", 32), part)
 
 
@@ -60,6 +70,10 @@ def convert(net, rules, timeline=None):
 
     Returns the copy; its `timeline` follows the steps of every forward pass."""
     check_rules(rules)
+    names = [name for name, module in net.named_modules() if type(module) in SWAP]
+    for rule in rules:
+        if not any(fnmatchcase(name, rule.get("match", "*")) for name in names):
+            raise ValueError(unknown_word(f"no layer matches '{rule['match']}'", rule["match"], names))
     timeline = timeline or Timeline()
     parameters = {id(p): p for p in net.parameters()}      # shared, not copied
     net = copy.deepcopy(net, parameters)

@@ -104,7 +104,8 @@ class QuantLayer(nn.Module):
         """Replace the float weight by integers: learned rounding where there is one, nearest otherwise."""
         if self.weight_quantizer is None or self.weight_int is not None:
             return
-        codes = self.rounding.codes(hard=True) if self.rounding is not None else self.weight_quantizer.codes(self.weight)
+        learned = self.rounding is not None
+        codes = self.rounding.codes(hard=True) if learned else self.weight_quantizer.codes(self.weight)
         self.weight_int, self.weight, self.rounding = codes.detach().clone(), None, None
 
 

@@ -57,6 +57,8 @@ def check_passes(passes):
     """Raises ValueError for an unknown pass or option; returns [(name, options)]."""
     checked = []
     for entry in passes:
+        if isinstance(entry, dict) and len(entry) != 1:
+            raise ValueError(f"pass entry {entry} must be one name with its options, for example {{fit_ranges: {{}}}}")
         (name, options), = entry.items() if isinstance(entry, dict) else ((entry, {}),)
         if name not in PASSES:
             raise ValueError(unknown_word(f"pass '{name}' is unknown", name, PASSES))

@@ -74,7 +74,7 @@ class Quantizer(nn.Module):
         self.register_buffer("zero_point", torch.full(shape, float("nan")))
         self.register_buffer("group_of", group_of, persistent=False)
         self.enabled = True
-        self.observed = None
+        self.observed, self.samples_to_come = None, 0
 
     def extra_repr(self):
         return f"bits={self.spec.bits}, shape={tuple(self.scale.shape)}, range={self.spec.range}"
@@ -95,7 +95,8 @@ class Quantizer(nn.Module):
         return self.enabled
 
     def codes(self, x):
-        """Centred integer codes of x, as floats: code - zero_point."""
+        """Centred integer codes of x, as floats: code - zero_point. Chosen in float32, under autocast too."""
+        x = x.float()
         scale, zero_point = self.table(self.scale, x), self.table(self.zero_point, x)
         return StraightThrough.apply(x, scale, zero_point, self.low, self.high)
 
@@ -117,7 +118,7 @@ class Quantizer(nn.Module):
         flat, groups = x.detach().flatten(1), self.scale.shape[1]
         index = self.group_of.expand(x.shape[1:]).flatten()
         order, counts = index.argsort(stable=True), index.bincount(minlength=groups)
-        picks = max(1, min(int(counts.max()), VALUES_PER_GROUP // (self.spec_samples * 2)))
+        picks = max(1, min(int(counts.max()), VALUES_PER_GROUP // self.samples_to_come))
         position = torch.arange(picks, device=x.device) * (counts[:, None] - 1) // max(picks - 1, 1)
         values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position]]
         shape, target = (len(x), groups), index.expand(len(x), -1)
@@ -129,7 +130,7 @@ class Quantizer(nn.Module):
 
     def begin_observing(self, num_samples):
         """Start collecting; `num_samples` samples are going to pass, which sets how many values each may keep."""
-        self.observed, self.spec_samples = [], num_samples
+        self.observed, self.samples_to_come = [], num_samples
 
     @torch.no_grad()
     def fit_observed(self):

@@ -7,7 +7,8 @@ Inputs: with hard weights, learn the activation scales (LSQ) from full-precision
     L = lp(out, target; 2.4).
 """
 import time
-from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Callable
 
 import torch
 
@@ -35,91 +36,105 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     Returns one fact per unit and stage: error before and after (relative to the mean square of the target), seconds.
     """
     settings = {k: v for k, v in locals().items() if k != "job"}
-    settings["set_time"] = lambda rows: job.net.timeline.set_time(job.calibration.t[rows])
-    store = Store(memory_gb, job.resume_folder)
-    units = units_in_order(job.model.net, job.order)
-    calibration = job.calibration
-    uses = last_uses(job.model.net, units, calibration.x, calibration.t)
-    streams = [Stream(net, units, uses, calibration, batch_size=capture_batch, store=store)
-               for net in (job.model.net, job.net)]
-    original, quantized = streams
+    store, calibration = Store(memory_gb, job.resume_folder), job.calibration
+    names = units_in_order(job.model.net, job.order)
+    uses = last_uses(job.model.net, names, calibration.x, calibration.t)
+    original, quantized = (Stream(net, names, uses, calibration, batch_size=capture_batch, store=store)
+                           for net in (job.model.net, job.net))
     set_input_quantization(job.net, False)
-    facts, started = [], time.monotonic()
-    work = {u: sum(m for layer, m in job.order.items() if layer == u or layer.startswith(u + ".")) for u in units}
-    overhead = sum(work.values()) / (2 * len(units))      # an idle step of a tiny unit costs time too
-    work = {u: macs + overhead for u, macs in work.items()}
-    for i, unit in enumerate(units):
-        path = job.resume_folder / f"{i:03d}_{unit}.safetensors"
-        module = quantized.modules[unit]
-        float_inputs, quant_inputs = original.inputs(unit), quantized.inputs(unit)
-        target = original.advance(unit, float_inputs)
+    share, facts, started = shares_of_work(names, job.order), [], time.monotonic()
+    for i, name in enumerate(names):
+        path = job.resume_folder / f"{i:03d}_{name}.safetensors"
+        unit = Unit(name, quantized.modules[name], quantized.device,
+                    lambda rows: job.net.timeline.set_time(calibration.t[rows]))
+        float_inputs, quant_inputs = original.inputs(name), quantized.inputs(name)
+        target = original.advance(name, float_inputs)
         if path.is_file():
-            new = load_unit(module, path)
+            new = load_unit(unit.module, path)
         else:
             generator = torch.Generator().manual_seed(mix(job.seed, i))
-            new = optimise_unit(unit, module, quant_inputs, float_inputs, target, generator, settings)
-            save_unit(module, path, new)
-        quantized.advance(unit, quant_inputs)
+            new = optimise_unit(unit, quant_inputs, float_inputs, target, generator, settings)
+            save_unit(unit.module, path, new)
+        quantized.advance(name, quant_inputs)
         original.free(float_inputs + quant_inputs)
-        for stream in streams:
-            stream.drop_dead(unit)
+        del float_inputs, quant_inputs, target
+        original.drop_dead(name)
+        quantized.drop_dead(name)
         facts += new
-        done = sum(work[u] for u in units[:i + 1]) / sum(work.values())
+        done = sum(share[n] for n in names[:i + 1])
         left = (time.monotonic() - started) * (1 - done) / done
-        job.log(f"[{i + 1}/{len(units)}] {unit:20} " + "  ".join(
-            f"{f['stage']} error {f['error_before']:.2e} -> {f['error_after']:.2e}" for f in new)
-            + f"  about {left:.0f} s left")
+        errors = "  ".join(f"{f['stage']} error {f['error_before']:.2e} -> {f['error_after']:.2e}" for f in new)
+        job.log(f"[{i + 1}/{len(names)}] {name:20} {errors}  about {left:.0f} s left")
         job.note(facts)
     set_input_quantization(job.net, True)
     return facts
 
 
-def optimise_unit(unit, module, quant_inputs, float_inputs, target, generator, settings):
+def shares_of_work(names, order):
+    """Fraction of the whole work for each unit: half by multiply-adds, half alike, as a step of a tiny unit costs time
+    too."""
+    macs = {name: sum(m for layer, m in order.items() if f"{layer}.".startswith(f"{name}.")) for name in names}
+    return {name: macs[name] / sum(macs.values()) / 2 + 1 / len(names) / 2 for name in names}
+
+
+@dataclass
+class Unit:
+    """A unit of the quantized network as it is being learned."""
+    name: str
+    module: torch.nn.Module
+    device: torch.device
+    set_time: Callable                     # tells the timeline which calibration rows are about to run
+
+    def __call__(self, inputs, rows):
+        self.set_time(rows)
+        x = [a[rows].to(self.device) for a in inputs]
+        return self.module(*(a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a for a in x))
+
+
+def optimise_unit(unit, quant_inputs, float_inputs, target, generator, settings):
     """Both stages for one unit, which ends hardened; returns their facts."""
     facts = []
-    layers = [m for m in quant_layers(module).values() if m.weight_quantizer is not None]
+    layers = [m for m in quant_layers(unit.module).values() if m.weight_quantizer is not None]
     if layers:
-        facts.append(measured(unit, "weight", module, quant_inputs, target, settings["set_time"],
-                              lambda: learn_rounding(module, layers, quant_inputs, target, generator, settings)))
-    quantizers = list(input_quantizers(module).values())
+        facts.append(measured(unit, "weight", quant_inputs, target,
+                              lambda: learn_rounding(unit, layers, quant_inputs, target, generator, settings)))
+    quantizers = list(input_quantizers(unit.module).values())
     if quantizers:
-        set_input_quantization(module, True)
-        facts.append(measured(unit, "input", module, float_inputs, target, settings["set_time"],
-                              lambda: learn_scales(module, quantizers, float_inputs, target, generator, settings)))
-        set_input_quantization(module, False)
+        set_input_quantization(unit.module, True)
+        facts.append(measured(unit, "input", float_inputs, target,
+                              lambda: learn_scales(unit, quantizers, float_inputs, target, generator, settings)))
+        set_input_quantization(unit.module, False)
     return facts
 
 
-def measured(unit, stage, module, inputs, target, set_time, optimise):
+def measured(unit, stage, inputs, target, optimise):
     """Error before, optimise(), error after."""
-    before, started = relative_error(module, inputs, target, set_time), time.monotonic()
+    before, started = relative_error(unit, inputs, target), time.monotonic()
     optimise()
-    return {"pass": "reconstruct", "stage": stage, "unit": unit, "error_before": before,
-            "error_after": relative_error(module, inputs, target, set_time), "seconds": time.monotonic() - started}
+    return {"pass": "reconstruct", "stage": stage, "unit": unit.name, "error_before": before,
+            "error_after": relative_error(unit, inputs, target), "seconds": time.monotonic() - started}
 
 
 @torch.no_grad()
-def relative_error(module, inputs, target, set_time):
+def relative_error(unit, inputs, target):
     """mean square of (unit(inputs) - target) over mean square of target, on an even pick of the samples."""
     rows = torch.linspace(0, len(target) - 1, min(ERROR_ROWS, len(target))).long()
     error = power = 0.0
-    device = next(module.parameters()).device
     for part in rows.split(64):
-        set_time(part)
-        out, wanted = module(*(a[part].to(device) for a in inputs)), target[part].to(device)
-        error += float((out - wanted).square().sum())
+        wanted = target[part].to(unit.device)
+        error += float((unit(inputs, part) - wanted).square().sum())
         power += float(wanted.square().sum())
     return error / max(power, 1e-30)
 
 
-def learn_rounding(module, layers, inputs, target, generator, s):
+def learn_rounding(unit, layers, inputs, target, generator, s):
     for layer in layers:
         layer.rounding = Rounding(layer.weight, layer.weight_quantizer)
     parameters = [layer.rounding.alpha for layer in layers]
     optimizer = torch.optim.Adam(parameters, lr=s["weight_lr"])
     for step in range(s["weight_iters"]):
         progress = step / s["weight_iters"]
-        loss = batch_loss(module, inputs, target, generator, s, s["weight_norm"])
+        loss = batch_loss(unit, inputs, target, generator, s, s["weight_norm"])
         if progress >= s["warmup"]:
             done = (progress - s["warmup"]) / (1 - s["warmup"])
             beta = s["beta_start"] + (s["beta_end"] - s["beta_start"]) * done
@@ -129,12 +144,15 @@ def learn_rounding(module, layers, inputs, target, generator, s):
         layer.harden()
 
 
-def learn_scales(module, quantizers, inputs, target, generator, s):
-    parameters = [q.scale.requires_grad_(True) for q in quantizers]
+def learn_scales(unit, quantizers, inputs, target, generator, s):
+    """16-bit quantizers (softmax outputs of text models) keep their scale, as in the released code."""
+    parameters = [q.scale.requires_grad_(True) for q in quantizers if q.spec.bits < 16]
+    if not parameters:
+        return
     optimizer = torch.optim.Adam(parameters, lr=s["input_lr"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(s["input_iters"], 1))
     for _ in range(s["input_iters"]):
-        descend(optimizer, batch_loss(module, inputs, target, generator, s, s["input_norm"]), parameters)
+        descend(optimizer, batch_loss(unit, inputs, target, generator, s, s["input_norm"]), parameters)
         schedule.step()
         for scale in parameters:
             scale.data.clamp_(min=1e-8)
@@ -142,15 +160,11 @@ def learn_scales(module, quantizers, inputs, target, generator, s):
         scale.requires_grad_(False)
 
 
-def batch_loss(module, inputs, target, generator, s, norm):
+def batch_loss(unit, inputs, target, generator, s, norm):
     rows = torch.randint(len(target), (s["batch_size"],), generator=generator)
-    s["set_time"](rows)
-    device = next(module.parameters()).device
-    x = [a[rows].to(device) for a in inputs]
-    x = [a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a for a in x]
-    with torch.autocast(device.type, torch.bfloat16) if s["bfloat16"] else nullcontext():
-        out = module(*x)
-    return lp(out.float(), target[rows].to(device), norm)
+    with torch.autocast(unit.device.type, torch.bfloat16, enabled=s["bfloat16"]):
+        out = unit(inputs, rows)
+    return lp(out.float(), target[rows].to(unit.device), norm)
 
 
 def descend(optimizer, loss, parameters):

@@ -40,7 +40,8 @@ def evaluate(run):
     with run.stage("evaluate"):
         results = {name: scores_of(run, folder) for name, folder in folders.items()}
         metrics = {"protocol": {"asked": protocol, "scores": results["quantized"]["protocol"]},
-                   "float": {"scores": results["float"]["scores"]}, "quantized": {"scores": results["quantized"]["scores"]},
+                   "float": {"scores": results["float"]["scores"]},
+                   "quantized": {"scores": results["quantized"]["scores"]},
                    "paired": paired_scores(*folders.values()), "sqnr_db_per_step": sqnr(run),
                    "sizes": {"float_bytes": run.model.float_bytes,
                              "quantized_bytes": run.path("quantized.safetensors").stat().st_size},
@@ -50,8 +51,8 @@ def evaluate(run):
     print(f"protocol: {s.num} images, {s.sampler} {s.steps} {s.skip} steps, eta {s.eta}, EMA weights, seed {s.seed}, "
           f"reference {metrics['protocol']['scores'].get('reference')}, "
           f"{metrics['protocol']['scores'].get('extractor')}, {metrics['protocol']['scores'].get('tool')}")
-    for name in metrics["quantized"]["scores"]:
-        print(f"{name:28} float {metrics['float']['scores'][name]:10.4f}   quantized {metrics['quantized']['scores'][name]:10.4f}")
+    for name, value in metrics["quantized"]["scores"].items():
+        print(f"{name:28} float {metrics['float']['scores'][name]:10.4f}   quantized {value:10.4f}")
     steps = metrics["sqnr_db_per_step"]
     print(f"same-seed PSNR {metrics['paired']['psnr_db']:.2f} dB, SSIM {metrics['paired']['ssim']:.4f}, "
           f"mean SQNR of eps {sum(r['sqnr_db'] for r in steps) / len(steps):.2f} dB")

@@ -126,7 +126,8 @@ class Run:
     def need(self, name, maker):
         """Path of an artefact that another stage makes; ValueError that names the command if it is absent."""
         if not self.path(name).exists():
-            raise ValueError(f"{self.path(name)} does not exist yet; make it with: python scripts/{maker}.py {self.folder}")
+            raise ValueError(f"{self.path(name)} does not exist yet; make it with: python scripts/{maker}.py "
+                             f"{self.folder}")
         return self.path(name)
 
     @contextmanager
@@ -148,7 +149,8 @@ class Run:
 
     def recipe(self):
         """What identifies a quantized network: everything that changes its numbers, without what only moves it."""
-        keep = ("name", "network", "schedule", "bits", "method", "rules", "passes", "preset", "effort", "calibration", "seed")
+        keep = ("name", "network", "schedule", "bits", "method", "rules", "passes", "preset", "effort", "calibration",
+                "seed")
         everything = asdict(self.config)
         return {k: everything[k] for k in keep} | {"weights_hash": self.model.weights_hash}
 
@@ -168,7 +170,8 @@ def check(config):
         raise ValueError(unknown_word(f"calibration builder '{config.calibration.builder}' is unknown",
                                       config.calibration.builder, BUILDERS))
     if config.sampling.sampler not in SAMPLERS:
-        raise ValueError(unknown_word(f"sampler '{config.sampling.sampler}' is unknown", config.sampling.sampler, SAMPLERS))
+        word = config.sampling.sampler
+        raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
     num_steps = len(step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule)))
     if config.calibration.steps > num_steps and not config.calibration.file:
         raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "
@@ -182,13 +185,15 @@ def check(config):
 def flatten(tree, prefix=""):
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for key, sub in tree.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {name: value for key, sub in tree.items()
+            for name, value in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def differences(a, b):
     """Keys on which two configurations disagree, those that change no artefact left out."""
     a, b = (flatten(_without_free(asdict(c))) for c in (a, b))
-    return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in sorted(a.keys() | b.keys())
+            if a.get(key) != b.get(key)]
 
 
 def _without_free(tree):
@@ -246,8 +251,9 @@ def provenance(model, files):
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity")}
-    return {"weights_hash": model.weights_hash, "commit": commit, "versions": versions, "files": [str(f) for f in files],
+    packages = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity")
+    return {"weights_hash": model.weights_hash, "commit": commit, "files": [str(f) for f in files],
+            "versions": {package: importlib.metadata.version(package) for package in packages},
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads()}
 

@@ -49,9 +49,11 @@ def protocol(metrics):
     """What two rows must share, as one line."""
     asked, scores = metrics["protocol"]["asked"], metrics["protocol"]["scores"]
     s = asked["sampling"]
-    return (f"{asked['model']}, {scores['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} {s['skip']} steps, "
-            f"eta {s['eta']}, EMA weights, reference {scores.get('reference')}, extractor {scores.get('extractor')}, "
-            f"{scores.get('tool')}, torch {asked['provenance']['versions']['torch']} on {asked['provenance']['device']}")
+    made = asked["provenance"]
+    return (f"{asked['model']}, {scores['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} {s['skip']} "
+            f"steps, eta {s['eta']}, EMA weights, reference {scores.get('reference')}, "
+            f"extractor {scores.get('extractor')}, {scores.get('tool')}, "
+            f"torch {made['versions']['torch']} on {made['device']}")
 
 
 def calibration_seconds(run):

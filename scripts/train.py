@@ -1,4 +1,6 @@
-"""Train a model that ships with the project:  python scripts/train.py configs/train/RECIPE.yaml out=FOLDER [key=value ...]
+"""Train a model that ships with the project:
+
+    python scripts/train.py configs/train/RECIPE.yaml out=FOLDER data=FOLDER [key=value ...]
 
 Started again with the same folder it goes on from the last checkpoint.
 """
@@ -62,9 +64,11 @@ def run(arguments):
     rows = fit(module, images, labels, config.out)
     record = {"recipe": asdict(config), "images_seen": rows[-1][0], "training_images": len(images),
               "final_loss": round(sum(loss for _, loss in rows[-5:]) / len(rows[-5:]), 5),
-              "torch": torch.__version__, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+              "torch": torch.__version__,
+              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     out = Path(config.out)
-    weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in module.ema.module.state_dict().items()}
+    weights = {name: value.half().contiguous() if value.is_floating_point() else value
+               for name, value in module.ema.module.state_dict().items()}
     save_file(weights, out / "weights.safetensors")
     (out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"averaged weights (fp16) in {out / 'weights.safetensors'}, record in {out / 'record.json'}")

@@ -89,7 +89,7 @@ class Malice:
 def test_hostile_file_is_refused_without_running(tmp_path, protocol):
     content = {"xs": [torch.ones(1)], "ts": [Malice(tmp_path / "touched")]}
     with open(tmp_path / "set.pt", "wb") as file:
-        torch.save(content, file) if protocol == "torch" else pickle.dump(content, file)
+        torch.save(content, file) if protocol == "torch" else pickle.dump(content, file, protocol=2)
     assert_refused(tmp_path / "set.pt", "not a readable torch file of plain tensors")
     assert not (tmp_path / "touched").exists()
 

@@ -205,3 +205,14 @@ def test_more_bits_come_closer(tiny_net, tmp_path):
     nets = [quantized(tiny_net, tmp_path, rules(bits, bits)) for bits in (4, 6, 8)]
     errors = [(net(x, T) - tiny_net(x, T)).square().mean() for net in nets]
     assert errors[0] > 4 * errors[1] > 16 * errors[2]      # each bit halves the step: 16 times for two, roughly
+
+
+@pytest.mark.parametrize("rule, sentence", [
+    ({"role": "stemm"}, "unknown role 'stemm'; did you mean 'stem'"),
+    ({"kind": "matmuls"}, "unknown kind 'matmuls'; did you mean 'matmul'"),
+    ({"match": "conv_im"}, "no layer matches 'conv_im'; did you mean 'conv_in'"),
+    ({"weight": {"range": "minmix"}}, "'minmix' is unknown; did you mean 'minmax'"),
+])
+def test_a_rule_that_can_apply_to_nothing_is_refused(tiny_net, rule, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        convert(tiny_net, [rule])

@@ -153,8 +153,8 @@ def test_other_weights_under_the_same_name_are_refused(model, done, tmp_path):
     state = load_file(model.with_name("tiny.safetensors"))
     state["conv_in.bias"] += 1
     save_file(state, tmp_path / "other.safetensors")
-    config = (out / "config.yaml").read_text()
-    (out / "config.yaml").write_text(config.replace(str(model.with_name("tiny.safetensors")), str(tmp_path / "other.safetensors")))
+    config, weights = (out / "config.yaml").read_text(), str(model.with_name("tiny.safetensors"))
+    (out / "config.yaml").write_text(config.replace(weights, str(tmp_path / "other.safetensors")))
     (out / "samples/000000.png").unlink()
     with pytest.raises(ValueError, match="other weights of tiny"):
         sample.run([str(out)])

@@ -148,9 +148,9 @@ def test_percentile_of_a_subsample_is_that_of_all_values():
 
 
 def test_successive_batches_are_averaged():
-    q = observed(Quantizer(QuantSpec(bits=8, ema=0.5), torch.tensor(0)),
+    q = observed(Quantizer(QuantSpec(bits=8, ema=0.75), torch.tensor(0)),
                  *(torch.tensor([[-top, top]]) for top in (1.0, 2.0, 4.0)))
-    assert float(q.scale) == pytest.approx(2 * 2.75 / 255)                 # 0.5 (0.5 * 1 + 0.5 * 2) + 0.5 * 4
+    assert float(q.scale) == pytest.approx(2 * 1.9375 / 255)               # 0.75 (0.75 * 1 + 0.25 * 2) + 0.25 * 4
     alone = observed(Quantizer(QuantSpec(bits=8, ema=0.9), torch.tensor(0)), torch.tensor([[-3.0, 3.0]]))
     assert float(alone.scale) == pytest.approx(6 / 255)
 
