@@ -34,7 +34,7 @@ def load_classifier(path=WEIGHTS):
 
 
 class CifarResnet(FeatureExtractorBase):
-    """`pooled` (N, 160) and `logits` (N, 10) of the CIFAR-10 classifier, for uint8 images (N, 3, 32, 32)."""
+    """`pooled` (N, 136) and `logits` (N, 10) of the CIFAR-10 classifier, for uint8 images (N, 3, 32, 32)."""
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **_):
         super().__init__(name, features_list)

@@ -69,13 +69,14 @@ def _ecosystem_set(path):
 
 
 def uniform(record, num_steps, num_images, made):
-    """Q-Diffusion's set: every (S // num_steps)-th step of the sampler's S, the same images at each.
+    """Q-Diffusion's set: `num_steps` evenly spaced steps of the sampler's S (every (S / num_steps)-th where that
+    divides), the same images at each.
 
     `record` is a list over sampling steps, noisiest first, of (x (N, C, H, W), t). Raises ValueError if it is short.
     """
     if not 1 <= num_steps <= len(record):
         raise ValueError(f"{num_steps} calibration steps asked for, the sampler has {len(record)}")
-    picked = record[::len(record) // num_steps][:num_steps]
+    picked = [record[i * len(record) // num_steps] for i in range(num_steps)]
     x = torch.cat([x[:num_images] for x, _ in picked])
     t = torch.cat([torch.full((min(num_images, len(x)),), float(t)) for x, t in picked])
     return CalibrationSet(x, t, None, made)

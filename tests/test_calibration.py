@@ -15,7 +15,7 @@ def record(num_steps, num=6):
 
 
 @pytest.mark.parametrize("total, asked, picked", [
-    (10, 5, [0, 2, 4, 6, 8]), (10, 3, [0, 3, 6]), (10, 10, list(range(10))), (7, 5, [0, 1, 2, 3, 4]), (5, 1, [0]),
+    (10, 5, [0, 2, 4, 6, 8]), (10, 3, [0, 3, 6]), (10, 10, list(range(10))), (7, 5, [0, 1, 2, 4, 5]), (5, 1, [0]),
     (100, 20, list(range(0, 100, 5)))])
 def test_uniform_takes_every_so_many_steps_and_the_same_images(total, asked, picked):
     found = uniform(record(total), asked, 4, {"builder": "uniform"})

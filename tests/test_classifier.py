@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 
 from evaluation.classifier import build_classifier
 from evaluation.features import WEIGHTS, load_classifier, sha256
@@ -15,7 +14,7 @@ from evaluation.reference import (STATISTICS, PackageConfig, frechet_distance, p
                                   write_statistics)
 from quant.config import read_yaml
 
-TINY = {"stem_width": 4, "widths": [4, 8, 6], "blocks": 2}
+TINY = {"stem_width": 4, "widths": [4, 8, 6], "depth": 2}
 
 
 def test_shapes_and_a_hand_computed_head():
@@ -24,8 +23,7 @@ def test_shapes_and_a_hand_computed_head():
     features = net.features(x)
     assert features.shape == (2, 6) and (features >= 0).all()
     torch.testing.assert_close(net.logits(x), features @ net.head.weight.T + net.head.bias)
-    kinds = [type(block.shortcut) for block in net.blocks]
-    assert kinds == [nn.Conv2d, nn.Identity] * 3
+    assert net.stages(net.stem(x)).shape == (2, 6, 4, 4)                 # halved once in each of three stages
 
 
 def test_the_recipe_builds_the_shipped_network():
@@ -39,7 +37,7 @@ def test_shipped_files_fit_together():
     assert WEIGHTS.stat().st_size < 2e6 and record["test_accuracy"] >= 0.9
     assert record["weights_sha256"] == facts["extractor_sha256"] == sha256(WEIGHTS)
     assert record["statistics_sha256"] == sha256(STATISTICS) and facts["count"] == 50000
-    assert statistics["mu"].shape == (160,) and statistics["sigma"].shape == (160, 160)
+    assert statistics["mu"].shape == (136,) and statistics["sigma"].shape == (136, 136)
     assert np.linalg.eigvalsh(statistics["sigma"]).min() > 0
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.zoo import build_network
-from scripts import calibrate, evaluate, quantize, report, run_folder, sample
+from scripts import calibrate, evaluate, quantize, report, run_folder, sample, table
 
 PROJECT = Path(__file__).resolve().parents[1]
 NETWORK = {"family": "ddim-unet", "image_size": 16, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
@@ -269,6 +269,16 @@ def test_flatten_and_differences_ignore_what_changes_no_artefact():
     assert run_folder.differences(a, b) == []
     b.bits.weight = 4
     assert run_folder.differences(a, b) == ["bits.weight (8 there, 4 here)"]
+
+
+def test_table_has_a_row_per_run_and_refuses_another_protocol(model, done, tmp_path):
+    table.run([str(done), f"out={tmp_path}/table.md"])
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows] == ["method", "full precision", "qdiffusion"] and rows[2][0] == "| 4/8"
+    assert rows[2][2] == f"{(done / 'quantized.safetensors').stat().st_size:,}"
+    everything(model, tmp_path / "other", "sampling.seed=1", method="minmax")
+    with pytest.raises(ValueError, match="another protocol"):
+        table.run([str(done), str(tmp_path / "other")])
 
 
 def test_driver_refuses_a_word_that_is_no_override():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import TINY
-from models.training import DiffusionTraining, ImageBatches, fit
+from models.training import DiffusionTraining, ImageBatches, fit, multiscale
 
 STEPS = 4                                                 # of an epoch
 
@@ -140,3 +140,10 @@ def test_training_lowers_the_loss(tmp_path, quiet):
 def test_sample_grid_is_drawn(tmp_path):
     make().draw_samples(tmp_path / "grid.png", num=4, num_steps=2)
     assert (tmp_path / "grid.png").stat().st_size > 0
+
+
+def test_multiscale_error_counts_a_constant_at_every_scale_and_a_chequerboard_at_one():
+    constant = torch.full((2, 3, 8, 8), 0.5)
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    assert float(multiscale(constant)) == pytest.approx((1 + 2 + 4 + 8) * 0.25)
+    assert float(multiscale(board.expand(2, 3, 8, 8))) == pytest.approx(1.0)
