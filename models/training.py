@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 
-from ddim.sampler import SeededNoise, ddim
+from ddim.sampler import SAMPLERS, SeededNoise
 from ddim.schedule import make_schedule, step_sequence
 from models.zoo import build_network
 
@@ -110,7 +110,7 @@ class DiffusionTraining(Training):
     def __init__(self, model_config, config):
         net = build_network(**model_config["network"]).to(memory_format=torch.channels_last)
         super().__init__(net, config)
-        self.schedule = make_schedule(**model_config["schedule"])
+        self.schedule, self.sampling = make_schedule(**model_config["schedule"]), model_config["sampling"]
         self.register_buffer("abar", self.schedule.abar, persistent=False)
 
     def training_step(self, batch, _):
@@ -126,17 +126,17 @@ class DiffusionTraining(Training):
         return loss
 
     @torch.no_grad()
-    def draw_samples(self, path, num=64, num_steps=20):
-        """A grid of DDIM samples of the averaged weights, always from the same noise."""
-        net = self.ema.module.eval()
+    def draw_samples(self, path, num=64):
+        """A grid of samples of the averaged weights with the model's own sampler, always from the same noise."""
+        net, how = self.ema.module.eval(), self.sampling
         noise = SeededNoise(0, range(num), (net.in_channels, net.image_size, net.image_size), self.device)
-        steps = step_sequence("uniform", num_steps, self.schedule)
-        x = ddim(net, noise.draw(), steps, self.schedule, noise=lambda: 0.0)
+        steps = step_sequence(how["skip"], how["steps"], self.schedule)
+        x = SAMPLERS[how["sampler"]](net, noise.draw(), steps, self.schedule, noise=noise.draw, eta=how["eta"])
         save_image(x.clamp(-1, 1) / 2 + 0.5, path, nrow=8)
 
 
 class ClassifierTraining(Training):
-    """Cross-entropy with label smoothing; images flipped and shifted by up to 2 pixels."""
+    """Cross-entropy with label smoothing; images flipped, shifted by up to 4 pixels and partly erased."""
 
     def __init__(self, net, config):
         super().__init__(net.to(memory_format=torch.channels_last), config)
@@ -145,15 +145,26 @@ class ClassifierTraining(Training):
         x, y = batch[0].to(self.device).float() / 255, batch[1].to(self.device)
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5, x.flip(3), x)
         line = torch.arange(x.shape[2], device=self.device)
-        rows, cols = (torch.randint(0, 5, (len(x), 1), device=self.device) + line for _ in range(2))
-        padded, images = F.pad(x, (2, 2, 2, 2), mode="reflect"), torch.arange(len(x), device=self.device)
+        rows, cols = (torch.randint(0, 9, (len(x), 1), device=self.device) + line for _ in range(2))
+        padded, images = F.pad(x, (4, 4, 4, 4), mode="reflect"), torch.arange(len(x), device=self.device)
         x = padded[images[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.erase(x).contiguous(memory_format=torch.channels_last)
         logits = self.forward_net.logits(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=0.1)
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log("accuracy", (logits.argmax(1) == y).float().mean(), on_step=False, on_epoch=True, prog_bar=True)
         return loss
+
+    @staticmethod
+    def erase(x, size=8):
+        """One grey square of size x size per image (DeVries & Taylor 2017, arXiv:1708.04552)."""
+        spans = []
+        for length in x.shape[2:]:
+            start = torch.randint(0, length - size + 1, (len(x), 1), device=x.device)
+            position = torch.arange(length, device=x.device)
+            spans.append((position >= start) & (position < start + size))
+        hole = spans[0][:, None, :, None] & spans[1][:, None, None, :]
+        return x.masked_fill(hole, 0.45)
 
 
 class Progress(pl.Callback):

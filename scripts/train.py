@@ -17,6 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 from evaluation.classifier import build_classifier  # noqa: E402
 from models.data import load_images  # noqa: E402
 from models.training import ClassifierTraining, DiffusionTraining, fit  # noqa: E402
+from models.weights import load_state, load_weights  # noqa: E402
 from quant.config import load, read_yaml  # noqa: E402
 from scripts.cli import main  # noqa: E402
 
@@ -27,6 +28,7 @@ class TrainConfig:
     task: str = "diffusion"                  # diffusion | classifier
     model: str = ""                          # model YAML of a diffusion network
     classifier: dict = field(default_factory=dict)
+    init: str = ""                           # weights to start from instead of random ones, e.g. the shipped file
     data: str = "cifar10"
     out: str = ""
     num_images: int = 1_000_000
@@ -61,6 +63,9 @@ def run(arguments):
         module = ClassifierTraining(build_classifier(**config.classifier), config)
     else:
         raise ValueError(f"task '{config.task}' is unknown; choose diffusion or classifier")
+    if config.init:
+        load_weights(module.net, load_state(config.init), f"init={config.init}")
+        module.ema.module.load_state_dict(module.net.state_dict())
     rows = fit(module, images, labels, config.out)
     record = {"recipe": asdict(config), "images_seen": rows[-1][0], "training_images": len(images),
               "final_loss": round(sum(loss for _, loss in rows[-5:]) / len(rows[-5:]), 5),
