@@ -49,17 +49,20 @@ def record(run):
     """Full-precision trajectories of `calibration.images` images -> [(x, t)] per sampling step, noisiest first. Each
     finished batch of images is kept in resume/calibrate."""
     c, s = run.config.calibration, run.config.sampling
-    starts = range(0, c.images, s.batch_size)
-    parts = []
-    for start in tqdm(starts, desc="calibrate: full-precision trajectories", unit="batch"):
-        path = run.path(f"resume/calibrate/{start:06d}.safetensors")
-        if not path.exists():
+    paths = {start: run.path(f"resume/calibrate/{start:06d}.safetensors") for start in range(0, c.images, s.batch_size)}
+    todo = [start for start, path in paths.items() if not path.exists()]
+    with tqdm(total=len(todo) * s.steps, desc="calibrate: full-precision trajectories", unit="step") as bar:
+        for start in todo:
             steps = []
+
+            def note(step, t, x, *_):
+                steps.append((x.cpu(), t))
+                bar.update()
             sample(run.model, run.model.eps, range(start, start + s.batch_size), sampler=s.sampler, steps=s.steps,
-                   skip=s.skip, eta=s.eta, seed=c.seed, batch_size=s.batch_size,
-                   callback=lambda step, t, x, *_: steps.append((x.cpu(), t)))
-            save_tensors(path, {"x": torch.stack([x for x, _ in steps]), "t": torch.tensor([t for _, t in steps])}, {})
-        parts.append(load_tensors(path)[0])
+                   skip=s.skip, eta=s.eta, seed=c.seed, batch_size=s.batch_size, callback=note)
+            tensors = {"x": torch.stack([x for x, _ in steps]), "t": torch.tensor([t for _, t in steps])}
+            save_tensors(paths[start], tensors, {})
+    parts = [load_tensors(path)[0] for path in paths.values()]
     x = torch.cat([p["x"] for p in parts], dim=1)[:, :c.images]
     return [(x[i], float(t)) for i, t in enumerate(parts[0]["t"])]
 

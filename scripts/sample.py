@@ -54,11 +54,12 @@ def draw(run, precision="simulated", shard="0/1"):
     if starts:
         eps = eps_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
-        with run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
-            for start in tqdm(starts, desc=f"sample: {precision} images in batches of {s.batch_size}", unit="batch"):
+        bar = tqdm(total=len(starts) * s.steps, desc=f"sample: {precision}, batches of {s.batch_size}", unit="step")
+        with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
+            for start in starts:
                 indices = range(start, min(start + s.batch_size, s.num))
                 images = sample(run.model, eps, indices, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta,
-                                seed=s.seed, batch_size=s.batch_size)
+                                seed=s.seed, batch_size=s.batch_size, callback=lambda *_: bar.update())
                 for i, image in zip(indices, images.cpu()):
                     save_png(paths[i], image)
     else:

@@ -16,6 +16,9 @@ RUN=${OUT:-runs/$MODEL/$METHOD-$BITS-$PRESET}
 
 . scripts/setup.sh
 
+# Threads that sleep while they wait: a few percent slower on an idle machine, several times faster on a busy one.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-0}
+
 force=()
 for word in "$@"; do [ "$word" = force=true ] && force=(force=true); done
 
