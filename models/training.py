@@ -59,7 +59,7 @@ class Data(pl.LightningDataModule):
 
 
 class Training(pl.LightningModule):
-    """What both trainings share: Adam(W), linear warm-up, cosine to zero, an exponential moving average of weights.
+    """What both trainings share: linear warm-up, cosine to zero, an exponential moving average of weights.
 
     The average starts short and grows to `ema_decay`: min(decay, (1 + n)/(10 + n)) after n updates.
     """
@@ -77,12 +77,11 @@ class Training(pl.LightningModule):
         self.__dict__["forward_net"] = torch.compile(net) if config.compile else net
 
     def configure_optimizers(self):
-        c = self.config
-        optimizer = torch.optim.AdamW(self.net.parameters(), lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay)
+        optimizer = self.build_optimizer()
 
         def factor(step):
             done = min(step / self.num_steps, 1.0)
-            return min(1.0, (step + 1) / c.warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            return min(1.0, (step + 1) / self.config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -113,6 +112,9 @@ class DiffusionTraining(Training):
         self.schedule, self.sampling = make_schedule(**model_config["schedule"]), model_config["sampling"]
         self.register_buffer("abar", self.schedule.abar, persistent=False)
 
+    def build_optimizer(self):
+        return torch.optim.Adam(self.net.parameters(), lr=self.config.lr, betas=(0.9, self.config.beta2))
+
     def training_step(self, batch, _):
         x = batch[0].to(self.device).float() / 127.5 - 1
         flip = torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5
@@ -140,6 +142,10 @@ class ClassifierTraining(Training):
 
     def __init__(self, net, config):
         super().__init__(net.to(memory_format=torch.channels_last), config)
+
+    def build_optimizer(self):
+        return torch.optim.SGD(self.net.parameters(), lr=self.config.lr, momentum=0.9, nesterov=True,
+                               weight_decay=self.config.weight_decay)
 
     def training_step(self, batch, _):
         x, y = batch[0].to(self.device).float() / 255, batch[1].to(self.device)

@@ -35,8 +35,8 @@ class TrainConfig:
     batch_size: int = 64
     steps_per_epoch: int = 200               # optimizer steps between checkpoints
     lr: float = 1e-3
-    beta2: float = 0.99
-    weight_decay: float = 0.0
+    beta2: float = 0.99                      # of Adam (diffusion)
+    weight_decay: float = 0.0                # of SGD (classifier)
     warmup_steps: int = 500
     grad_clip: float = 1.0                   # norm of the gradient
     ema_decay: float = 0.999
