@@ -16,12 +16,13 @@ from torch import nn
 class Matmul(nn.Module):
     """Batched matrix product of two activations, a module so that it can be replaced by a quantized one.
 
-    `roles` names the left and the right operand: ("q", "k") or ("v", "probs") and so on.
+    `roles` names the left and the right operand: ("q", "k") or ("v", "probs") and so on. With several heads they are
+    axis 1 of both operands.
     """
 
-    def __init__(self, *roles):
+    def __init__(self, *roles, num_heads=1):
         super().__init__()
-        self.roles = roles
+        self.roles, self.num_heads = roles, num_heads
 
     def forward(self, a, b):
         return a @ b
@@ -35,13 +36,21 @@ def tag(role, layer, **facts):
     return layer
 
 
-def timestep_embedding(t, width):
-    """Sinusoids of the steps t (N,), fractions allowed -> (N, width): sines first, then cosines."""
+def timestep_embedding(t, width, *, cos_first=False):
+    """Sinusoids of the steps t (N,), fractions allowed -> (N, width).
+
+    Sines, then cosines, at frequencies from 1 to 1/10000 inclusive; with `cos_first` (the U-Nets in ldm/) cosines,
+    then sines, and 1/10000 is left out. An odd width ends in a zero.
+    """
     half = width // 2
-    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * -(math.log(10000) / (half - 1)))
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    if cos_first:
+        freqs = torch.exp(-math.log(10000) * index / half)
+    else:
+        freqs = torch.exp(index * -(math.log(10000) / (half - 1)))
     angles = t.float()[:, None] * freqs[None]
-    emb = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return F.pad(emb, (0, width % 2))
+    waves = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(waves, dim=1), (0, width % 2))
 
 
 def conv(role, in_ch, out_ch, size=3, **facts):
@@ -49,22 +58,27 @@ def conv(role, in_ch, out_ch, size=3, **facts):
 
 
 class ResnetBlock(nn.Module):
-    """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; add the (projected) input."""
+    """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; add the (projected) input.
+
+    Blocks of an autoencoder have no time embedding: `temb_ch` None, `temb` left out.
+    """
 
     def __init__(self, in_ch, out_ch, temb_ch, dropout, groups, input_splits=None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_ch, eps=1e-6)
         self.conv1 = conv("conv1", in_ch, out_ch)
-        self.temb_proj = tag("emb_proj", nn.Linear(temb_ch, out_ch))
+        if temb_ch is not None:
+            self.temb_proj = tag("emb_proj", nn.Linear(temb_ch, out_ch))
         self.norm2 = nn.GroupNorm(groups, out_ch, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv("conv2", out_ch, out_ch)
         if in_ch != out_ch:
             self.nin_shortcut = conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
 
-    def forward(self, x, temb):
+    def forward(self, x, temb=None):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        if temb is not None:
+            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 

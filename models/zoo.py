@@ -1,10 +1,17 @@
 """Networks by family name: the word in a model YAML -> the class that builds it."""
 import inspect
+from functools import partial
 
 from ddim.unet import UNet
+from ldm.autoencoder import AutoencoderKL, AutoencoderVQ
+from ldm.conditioning import ClassEmbedder, TextEncoder
+from ldm.unet import UNet as LatentUNet
 from quant.config import unknown_word
 
-NETWORKS = {"ddim-unet": UNet}
+NETWORKS = {"ddim-unet": UNet, "ldm-unet": LatentUNet, "improved-unet": partial(LatentUNet, num_heads=1),
+            "guided-unet": partial(LatentUNet, num_heads=1),
+            "autoencoder-kl": AutoencoderKL, "autoencoder-vq": AutoencoderVQ,
+            "class-embedder": ClassEmbedder, "clip-text": TextEncoder}
 
 
 def build_network(family, **options):

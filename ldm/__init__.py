@@ -1,0 +1,1 @@
+"""Latent-space models: autoencoders, conditioning, U-Net."""

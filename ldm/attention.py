@@ -1,0 +1,153 @@
+"""Attention over the pixels of a feature map, in the two kinds that the U-Nets of ldm/unet.py are made with.
+
+Fused: one 1-d convolution gives q, k and v (Dhariwal & Nichol 2021, arXiv:2105.05233). Spatial transformer: pixels
+become tokens and attend to each other and to a context (Rombach et al. 2022, arXiv:2112.10752). Both take the softmax
+in float32. Parameter names are those of the public checkpoints.
+
+Axes: N images, C channels, H x W pixels; L tokens (pixels) of C features, M context tokens of E features; a head is D
+wide and always axis 1 of what a `Matmul` multiplies.
+"""
+import torch.nn.functional as F
+from torch import nn
+
+from ddim.unet import Matmul, conv, tag
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the precision of its own parameters: float32 also where the convolutions are in half."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__(32, channels, eps=eps)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def softmax(scores):
+    return scores.float().softmax(dim=-1).to(scores.dtype)
+
+
+class QKVAttention(nn.Module):
+    """Self-attention of a fused qkv tensor. Its 3C rows are `legacy`: for each head its q, k and v; or in the new
+    order: q of all heads, k of all heads, v of all heads."""
+
+    def __init__(self, num_heads, new_order):
+        super().__init__()
+        self.num_heads, self.new_order = num_heads, new_order
+        self.qk_matmul = Matmul("q", "k", num_heads=num_heads)
+        self.av_matmul = Matmul("v", "probs", num_heads=num_heads)
+
+    def forward(self, qkv):
+        """(N, 3C, L) -> (N, C, L)."""
+        n, rows, length = qkv.shape
+        if self.new_order:
+            q, k, v = qkv.reshape(n, 3, self.num_heads, -1, length).unbind(1)
+        else:
+            q, k, v = qkv.reshape(n, self.num_heads, 3, -1, length).unbind(2)               # (N, heads, D, L)
+        scale = q.shape[2] ** -0.25                            # on both factors: the product of halves stays small
+        scores = self.qk_matmul((q * scale).transpose(2, 3), k * scale)                      # (N, heads, L, L keys)
+        h = self.av_matmul(v, softmax(scores).transpose(2, 3))                               # (N, heads, D, L)
+        return h.reshape(n, rows // 3, length)
+
+
+class AttentionBlock(nn.Module):
+    """norm, fused multi-head self-attention over pixels, projection; plus the input."""
+
+    def __init__(self, ch, num_heads, new_order=False):
+        super().__init__()
+        self.norm = GroupNorm(ch)
+        self.qkv = tag("qkv", nn.Conv1d(ch, 3 * ch, 1))
+        self.attention = QKVAttention(num_heads, new_order)
+        self.proj_out = tag("proj", nn.Conv1d(ch, ch, 1))
+
+    def forward(self, x):
+        tokens = x.flatten(2)                                                                # (N, C, L)
+        h = self.proj_out(self.attention(self.qkv(self.norm(tokens))))
+        return x + h.reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to a context, or to themselves where there is none."""
+
+    def __init__(self, dim, context_dim, num_heads, head_dim):
+        super().__init__()
+        inner, self.num_heads = num_heads * head_dim, num_heads
+        self.to_q = tag("q", nn.Linear(dim, inner, bias=False))
+        self.to_k = tag("k", nn.Linear(context_dim or dim, inner, bias=False))
+        self.to_v = tag("v", nn.Linear(context_dim or dim, inner, bias=False))
+        self.qk_matmul = Matmul("q", "k", num_heads=num_heads)
+        self.av_matmul = Matmul("probs", "v", num_heads=num_heads)
+        self.to_out = nn.Sequential(tag("proj", nn.Linear(inner, dim)))
+
+    def split_heads(self, tokens):
+        """(N, L, heads * D) -> (N, heads, L, D)."""
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, context=None):
+        """x (N, L, C), context (N, M, E) -> (N, L, C)."""
+        context = x if context is None else context
+        q, k, v = (self.split_heads(tokens) for tokens in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        scores = self.qk_matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5                   # (N, heads, L, M)
+        h = self.av_matmul(softmax(scores), v)                                               # (N, heads, L, D)
+        return self.to_out(h.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """Linear to two halves: value times GELU of the gate (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim, inner):
+        super().__init__()
+        self.proj = tag("ff", nn.Linear(dim, 2 * inner))
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        # The identity keeps the place of a dropout that no public network uses.
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), tag("ff", nn.Linear(4 * dim, dim)))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; each behind a layer norm, each added to its input."""
+
+    def __init__(self, dim, context_dim, num_heads, head_dim):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, num_heads, head_dim)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, num_heads, head_dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x, context=None):
+        """x (N, L, C), context (N, M, E) -> (N, L, C)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """norm, projection to heads * D features, transformer blocks over the pixels, projection back; plus the input."""
+
+    def __init__(self, ch, num_heads, head_dim, depth=1, context_dim=None):
+        super().__init__()
+        inner = num_heads * head_dim
+        self.norm = GroupNorm(ch, eps=1e-6)
+        self.proj_in = conv("proj_in", ch, inner, 1)
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(inner, context_dim, num_heads, head_dim)
+                                                for _ in range(depth))
+        self.proj_out = conv("proj", inner, ch, 1)
+
+    def forward(self, x, context=None):
+        """x (N, C, H, W), context (N, M, E) -> (N, C, H, W)."""
+        h = self.proj_in(self.norm(x))
+        tokens = h.flatten(2).transpose(1, 2)                                                # (N, L, C)
+        given = () if context is None else (context,)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, *given)
+        return x + self.proj_out(tokens.transpose(1, 2).reshape(h.shape))
