@@ -1,4 +1,4 @@
-"""Lightning modules that made the models which ship with the project.
+"""The training machinery behind the models that ship with the project; what is learned stands in models/tasks.py.
 
 An "epoch" is a fixed number of optimizer steps whose images, noise and augmentation follow from (seed, epoch) alone,
 and checkpoints are written between epochs: a run that is killed and started again ends in the same weights.
@@ -11,14 +11,8 @@ from pathlib import Path
 import matplotlib
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.utils import save_image
-
-from ddim.sampler import SAMPLERS, SeededNoise
-from ddim.schedule import make_schedule, step_sequence
-from models.zoo import build_network
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend has to be chosen first)
@@ -91,86 +85,15 @@ class Training(pl.LightningModule):
     def on_train_batch_end(self, *_):
         self.ema.update_parameters(self.net)
 
-
-def multiscale(error):
-    """Squared error of the images and of their k x k means, weighted by k: sum_k k * mean(pool_k(error)^2).
-
-    The minimum is that of the simple loss (Ho et al. 2020, Eq. 14), but a short training learns the mean colour, which
-    is 3 of 3072 coefficients and decides the whole image at the noisy end, as fast as the details (the idea of the
-    multi-scale loss of Hoogeboom et al. 2023, arXiv:2301.11093).
-    """
-    scales = [2 ** i for i in range(error.shape[-1].bit_length())]
-    return sum(k * F.avg_pool2d(error, k).square().mean() for k in scales)
-
-
-class DiffusionTraining(Training):
-    """Epsilon prediction, t uniform, images flipped at random."""
-
-    def __init__(self, model_config, config):
-        net = build_network(**model_config["network"]).to(memory_format=torch.channels_last)
-        super().__init__(net, config)
-        self.schedule, self.sampling = make_schedule(**model_config["schedule"]), model_config["sampling"]
-        self.register_buffer("abar", self.schedule.abar, persistent=False)
-
     def build_optimizer(self):
         return torch.optim.Adam(self.net.parameters(), lr=self.config.lr, betas=(0.9, self.config.beta2))
 
-    def training_step(self, batch, _):
-        x = batch[0].to(self.device).float() / 127.5 - 1
-        flip = torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5
-        x = torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
-        # One step from each of N equal strata of [0, T): the same uniform law, less variance of the loss.
-        t = ((torch.arange(len(x), device=self.device) + torch.rand(len(x), device=self.device))
-             / len(x) * len(self.abar)).long()
-        level, noise = self.abar[t][:, None, None, None], torch.randn_like(x)
-        loss = multiscale(self.forward_net(level.sqrt() * x + (1 - level).sqrt() * noise, t).float() - noise)
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        return loss
+    def draw_samples(self, path):
+        """A picture of what has been learned so far, where there is one to draw."""
 
-    @torch.no_grad()
-    def draw_samples(self, path, num=64):
-        """A grid of samples of the averaged weights with the model's own sampler, always from the same noise."""
-        net, how = self.ema.module.eval(), self.sampling
-        noise = SeededNoise(0, range(num), (net.in_channels, net.image_size, net.image_size), self.device)
-        steps = step_sequence(how["skip"], how["steps"], self.schedule)
-        x = SAMPLERS[how["sampler"]](net, noise.draw(), steps, self.schedule, noise=noise.draw, eta=how["eta"])
-        save_image(x.clamp(-1, 1) / 2 + 0.5, path, nrow=8)
-
-
-class ClassifierTraining(Training):
-    """Cross-entropy with label smoothing; images flipped, shifted by up to 4 pixels and partly erased."""
-
-    def __init__(self, net, config):
-        super().__init__(net.to(memory_format=torch.channels_last), config)
-
-    def build_optimizer(self):
-        return torch.optim.SGD(self.net.parameters(), lr=self.config.lr, momentum=0.9, nesterov=True,
-                               weight_decay=self.config.weight_decay)
-
-    def training_step(self, batch, _):
-        x, y = batch[0].to(self.device).float() / 255, batch[1].to(self.device)
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5, x.flip(3), x)
-        line = torch.arange(x.shape[2], device=self.device)
-        rows, cols = (torch.randint(0, 9, (len(x), 1), device=self.device) + line for _ in range(2))
-        padded, images = F.pad(x, (4, 4, 4, 4), mode="reflect"), torch.arange(len(x), device=self.device)
-        x = padded[images[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-        x = self.erase(x).contiguous(memory_format=torch.channels_last)
-        logits = self.forward_net.logits(x).float()
-        loss = F.cross_entropy(logits, y, label_smoothing=0.1)
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.log("accuracy", (logits.argmax(1) == y).float().mean(), on_step=False, on_epoch=True, prog_bar=True)
-        return loss
-
-    @staticmethod
-    def erase(x, size=8):
-        """One grey square of size x size per image (DeVries & Taylor 2017, arXiv:1708.04552)."""
-        spans = []
-        for length in x.shape[2:]:
-            start = torch.randint(0, length - size + 1, (len(x), 1), device=x.device)
-            position = torch.arange(length, device=x.device)
-            spans.append((position >= start) & (position < start + size))
-        hole = spans[0][:, None, :, None] & spans[1][:, None, None, :]
-        return x.masked_fill(hole, 0.45)
+    def weights(self):
+        """Name -> tensor of the averaged weights, as they are shipped."""
+        return self.ema.module.state_dict()
 
 
 class Progress(pl.Callback):
@@ -200,8 +123,7 @@ class Progress(pl.Callback):
         print(f"images {images:>9,}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.0f} min left", flush=True)
         if trainer.current_epoch % self.sample_every == self.sample_every - 1 or left <= 0:
             self.plot()
-            if hasattr(module, "draw_samples"):
-                module.draw_samples(self.folder / f"samples_{images:09d}.png")
+            module.draw_samples(self.folder / f"samples_{images:09d}.png")
 
     def plot(self):
         figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")

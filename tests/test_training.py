@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import TINY
-from models.training import DiffusionTraining, ImageBatches, fit, multiscale
+from models.tasks import DiffusionTraining, multiscale
+from models.training import ImageBatches, fit
 
 STEPS = 4                                                 # of an epoch
 
@@ -97,7 +98,7 @@ def test_interrupt_reaches_the_script(tmp_path, monkeypatch):
 
 def test_average_of_weights_equals_a_loop():
     module = make()
-    value, decay = module.net.conv_in.bias, module.config.ema_decay
+    value, decay = module.net.unet.conv_in.bias, module.config.ema_decay
     mean = value.detach().clone()
     for n in range(20):
         value.data += torch.randn(8)
@@ -107,7 +108,7 @@ def test_average_of_weights_equals_a_loop():
             continue
         d = min(decay, (1 + n) / (10 + n))
         mean = d * mean + (1 - d) * value.detach()
-    assert torch.allclose(module.ema.module.conv_in.bias, mean, atol=1e-5)
+    assert torch.allclose(module.ema.module.unet.conv_in.bias, mean, atol=1e-5)
 
 
 def test_learning_rate_is_a_warm_up_then_a_cosine():
