@@ -3,7 +3,7 @@
 Axes: N images, C channels, H x W pixels.
 """
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,30 +11,68 @@ from torch import nn
 
 from ddim.sampler import SAMPLERS, SeededNoise, nothing
 from ddim.schedule import Schedule, make_schedule, step_sequence
-from models.weights import load_state, load_weights, state_hash
+from models.condition import Condition, build_condition
+from models.weights import load_components, state_hash
 from models.zoo import build_network
 from quant.config import unknown_word
 
 PROJECT = Path(__file__).resolve().parents[1]
+PARTS = {"unet": "network", "first_stage": "first_stage", "cond_stage": "cond_stage"}    # component -> YAML key
+DECODED_AT_ONCE = 8                         # latents
 DOWNLOADED = Path("models/checkpoints")     # where scripts/download_models.sh puts files, below the project
 
 
 @dataclass
 class DiffusionModel:
-    """A network with its schedule. `net` is in evaluation mode and takes no gradients; `shape` is (C, H, W) of x."""
+    """A network with its schedule and what surrounds it. All modules are in evaluation mode and take no gradients;
+    `shape` is (C, H, W) of x: pixels, or latents where there is a `first_stage`."""
     name: str
     net: nn.Module
     schedule: Schedule
     shape: tuple
     weights_hash: str                        # SHA-256 of names and weights as loaded
+    first_stage: nn.Module | None = None     # decodes latents
+    scale_factor: float = 1.0                # latents of the network = scale_factor * latents of the first stage
+    condition: Condition | None = None
+    guidance: float = 1.0                    # scale of classifier-free guidance; 1 = none
 
     def eps(self, x, t, cond=None):
-        """Predicted noise for x (N, C, H, W) at the steps t (N,); `cond` is what `labels` gave."""
-        assert cond is None, "the network takes no labels"
-        return self.net(x, t)
+        """Predicted noise for x (N, C, H, W) at the steps t (N,), C channels, or 2C of a network that also predicts
+        its variance; `cond` is what `labels` gave. Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598):
+        e = e_null + guidance * (e_cond - e_null)."""
+        out = self.net(*self.network_inputs(x, t, cond))
+        if not self.is_guided:
+            return out
+        null, asked = out.chunk(2)
+        return null + self.guidance * (asked - null)
+
+    def network_inputs(self, x, t, cond=None):
+        """What the network is called with for eps(x, t, cond): (x, t[, cond]); with guidance both halves in one
+        batch of 2N, the null condition first."""
+        if cond is None:
+            return x, t
+        if not self.is_guided:
+            return x, t, cond
+        null = self.null_label().expand_as(cond)
+        return torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, cond])
+
+    @property
+    def is_guided(self):
+        return self.guidance != 1
+
+    def null_label(self):
+        """The condition (1, ...) that guidance leads away from; None without guidance."""
+        return self.condition.null_row() if self.is_guided else None
+
+    def with_net(self, net):
+        """The same model around another network, for example a quantized one."""
+        return replace(self, net=net)
 
     def decode(self, x):
-        """x_0 in [-1, 1] -> images (N, 3, H, W) uint8."""
+        """x_0 -> images (N, 3, H, W) uint8. Latents go through the first stage a few at a time: its activations are
+        far larger than those of the network."""
+        if self.first_stage is not None:
+            x = torch.cat([self.first_stage.decode(part / self.scale_factor) for part in x.split(DECODED_AT_ONCE)])
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     def noise(self, seed, indices):
@@ -42,8 +80,8 @@ class DiffusionModel:
         return SeededNoise(seed, indices, self.shape, self.device)
 
     def labels(self, seed, indices):
-        """The condition of each image, fixed by (seed, index); None for an unconditional model."""
-        return None
+        """The condition of each image (N, ...), fixed by (seed, index); None for an unconditional model."""
+        return None if self.condition is None else self.condition.rows(seed, indices)
 
     @property
     def device(self):
@@ -59,13 +97,23 @@ class DiffusionModel:
 
 
 def load_model(config, *, device):
-    """The model of a YAML's content (a dict with name, network, checkpoint, schedule) on `device`."""
-    net = build_network(**config["network"])
-    path = find_checkpoint(config)
-    load_weights(net, load_state(path), f"checkpoint {path}")
-    net.eval().requires_grad_(False)
-    return DiffusionModel(name=config["name"], net=net.to(device), schedule=make_schedule(**config["schedule"]),
-                          shape=(net.in_channels, net.image_size, net.image_size), weights_hash=state_hash(net))
+    """The model of a YAML's content (a dict with name, network, checkpoint, schedule, and for latent models
+    first_stage, cond_stage, scale_factor, weights, guidance) on `device`."""
+    modules = {part: build_network(**config[key]) for part, key in PARTS.items() if config.get(key)}
+    scale_factor = load_components(find_checkpoint(config), modules, weights=config.get("weights") or "ema")
+    for module in modules.values():
+        module.eval().requires_grad_(False).to(device)
+    net, guidance = modules["unet"], config.get("guidance") or {}
+    condition = build_condition(net, modules.get("cond_stage"), config.get("sampling") or {}, guidance.get("null"))
+    scale = guidance.get("scale", 1.0)
+    if scale != 1 and (condition is None or condition.null is None):
+        raise ValueError(f"guidance.scale is {scale}, but {config['name']} has no null condition to be guided away "
+                         "from; set guidance.scale=1")
+    return DiffusionModel(name=config["name"], net=net, schedule=make_schedule(**config["schedule"]),
+                          shape=(net.in_channels, net.image_size, net.image_size),
+                          weights_hash=state_hash(*modules.values()), first_stage=modules.get("first_stage"),
+                          scale_factor=config.get("scale_factor") or scale_factor or 1.0, condition=condition,
+                          guidance=scale)
 
 
 def find_checkpoint(config):
@@ -77,7 +125,7 @@ def find_checkpoint(config):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         places.append(cache / path.relative_to(DOWNLOADED))
     for place in places:
-        if place.is_file():
+        if place.exists():                   # a file, or a folder of the diffusers library
             return place
     hint = f"run '{config['download']}', or " if config.get("download") else ""
     raise ValueError(f"the checkpoint of {config['name']} is not at {' or '.join(map(str, places))}; {hint}"

@@ -1,5 +1,5 @@
 """Calibration sets: what the network sees on its way from noise to image, and how it was collected."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +11,13 @@ FORMAT = "tinydm-calibration/1"
 
 @dataclass
 class CalibrationSet:
-    """x (N, C, H, W) float32 network inputs, t (N,) their steps, cond (N, ...) or None, and how they were made."""
+    """x (N, C, H, W) float32 network inputs, t (N,) their steps, and how they were made. A conditional network's set
+    also has `cond` (K, ...), the distinct conditions (contexts or class labels), and `which` (N,), the row of each
+    sample: a text context is far larger than an image and the same at every step."""
     x: torch.Tensor
     t: torch.Tensor
     cond: torch.Tensor | None = None
+    which: torch.Tensor | None = None
     made: dict = field(default_factory=dict)
 
     def __len__(self):
@@ -23,14 +26,21 @@ class CalibrationSet:
     def subset(self, num, seed):
         """`num` samples drawn without replacement (all if there are fewer)."""
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:num]
-        return CalibrationSet(self.x[rows], self.t[rows], None if self.cond is None else self.cond[rows], self.made)
+        which = None if self.which is None else self.which[rows]
+        return CalibrationSet(self.x[rows], self.t[rows], self.cond, which, self.made)
+
+    def arguments(self, rows):
+        """What the network is called with for the samples `rows` (a slice or indices): (x, t) or (x, t, cond)."""
+        if self.cond is None:
+            return self.x[rows], self.t[rows]
+        return self.x[rows], self.t[rows], self.cond[self.which[rows]]
 
     def batches(self, size):
-        """(x, t) tuples of `size` samples, the last one smaller."""
-        return list(zip(self.x.split(size), self.t.split(size)))
+        """Arguments of `size` samples each, the last tuple of fewer."""
+        return [self.arguments(slice(i, i + size)) for i in range(0, len(self), size)]
 
     def save(self, path):
-        tensors = {"x": self.x, "t": self.t} | ({} if self.cond is None else {"cond": self.cond})
+        tensors = {"x": self.x, "t": self.t} | ({} if self.cond is None else {"cond": self.cond, "which": self.which})
         save_tensors(path, tensors, {"format": FORMAT, "made": self.made})
 
 
@@ -44,7 +54,7 @@ def load_calibration(path):
         tensors, meta = load_tensors(path)
         if meta.get("format") != FORMAT:
             raise ValueError(f"{path} is not a calibration file (format '{meta.get('format')}', expected '{FORMAT}')")
-        return CalibrationSet(tensors["x"], tensors["t"], tensors.get("cond"), meta["made"])
+        return CalibrationSet(tensors["x"], tensors["t"], tensors.get("cond"), tensors.get("which"), meta["made"])
     return _ecosystem_set(path)
 
 
@@ -64,8 +74,14 @@ def _ecosystem_set(path):
     for x, steps in zip(xs, t):
         if len(x) != len(steps):
             raise ValueError(f"{path} has {len(x)} samples in an entry of 'xs' and {len(steps)} steps in that of 'ts'")
-    cond = torch.cat([torch.as_tensor(c) for c in content["cs"]]) if "cs" in content else None
-    return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, {"file": path.name, "steps": len(xs)})
+    cond = which = None
+    if "cs" in content:
+        cond = torch.cat([torch.as_tensor(c) for c in content["cs"]])
+        which = torch.arange(len(cond))
+        if len(cond) != sum(map(len, xs)):
+            raise ValueError(f"{path} has {len(cond)} conditions in 'cs' and {sum(map(len, xs))} samples in 'xs'")
+    made = {"file": path.name, "steps": len(xs)}
+    return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, which, made)
 
 
 def uniform(record, num_steps, num_images, made):
@@ -79,7 +95,17 @@ def uniform(record, num_steps, num_images, made):
     picked = [record[i * len(record) // num_steps] for i in range(num_steps)]
     x = torch.cat([x[:num_images] for x, _ in picked])
     t = torch.cat([torch.full((min(num_images, len(x)),), float(t)) for x, t in picked])
-    return CalibrationSet(x, t, None, made)
+    return CalibrationSet(x, t, made=made)
+
+
+def with_condition(calibration, cond, null=None):
+    """The set with condition cond[i] (images, ...) for image i, where the image runs fastest along the samples. With
+    a `null` condition (1, ...), as guidance needs it, every sample occurs twice: with its own and with the null one."""
+    which = torch.arange(len(calibration)) % len(cond)
+    if null is None:
+        return replace(calibration, cond=cond, which=which)
+    return CalibrationSet(calibration.x.repeat(2, 1, 1, 1), calibration.t.repeat(2), torch.cat([cond, null]),
+                          torch.cat([which, torch.full_like(which, len(cond))]), calibration.made)
 
 
 BUILDERS = {"uniform": uniform}

@@ -46,6 +46,16 @@ class Store:
         self.used -= self.sizes.pop(id(tensor), 0)
 
 
+class Conditions:
+    """The condition of every sample of a calibration set, read like a tensor (N, ...) by rows."""
+
+    def __init__(self, calibration):
+        self.calibration = calibration
+
+    def __getitem__(self, rows):
+        return self.calibration.arguments(rows)[2]
+
+
 class _Reached(Exception):
     """Carries the arguments of the unit that a replay was looking for."""
 
@@ -62,10 +72,11 @@ def answering(modules, answers):
             modules[name].__dict__.pop("forward", None)
 
 
-def last_uses(net, units, x, t):
-    """Probe the graph with one sample: unit -> index of the last unit that reads its output (its own index if none)."""
+def last_uses(net, units, sample):
+    """Probe the graph with the arguments of one sample: unit -> index of the last unit that reads its output (its own
+    index if none)."""
     modules, outputs = dict(net.named_modules()), {}
-    x, t = (a[:1].to(next(net.parameters()).device) for a in (x, t))
+    sample = [a.to(next(net.parameters()).device) for a in sample]
 
     def run_and_keep(name):
         def answer(*arguments):
@@ -73,7 +84,7 @@ def last_uses(net, units, x, t):
             return outputs[name]
         return answer
     with torch.no_grad(), answering(modules, {u: run_and_keep(u) for u in units}):
-        net(x, t)
+        net(*sample)
 
     last = {}
     for i, probed in enumerate(units):
@@ -86,7 +97,7 @@ def last_uses(net, units, x, t):
                 return torch.full_like(outputs[name], float("nan")) if name == probed else outputs[name]
             return answer
         with torch.no_grad(), answering(modules, {u: recall(j, u) for j, u in enumerate(units)}):
-            net(x, t)
+            net(*sample)
         last[probed] = max(readers, default=i)
     return last
 
@@ -110,21 +121,28 @@ class Stream:
 
     @torch.no_grad()
     def inputs(self, unit):
-        """Arguments of `unit` over the whole set: a list of tensors (N, ...); give them back with `free`."""
+        """Arguments of `unit` over the whole set: a list of tensors (N, ...) (or Conditions); give them back with
+        `free`."""
         def stop(*arguments):
             raise _Reached(arguments)
         gathered = None
         for rows in self.rows:
             answers = {name: self._recall(name, rows) for name in self.shapes} | {unit: stop}
             with answering(self.modules, answers):
+                batch = [a.to(self.device) for a in self.calibration.arguments(rows)]
                 try:
-                    self.net(self.calibration.x[rows].to(self.device), self.calibration.t[rows].to(self.device))
+                    self.net(*batch)
                     raise RuntimeError(f"the network never calls {unit}")
                 except _Reached as reached:
                     arguments = reached.args[0]
-            gathered = gathered or [self.store.empty((len(self.calibration), *a.shape[1:])) for a in arguments]
-            for whole, a in zip(gathered, arguments):
-                whole[rows] = a
+            # The condition reaches units as it is: it stays in the calibration set, one row for many samples.
+            given = [len(batch) == 3 and a is batch[2] for a in arguments]
+            gathered = gathered or [Conditions(self.calibration) if is_condition
+                                    else self.store.empty((len(self.calibration), *a.shape[1:]))
+                                    for a, is_condition in zip(arguments, given)]
+            for whole, a, is_condition in zip(gathered, arguments, given):
+                if not is_condition:
+                    whole[rows] = a
         return gathered
 
     @torch.no_grad()
@@ -157,8 +175,8 @@ def capture_whole(net, unit, calibration, batch_size):
     module, calls = dict(net.named_modules())[unit], []
     hook = module.register_forward_hook(lambda _, arguments, out: calls.append((arguments, out)))
     try:
-        for x, t in calibration.batches(batch_size):
-            net(x, t)
+        for batch in calibration.batches(batch_size):
+            net(*batch)
     finally:
         hook.remove()
     return [torch.cat(parts) for parts in zip(*(a for a, _ in calls))], torch.cat([out for _, out in calls])

@@ -11,14 +11,18 @@ from fnmatch import fnmatchcase
 import torch
 
 from ddim.unet import AttnBlock, Matmul, ResnetBlock
+from ldm.attention import AttentionBlock, BasicTransformerBlock
+from ldm.unet import ResBlock
 from quant.config import unknown_word
 from quant.layers import SWAP, QuantLayer, QuantMatmul
 from quant.quantizer import Quantizer, QuantSpec
 from quant.ranges import RANGES
 from quant.timeline import Timeline
 
-UNITS = (ResnetBlock, AttnBlock)          # blocks that are reconstructed as a whole; other layers are units themselves
-ROLES = ("stem", "out", "temb", "emb_proj", "conv1", "conv2", "skip", "down", "up", "q", "k", "v", "probs", "proj")
+# Blocks that are reconstructed as a whole; other layers are units themselves.
+UNITS = (ResnetBlock, AttnBlock, ResBlock, AttentionBlock, BasicTransformerBlock)
+ROLES = ("stem", "out", "temb", "emb_proj", "conv1", "conv2", "skip", "down", "up", "q", "k", "v", "qkv", "probs",
+         "proj", "proj_in", "ff")
 RULE_KEYS = ("match", "role", "kind", "weight", "input", "split")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
@@ -108,9 +112,10 @@ def set_input_quantization(net, enabled):
         quantizer.enabled = enabled
 
 
-def trace(net, shape):
-    """Execution order from one forward pass on the meta device: name -> multiply-adds per image of every layer and
-    attention product of a float network, in the order in which they run."""
+def trace(net, arguments):
+    """Execution order from one forward pass on the meta device: name -> multiply-adds of every layer and attention
+    product of a float network, in the order in which they run. `arguments` are those of one sample: x (1, C, H, W),
+    t (1,) and the condition if the network takes one."""
     ghost, order, hooks = copy.deepcopy(net).to("meta"), {}, []
 
     def note(name, module):
@@ -121,7 +126,7 @@ def trace(net, shape):
     for name, module in ghost.named_modules():
         if type(module) in SWAP:
             hooks.append(module.register_forward_hook(note(name, module)))
-    ghost(torch.empty(1, *shape, device="meta"), torch.zeros(1, device="meta"))
+    ghost(*(a.to("meta") for a in arguments))
     return order
 
 

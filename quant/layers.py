@@ -110,27 +110,29 @@ class QuantLayer(nn.Module):
 
 
 class QuantMatmul(nn.Module):
-    """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * s_a * s_b."""
+    """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * s_a * s_b, per tensor or per head (axis 1)."""
 
     def __init__(self, matmul, specs, timeline):
         super().__init__()
         self.roles = matmul.roles
-        self.a_quantizer, self.b_quantizer = (self.build(spec, timeline) for spec in specs)
+        self.a_quantizer, self.b_quantizer = (self.build(spec, matmul.num_heads, timeline) for spec in specs)
 
     @staticmethod
-    def build(spec, timeline):
+    def build(spec, num_heads, timeline):
         if spec.bits >= 32:
             return None
-        if spec.per != "tensor":
-            raise ValueError(f"operands of attention products are quantized per tensor, not 'per: {spec.per}'")
-        return Quantizer(spec, activation_groups("tensor", 0, 0), timeline)
+        if spec.per not in ("tensor", "head"):
+            raise ValueError("operands of attention products are quantized per tensor or per head, not "
+                             f"'per: {spec.per}'")
+        per = spec.per if num_heads > 1 else "tensor"
+        return Quantizer(spec, activation_groups(per, num_heads, 2), timeline)
 
     def forward(self, a, b):
         scales, operands = [], []
         for x, q in ((a, self.a_quantizer), (b, self.b_quantizer)):
             on = q is not None and q.active(x)
             operands.append(q.codes(x) if on else x)
-            scales += q.part_scales(x) if on else []
+            scales += [q.table(q.scale, x)] if on else []
         out = operands[0] @ operands[1]
         for scale in scales:
             out = out * scale

@@ -40,8 +40,8 @@ def fit_ranges(job, *, num_samples=256, batch_size=64):
         for q in quantizers:
             q.begin_observing(len(sample))
         device = next(job.net.parameters()).device
-        for x, t in sample.batches(batch_size):
-            job.net(x.to(device), t.to(device))
+        for arguments in sample.batches(batch_size):
+            job.net(*(a.to(device) for a in arguments))
         for q in quantizers:
             q.fit_observed()
     set_input_quantization(job.net, True)

@@ -38,7 +38,7 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     settings = {k: v for k, v in locals().items() if k != "job"}
     store, calibration = Store(memory_gb, job.resume_folder), job.calibration
     names = units_in_order(job.model.net, job.order)
-    uses = last_uses(job.model.net, names, calibration.x, calibration.t)
+    uses = last_uses(job.model.net, names, calibration.arguments(slice(0, 1)))
     original, quantized = (Stream(net, names, uses, calibration, batch_size=capture_batch, store=store)
                            for net in (job.model.net, job.net))
     set_input_quantization(job.net, False)

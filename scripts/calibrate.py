@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from models.diffusion import sample  # noqa: E402
-from quant.calibration import BUILDERS, load_calibration  # noqa: E402
+from quant.calibration import BUILDERS, load_calibration, with_condition  # noqa: E402
 from quant.files import load_tensors, save_tensors  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import create, split_arguments  # noqa: E402
@@ -37,6 +37,9 @@ def calibrate(run):
                     "calibration": vars(config.calibration), "sampling": vars(config.sampling)}
             calibration = BUILDERS[config.calibration.builder](record(run), config.calibration.steps,
                                                                config.calibration.images, made)
+            cond = run.model.labels(config.calibration.seed, range(config.calibration.images))
+            if cond is not None:
+                calibration = with_condition(calibration, cond.cpu(), run.model.null_label())
         if tuple(calibration.x.shape[1:]) != run.model.shape:
             raise ValueError(f"calibration samples are {tuple(calibration.x.shape[1:])}, {config.name} takes "
                              f"{run.model.shape}; make the set with this model")
@@ -51,7 +54,7 @@ def record(run):
     c, s = run.config.calibration, run.config.sampling
     paths = {start: run.path(f"resume/calibrate/{start:06d}.safetensors") for start in range(0, c.images, s.batch_size)}
     todo = [start for start, path in paths.items() if not path.exists()]
-    with tqdm(total=len(todo) * s.steps, desc="calibrate: full-precision trajectories", unit="step") as bar:
+    with tqdm(total=len(todo) * run.num_evaluations, desc="calibrate: full-precision trajectories", unit="step") as bar:
         for start in todo:
             steps = []
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch public checkpoints into models/checkpoints; `--help` tells more. Needs Python 3.10 or newer and nothing else.
+# Fetch public checkpoints into models; `--help` tells more. Needs Python 3.10 or newer and nothing else.
 set -euo pipefail
 if ! python="$(command -v python3 || command -v python)"; then
     echo "error: no python3 is on the PATH; install Python 3.10 or newer" >&2

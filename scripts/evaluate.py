@@ -25,8 +25,9 @@ def run(arguments):
 
 def evaluate(run):
     config, path = run.config, run.path("metrics.json")
-    protocol = {"model": config.name, "method": config.method, "bits": asdict(config.bits), "ema": True,
-                "sampling": asdict(config.sampling), "evaluation": asdict(config.evaluation),
+    protocol = {"model": config.name, "method": config.method, "bits": asdict(config.bits), "weights": config.weights,
+                "sampling": asdict(config.sampling), "schedule": config.schedule, "guidance": asdict(config.guidance),
+                "evaluation": asdict(config.evaluation),
                 "provenance": config.provenance, "device": str(run.model.device)}
     if path.exists() and not config.force and json.loads(path.read_text())["protocol"]["asked"] == protocol:
         print(f"evaluate: done already, {path}")
@@ -48,7 +49,8 @@ def evaluate(run):
                    "float_samples": f"../{folders['float'].name}"}
         write_text(path, json.dumps(metrics, indent=1))
     s = config.sampling
-    print(f"protocol: {s.num} images, {s.sampler} {s.steps} {s.skip} steps, eta {s.eta}, EMA weights, seed {s.seed}, "
+    print(f"protocol: {s.num} images, {s.sampler} {s.steps} {s.skip} steps, eta {s.eta}, guidance "
+          f"{config.guidance.scale}, {config.weights} weights, seed {s.seed}, "
           f"reference {metrics['protocol']['scores'].get('reference')}, "
           f"{metrics['protocol']['scores'].get('extractor')}, {metrics['protocol']['scores'].get('tool')}")
     for name, value in metrics["quantized"]["scores"].items():
@@ -72,10 +74,11 @@ def scores_of(run, folder):
 
 def sqnr(run):
     """SQNR of eps along the full-precision trajectories of `evaluation.sqnr_images` images."""
-    s, record = run.config.sampling, []
-    sample(run.model, run.model.eps, range(run.config.evaluation.sqnr_images), sampler=s.sampler, steps=s.steps,
-           skip=s.skip, eta=s.eta, seed=s.seed, callback=lambda step, t, x, eps, *_: record.append((step, t, x, eps)))
-    return step_sqnr(record, eps_of(run, "simulated"))
+    s, record, images = run.config.sampling, [], range(run.config.evaluation.sqnr_images)
+    sample(run.model, run.model.eps, images, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta, seed=s.seed,
+           callback=lambda step, t, x, eps, *_: record.append((step, t, x, eps)))
+    eps, cond = eps_of(run, "simulated"), run.model.labels(s.seed, images)
+    return step_sqnr(record, lambda x, t: eps(x, t, cond))
 
 
 if __name__ == "__main__":

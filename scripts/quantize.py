@@ -31,7 +31,7 @@ def quantize(run):
     model = run.model
     with run.stage("quantize"):
         net = convert(model.net, run.config.rules)
-        order = trace(model.net, model.shape)
+        order = trace(model.net, calibration.arguments(slice(0, 1)))
         facts = quantization_map(model.net, net, order)
         write_text(run.path("map.json"), json.dumps(facts, indent=1))
         write_text(run.path("map.txt"), format_map(facts) + "\n")

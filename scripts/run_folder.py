@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from ddim.sampler import SAMPLERS
+from ddim.sampler import SAMPLERS, num_evaluations
 from ddim.schedule import make_schedule, step_sequence
 from models.diffusion import PROJECT, load_model, resolve_device
 from quant.calibration import BUILDERS
@@ -49,6 +49,15 @@ class Sampling:
     seed: int = 0
     batch_size: int = 64
     num: int = 256                           # images 0 .. num-1 of the seed
+    classes: list[int] = field(default_factory=list)     # in turn; [] draws one for each image
+    prompts: str = ""                        # file of prompts, in turn: one a line, or COCO captions .json
+
+
+@dataclass
+class Guidance:
+    """Classifier-free guidance: its scale (1 = none) and the class or prompt that stands for no condition."""
+    scale: float = 1.0
+    null: Any = None
 
 
 @dataclass
@@ -77,7 +86,12 @@ class RunConfig:
     """All keys of a run: a model YAML, a bits YAML, a method YAML, a preset YAML and key=value, merged in order."""
     name: str = ""                           # of the model
     network: dict[str, Any] = field(default_factory=dict)
+    first_stage: dict[str, Any] = field(default_factory=dict)    # of latent models: the autoencoder
+    cond_stage: dict[str, Any] = field(default_factory=dict)     # of latent models: what encodes the condition
+    scale_factor: float | None = None        # of the latents; None: from the checkpoint, 1 where it has none
+    guidance: Guidance = field(default_factory=Guidance)
     checkpoint: str = ""
+    weights: str = "ema"                     # ema | raw, where a checkpoint has both
     download: str = ""                       # command that fetches the checkpoint
     schedule: dict[str, Any] = field(default_factory=dict)
     bits: Bits = field(default_factory=Bits)
@@ -120,6 +134,12 @@ class Run:
                                  f"the checkpoint now has {self._model.weights_hash[:12]}); use another out= folder")
         return self._model
 
+    @property
+    def num_evaluations(self):
+        """How often the sampler runs the network for a batch."""
+        s = self.config.sampling
+        return num_evaluations(s.sampler, step_sequence(s.skip, s.steps, make_schedule(**self.config.schedule)))
+
     def path(self, name):
         return self.folder / name
 
@@ -149,7 +169,7 @@ class Run:
 
     def recipe(self):
         """What identifies a quantized network: everything that changes its numbers, without what only moves it."""
-        keep = ("name", "network", "schedule", "bits", "method", "rules", "passes", "preset", "effort", "calibration",
+        keep = ("name", "network", "schedule", "guidance", "bits", "method", "rules", "passes", "preset", "effort", "calibration",
                 "seed")
         everything = asdict(self.config)
         return {k: everything[k] for k in keep} | {"weights_hash": self.model.weights_hash}

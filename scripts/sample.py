@@ -54,7 +54,7 @@ def draw(run, precision="simulated", shard="0/1"):
     if starts:
         eps = eps_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=len(starts) * s.steps, desc=f"sample: {precision}, batches of {s.batch_size}", unit="step")
+        bar = tqdm(total=len(starts) * run.num_evaluations, desc=f"sample: {precision}, batches of {s.batch_size}", unit="step")
         with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
             for start in starts:
                 indices = range(start, min(start + s.batch_size, s.num))
@@ -75,7 +75,7 @@ def eps_of(run, precision):
         return run.model.eps
     net = load_quantized(run.need("quantized.safetensors", "quantize"), build_network,
                          expected=run.model.weights_hash).to(run.model.device)
-    return lambda x, t, cond=None: net(x, t)
+    return run.model.with_net(net).eps
 
 
 def sample_folder(run, precision):
@@ -83,7 +83,8 @@ def sample_folder(run, precision):
     if precision == "simulated":
         return run.path("samples")
     facts = {k: v for k, v in asdict(run.config.sampling).items() if k != "num"}
-    facts |= {"weights": run.model.weights_hash, "schedule": run.config.schedule, "device": run.model.device.type}
+    facts |= {"weights": run.model.weights_hash, "schedule": run.config.schedule,
+              "guidance": asdict(run.config.guidance), "device": run.model.device.type}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return run.folder.parent / f"float-{key}"
 

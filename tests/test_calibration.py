@@ -37,10 +37,11 @@ def test_impossible_number_of_steps(asked):
 
 
 def test_subset_is_drawn_without_replacement_by_seed():
-    whole = CalibrationSet(torch.arange(20.0)[:, None, None, None], torch.arange(20.0), torch.arange(20), {"a": 1})
+    whole = CalibrationSet(torch.arange(20.0)[:, None, None, None], torch.arange(20.0), torch.arange(20),
+                           torch.arange(20), {"a": 1})
     part, again, other = whole.subset(8, 0), whole.subset(8, 0), whole.subset(8, 1)
     assert len(part.t.unique()) == 8 and part.made == {"a": 1}
-    assert torch.equal(part.x.flatten(), part.t) and torch.equal(part.cond, part.t.long())
+    assert torch.equal(part.x.flatten(), part.t) and torch.equal(part.arguments(slice(0, 8))[2], part.t.long())
     assert torch.equal(part.t, again.t) and not torch.equal(part.t, other.t)
     assert sorted(whole.subset(50, 0).t.tolist()) == list(range(20))
 
@@ -55,7 +56,7 @@ def test_batches_are_in_order_and_complete():
 @pytest.mark.parametrize("cond", [None, torch.arange(10)])
 def test_file_round_trip_with_metadata(tmp_path, cond):
     whole, path = samples(10), tmp_path / "set.safetensors"
-    whole.cond, whole.made = cond, {"builder": "uniform", "seeds": [1, 2], "note": None}
+    whole.cond, whole.which, whole.made = cond, None if cond is None else cond + 0, {"builder": "uniform", "seeds": [1, 2], "note": None}
     whole.save(path)
     back = load_calibration(path)
     assert torch.equal(back.x, whole.x) and torch.equal(back.t, whole.t) and back.made == whole.made

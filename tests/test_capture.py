@@ -7,16 +7,17 @@ from torch import nn
 
 from quant.capture import Store, Stream, answering, capture_whole, last_uses
 from quant.convert import trace, units_in_order
-from tiny import SHAPE, normal, quantized, rules, samples
+from tiny import EXAMPLE, normal, quantized, rules, samples
 
 BATCH = 4                                                 # 10 samples: the last batch is smaller
 
 
 def walk(net, folder, *, memory_gb=1.0):
     """Yields (unit, inputs, output, store) along the whole network, dropping what is dead."""
-    calibration, order = samples(), trace(net, SHAPE) if not hasattr(net, "timeline") else net.order
+    calibration, order = samples(), trace(net, EXAMPLE) if not hasattr(net, "timeline") else net.order
     units, store = units_in_order(net, order), Store(memory_gb, folder)
-    stream = Stream(net, units, last_uses(net, units, calibration.x, calibration.t), calibration, batch_size=BATCH,
+    uses = last_uses(net, units, calibration.arguments(slice(0, 1)))
+    stream = Stream(net, units, uses, calibration, batch_size=BATCH,
                     store=store)
     for unit in units:
         inputs = stream.inputs(unit)
@@ -31,7 +32,7 @@ def net(request, tiny_net, tmp_path):
     if request.param == "float":
         return tiny_net
     net = quantized(tiny_net, tmp_path, rules(4, 8), boundaries=[500] if "segments" in request.param else [])
-    net.order = trace(tiny_net, SHAPE)
+    net.order = trace(tiny_net, EXAMPLE)
     return net
 
 
@@ -95,13 +96,15 @@ class Graph(nn.Module):
 
 
 def test_last_uses_of_a_known_graph():
-    assert last_uses(Graph(), list("abcde"), normal(2, 3), torch.zeros(2)) == {"a": 3, "b": 4, "c": 3, "d": 3, "e": 4}
+    found = last_uses(Graph(), list("abcde"), [normal(1, 3), torch.zeros(1)])
+    assert found == {"a": 3, "b": 4, "c": 3, "d": 3, "e": 4}
 
 
 def test_outputs_live_as_long_as_somebody_reads_them():
     graph, units = Graph().requires_grad_(False), list("abcde")
     calibration = type(samples())(normal(5, 3), torch.zeros(5))
-    stream = Stream(graph, units, last_uses(graph, units, calibration.x, calibration.t), calibration, batch_size=2,
+    uses = last_uses(graph, units, calibration.arguments(slice(0, 1)))
+    stream = Stream(graph, units, uses, calibration, batch_size=2,
                     store=Store(1, "unused"))
     alive = []
     for unit in units:
@@ -120,8 +123,8 @@ def test_answers_are_taken_back_after_an_error():
 
 
 def test_skips_of_the_u_net_live_until_the_way_up(tiny_net):
-    units, calibration = units_in_order(tiny_net, trace(tiny_net, SHAPE)), samples()
-    last = last_uses(tiny_net, units, calibration.x, calibration.t)
+    units, calibration = units_in_order(tiny_net, trace(tiny_net, EXAMPLE)), samples()
+    last = last_uses(tiny_net, units, calibration.arguments(slice(0, 1)))
     reader = {unit: units[index] for unit, index in last.items()}
     assert reader["conv_in"] == "up.0.block.1" and reader["down.0.block.0"] == "up.0.block.0"
     assert reader["down.0.downsample.conv"] == "up.1.block.1" and reader["down.1.attn.0"] == "up.1.block.0"

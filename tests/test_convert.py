@@ -10,7 +10,7 @@ from quant.convert import (BITS, check_bits, check_rules, convert, format_map, i
                            quantization_map, resolve, set_input_quantization, trace, units_in_order)
 from quant.layers import QuantLayer, QuantMatmul
 from quant.passes import fit_ranges
-from tiny import SHAPE, WEIGHT_8, make_job, normal, quantized, rules
+from tiny import EXAMPLE, SHAPE, WEIGHT_8, make_job, normal, quantized, rules
 
 T = torch.tensor([3.0, 700.0])
 UNITS = ["temb.dense.0", "temb.dense.1", "conv_in", "down.0.block.0", "down.0.downsample.conv", "down.1.block.0",
@@ -130,11 +130,11 @@ def test_possible_bits():
 
 
 def test_units_come_in_execution_order(tiny_net):
-    assert units_in_order(tiny_net, trace(tiny_net, SHAPE)) == UNITS
+    assert units_in_order(tiny_net, trace(tiny_net, EXAMPLE)) == UNITS
 
 
 def test_order_is_that_of_a_real_forward_pass(tiny_net):
-    ran, order = [], trace(tiny_net, SHAPE)
+    ran, order = [], trace(tiny_net, EXAMPLE)
     for name in order:
         tiny_net.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     tiny_net(normal(1, *SHAPE), T[:1])
@@ -144,7 +144,7 @@ def test_order_is_that_of_a_real_forward_pass(tiny_net):
 
 
 def test_multiply_adds_closed_form(tiny_net):
-    order = trace(tiny_net, SHAPE)
+    order = trace(tiny_net, EXAMPLE)
     assert order["temb.dense.0"] == 8 * 32
     assert order["conv_in"] == 8 * 8 * 8 * (3 * 3 * 3)
     assert order["down.0.downsample.conv"] == 8 * 4 * 4 * (8 * 3 * 3)
@@ -156,7 +156,7 @@ def test_multiply_adds_closed_form(tiny_net):
 
 
 def test_map_shares(tiny_net):
-    order, total = trace(tiny_net, SHAPE), sum(p.numel() for p in tiny_net.parameters())
+    order, total = trace(tiny_net, EXAMPLE), sum(p.numel() for p in tiny_net.parameters())
     weights = sum(p.numel() for n, p in tiny_net.named_parameters() if n.endswith("weight") and p.dim() > 1)
 
     def facts(*wanted):
@@ -174,7 +174,7 @@ def test_map_shares(tiny_net):
 
 def test_map_as_text(tiny_net):
     net = convert(tiny_net, rules(4, 8) + [{"role": "probs", "input": {"bits": 16}}])
-    lines = format_map(quantization_map(tiny_net, net, trace(tiny_net, SHAPE))).splitlines()
+    lines = format_map(quantization_map(tiny_net, net, trace(tiny_net, EXAMPLE))).splitlines()
     assert lines[3].split() == ["conv_in", "stem", "4", "8", "224", "0.01"]
     assert next(line for line in lines if "mid.attn_1.av_matmul" in line).split()[1:4] == ["v+probs", "-", "8/16"]
     assert lines[-1].endswith("100.00% of the multiply-adds")
@@ -184,7 +184,7 @@ def test_public_architecture_has_38_units():
     """CIFAR-10 (methods of Q-Diffusion count 38), traced without computing."""
     with torch.device("meta"):
         net = build_network("ddim-unet", image_size=32)
-    units = units_in_order(net, trace(net, (3, 32, 32)))
+    units = units_in_order(net, trace(net, (torch.empty(1, 3, 32, 32), torch.zeros(1))))
     assert len(units) == 38 and units[2] == "conv_in" and units[-1] == "conv_out"
     levels = [u[:4] for u in units if u.startswith("up.")]
     assert levels == sorted(levels, reverse=True) and levels[0] == "up.3"

@@ -177,5 +177,17 @@ def test_product_with_one_operand_left_alone():
 def test_what_cannot_be_quantized_is_refused():
     with pytest.raises(ValueError, match="grouped convolutions"):
         QuantLayer(tag("x", nn.Conv2d(4, 4, 3, groups=2)), QuantSpec(bits=8), QuantSpec(), Timeline(), False)
-    with pytest.raises(ValueError, match="per tensor, not 'per: channel'"):
+    with pytest.raises(ValueError, match="per tensor or per head, not 'per: channel'"):
         QuantMatmul(Matmul("q", "k"), [QuantSpec(bits=8, per="channel"), QuantSpec()], Timeline())
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_product_per_head_equals_a_loop_over_heads(heads):
+    a, b = normal(2, heads, 5, 4), normal(2, heads, 4, 6, seed=1) * torch.arange(1.0, heads + 1)[:, None, None]
+    spec = QuantSpec(bits=4, per="head")
+    product = fit(QuantMatmul(Matmul("q", "k", num_heads=heads), [spec, spec], Timeline()), a, b)
+    assert product.a_quantizer.scale.shape == (1, heads)
+    single = [fit(QuantMatmul(Matmul("q", "k"), [QuantSpec(bits=4)] * 2, Timeline()), a[:, h], b[:, h])
+              for h in range(heads)]
+    expected = torch.stack([one(a[:, h], b[:, h]) for h, one in enumerate(single)], dim=1)
+    assert torch.equal(product(a, b), expected)

@@ -9,6 +9,7 @@ from quant.passes import Job, run_passes
 from quant.timeline import Timeline
 
 SHAPE = (3, 8, 8)
+EXAMPLE = torch.empty(1, *SHAPE), torch.zeros(1)       # arguments of the tiny network
 WEIGHT_8 = {"bits": 8, "per": "channel"}
 
 
@@ -28,7 +29,7 @@ def samples(num=10, seed=0):
 
 def make_job(net, folder, wanted, *, num=10, boundaries=(), **more):
     return Job(model=SimpleNamespace(net=net, shape=SHAPE), net=convert(net, wanted, Timeline(boundaries)),
-               calibration=samples(num), order=trace(net, SHAPE), resume_folder=folder,
+               calibration=samples(num), order=trace(net, EXAMPLE), resume_folder=folder,
                **{"log": lambda line: None} | more)
 
 
