@@ -66,24 +66,24 @@ def read_prompts(path):
     return prompts
 
 
-def build_condition(net, cond_stage, sampling, null):
+def build_condition(net, cond_stage, sampling, guidance):
     """The condition of a network: None where it takes none.
 
     `cond_stage` encodes classes (ClassEmbedder) or prompts (TextEncoder); a network with `num_classes` takes labels as
-    they are. `sampling` has `classes` and `prompts`, `null` is the class or prompt of `guidance`.
+    they are. `sampling` has `classes` and `prompts`, `guidance` has `null_class` and `null_prompt`.
     """
+    null, wanted = guidance.get("null_class"), sampling.get("classes", ())
     device = next(net.parameters()).device
     if cond_stage is None:
         num_classes = getattr(net, "num_classes", None)
         if num_classes is None:
             return None
-        return by_class(num_classes, lambda labels: torch.tensor(labels, device=device), null=null,
-                        wanted=sampling.get("classes", ()))
+        return by_class(num_classes, lambda labels: torch.tensor(labels, device=device), null=null, wanted=wanted)
     if hasattr(cond_stage, "tokenize"):
         if not sampling.get("prompts"):
             raise ValueError("this model draws what a prompt says; give a file with sampling.prompts=PATH (one prompt "
                              "a line, or COCO captions .json)")
         encode = torch.no_grad()(lambda prompts: cond_stage(cond_stage.tokenize(prompts).to(device)))
-        return by_prompt(read_prompts(sampling["prompts"]), encode, null=null or "")
+        return by_prompt(read_prompts(sampling["prompts"]), encode, null=guidance.get("null_prompt") or "")
     encode = torch.no_grad()(lambda labels: cond_stage(torch.tensor(labels, device=device)))
-    return by_class(cond_stage.embedding.num_embeddings, encode, null=null, wanted=sampling.get("classes", ()))
+    return by_class(cond_stage.embedding.num_embeddings, encode, null=null, wanted=wanted)

@@ -104,7 +104,7 @@ def load_model(config, *, device):
     for module in modules.values():
         module.eval().requires_grad_(False).to(device)
     net, guidance = modules["unet"], config.get("guidance") or {}
-    condition = build_condition(net, modules.get("cond_stage"), config.get("sampling") or {}, guidance.get("null"))
+    condition = build_condition(net, modules.get("cond_stage"), config.get("sampling") or {}, guidance)
     scale = guidance.get("scale", 1.0)
     if scale != 1 and (condition is None or condition.null is None):
         raise ValueError(f"guidance.scale is {scale}, but {config['name']} has no null condition to be guided away "

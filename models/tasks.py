@@ -59,7 +59,7 @@ class DiffusionTraining(Training):
         super().__init__(Conditional(unet, cond_stage), config)
         self.schedule, self.sampling = make_schedule(**model_config["schedule"]), model_config["sampling"]
         self.guidance = model_config.get("guidance") or {}
-        self.register_buffer("abar", self.schedule.abar, persistent=False)
+        self.register_buffer("abar", self.schedule.abar.float(), persistent=False)
         self.__dict__["first_stage"], self.scale_factor = first_stage, scale_factor     # no part of the checkpoints
 
     def training_step(self, batch, _):
@@ -68,9 +68,9 @@ class DiffusionTraining(Training):
             x = random_flip(x.float() / 127.5 - 1)
         else:                                                     # (N, 2, D, h, w): of the image and its mirror image
             x = x[torch.arange(len(x), device=self.device), torch.randint(0, 2, (len(x),), device=self.device)]
-        if "null" in self.guidance:
+        if "null_class" in self.guidance:
             dropped = torch.rand(len(x), device=self.device) < DROPPED
-            labels = labels.masked_fill(dropped, self.guidance["null"])
+            labels = labels.masked_fill(dropped, self.guidance["null_class"])
         # One step from each of N equal strata of [0, T): the same uniform law, less variance of the loss.
         t = ((torch.arange(len(x), device=self.device) + torch.rand(len(x), device=self.device))
              / len(x) * len(self.abar)).long()
@@ -82,14 +82,14 @@ class DiffusionTraining(Training):
 
     def model(self):
         """The averaged weights as a DiffusionModel; classes in turn."""
-        net, null = self.ema.module.eval(), self.guidance.get("null")
+        net, null = self.ema.module.eval(), self.guidance.get("null_class")
         num_classes = net.cond_stage.embedding.num_embeddings if net.cond_stage is not None else 0
         classes = [c for c in range(num_classes) if c != null]
         return DiffusionModel(
             name="training", net=net.unet, schedule=self.schedule, weights_hash="",
             shape=(net.unet.in_channels, net.unet.image_size, net.unet.image_size), first_stage=self.first_stage,
             scale_factor=self.scale_factor, guidance=self.guidance.get("scale", 1.0),
-            condition=build_condition(net.unet, net.cond_stage, {"classes": classes}, null))
+            condition=build_condition(net.unet, net.cond_stage, {"classes": classes}, self.guidance))
 
     @torch.no_grad()
     def draw_samples(self, path, num=80):
@@ -165,8 +165,8 @@ class FirstStageTraining(Training):
     def draw_samples(self, path, num=40):
         """Rows of originals, each above its reconstructions."""
         net, x = self.ema.module.eval(), self.images[:num].to(self.device).float() / 127.5 - 1
-        pairs = torch.stack([x.unflatten(0, (-1, 10)), net.decode(net.encode(x)).clamp(-1, 1).unflatten(0, (-1, 10))], 1)
-        save_image(pairs.flatten(0, 2) / 2 + 0.5, path, nrow=10)
+        rows = [images.unflatten(0, (-1, 10)) for images in (x, net.decode(net.encode(x)).clamp(-1, 1))]
+        save_image(torch.stack(rows, dim=1).flatten(0, 2) / 2 + 0.5, path, nrow=10)
 
 
 class ClassifierTraining(Training):

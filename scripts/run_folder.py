@@ -57,7 +57,8 @@ class Sampling:
 class Guidance:
     """Classifier-free guidance: its scale (1 = none) and the class or prompt that stands for no condition."""
     scale: float = 1.0
-    null: Any = None
+    null_class: int | None = None
+    null_prompt: str = ""
 
 
 @dataclass
@@ -169,8 +170,8 @@ class Run:
 
     def recipe(self):
         """What identifies a quantized network: everything that changes its numbers, without what only moves it."""
-        keep = ("name", "network", "schedule", "guidance", "bits", "method", "rules", "passes", "preset", "effort", "calibration",
-                "seed")
+        keep = ("name", "network", "schedule", "guidance", "bits", "method", "rules", "passes", "preset", "effort",
+                "calibration", "seed")
         everything = asdict(self.config)
         return {k: everything[k] for k in keep} | {"weights_hash": self.model.weights_hash}
 

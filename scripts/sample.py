@@ -54,7 +54,8 @@ def draw(run, precision="simulated", shard="0/1"):
     if starts:
         eps = eps_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=len(starts) * run.num_evaluations, desc=f"sample: {precision}, batches of {s.batch_size}", unit="step")
+        bar = tqdm(total=len(starts) * run.num_evaluations, unit="step",
+                   desc=f"sample: {precision}, batches of {s.batch_size}")
         with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
             for start in starts:
                 indices = range(start, min(start + s.batch_size, s.num))

@@ -51,8 +51,8 @@ def protocol(metrics):
     s = asked["sampling"]
     made = asked["provenance"]
     return (f"{asked['model']}, {scores['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} {s['skip']} "
-            f"steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, {asked['weights']} weights, reference {scores.get('reference')}, "
-            f"extractor {scores.get('extractor')}, {scores.get('tool')}, "
+            f"steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, {asked['weights']} weights, "
+            f"reference {scores.get('reference')}, extractor {scores.get('extractor')}, {scores.get('tool')}, "
             f"torch {made['versions']['torch']} on {made['device']}")
 
 

@@ -56,11 +56,14 @@ def test_batches_are_in_order_and_complete():
 @pytest.mark.parametrize("cond", [None, torch.arange(10)])
 def test_file_round_trip_with_metadata(tmp_path, cond):
     whole, path = samples(10), tmp_path / "set.safetensors"
-    whole.cond, whole.which, whole.made = cond, None if cond is None else cond + 0, {"builder": "uniform", "seeds": [1, 2], "note": None}
+    whole.cond, whole.which = cond, None if cond is None else cond.flip(0)
+    whole.made = {"builder": "uniform", "seeds": [1, 2], "note": None}
     whole.save(path)
     back = load_calibration(path)
     assert torch.equal(back.x, whole.x) and torch.equal(back.t, whole.t) and back.made == whole.made
-    assert back.cond is None if cond is None else torch.equal(back.cond, cond)
+    assert (back.cond, back.which) == (None, None) if cond is None else torch.equal(back.cond, cond)
+    for found, expected in zip(back.arguments(slice(2, 5)), whole.arguments(slice(2, 5)), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("steps_as", ["scalar", "one for each sample", "one element"])
