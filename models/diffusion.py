@@ -116,6 +116,16 @@ def load_model(config, *, device):
                           guidance=scale)
 
 
+def example_arguments(config, net):
+    """Arguments of `net` for one sample, all zero, by the model YAML alone."""
+    x, t = torch.zeros(1, net.in_channels, net.image_size, net.image_size), torch.zeros(1)
+    if getattr(net, "context_dim", None):
+        stage = config["cond_stage"]
+        tokens = stage.get("max_position_embeddings", 77) if stage["family"] == "clip-text" else 1
+        return x, t, torch.zeros(1, tokens, net.context_dim)
+    return (x, t) if getattr(net, "num_classes", None) is None else (x, t, torch.zeros(1, dtype=torch.long))
+
+
 def find_checkpoint(config):
     """Path of a model's checkpoint. A relative one counts from the project; one below models/checkpoints is also
     looked for in the same place below the user's cache, where the authors' own code keeps it."""

@@ -3,8 +3,7 @@
 A stream holds the activations of one network at the graph cut of the current unit: the outputs of finished units that
 something later still reads. To reach the inputs of the next unit the network's own forward is replayed with finished
 units answering from the stream, so only the glue between units (concatenations, padding) is computed again and the
-whole walk costs one forward pass per network, O(L) instead of O(L^2). What is read by whom is found by probing: put
-NaN into one unit's output and see whose inputs turn NaN.
+whole walk costs one forward pass per network, O(L) instead of O(L^2).
 """
 import os
 import tempfile
@@ -70,36 +69,6 @@ def answering(modules, answers):
     finally:
         for name in answers:
             modules[name].__dict__.pop("forward", None)
-
-
-def last_uses(net, units, sample):
-    """Probe the graph with the arguments of one sample: unit -> index of the last unit that reads its output (its own
-    index if none)."""
-    modules, outputs = dict(net.named_modules()), {}
-    sample = [a.to(next(net.parameters()).device) for a in sample]
-
-    def run_and_keep(name):
-        def answer(*arguments):
-            outputs[name] = type(modules[name]).forward(modules[name], *arguments)
-            return outputs[name]
-        return answer
-    with torch.no_grad(), answering(modules, {u: run_and_keep(u) for u in units}):
-        net(*sample)
-
-    last = {}
-    for i, probed in enumerate(units):
-        readers = []
-
-        def recall(j, name):
-            def answer(*arguments):
-                if any(bool(a.isnan().any()) for a in arguments):
-                    readers.append(j)
-                return torch.full_like(outputs[name], float("nan")) if name == probed else outputs[name]
-            return answer
-        with torch.no_grad(), answering(modules, {u: recall(j, u) for j, u in enumerate(units)}):
-            net(*sample)
-        last[probed] = max(readers, default=i)
-    return last
 
 
 class Stream:

@@ -52,6 +52,20 @@ def quantized_state(net):
     return tensors
 
 
+def packed_bytes(net):
+    """Bytes of a converted network's tensors in such a file, hardened or not; the recipe comes on top."""
+    packed, layers = 0, quant_layers(net)
+    for name, layer in layers.items():
+        if layer.weight_quantizer is not None:
+            packed += (int(torch.Size(layer.shape).numel()) * layer.weight_quantizer.spec.bits + 7) // 8
+    for name, value in net.state_dict().items():
+        owner, _, part = name.rpartition(".")
+        if owner in layers and layers[owner].weight_quantizer is not None and part in ("weight", "weight_int"):
+            continue
+        packed += value.numel() * (1 if name.endswith("weight_quantizer.zero_point") else value.element_size())
+    return packed
+
+
 def save_quantized(path, net, recipe):
     """Write a hardened network. `recipe` is a JSON-able dict with at least name, network, rules and weights_hash."""
     meta = {"format": FORMAT, "recipe": recipe, "boundaries": net.timeline.boundaries.tolist()}

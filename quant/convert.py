@@ -10,17 +10,13 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from ddim.unet import AttnBlock, Matmul, ResnetBlock
-from ldm.attention import AttentionBlock, BasicTransformerBlock
-from ldm.unet import ResBlock
+from ddim.unet import Matmul
 from quant.config import unknown_word
 from quant.layers import SWAP, QuantLayer, QuantMatmul
 from quant.quantizer import Quantizer, QuantSpec
 from quant.ranges import RANGES
 from quant.timeline import Timeline
 
-# Blocks that are reconstructed as a whole; other layers are units themselves.
-UNITS = (ResnetBlock, AttnBlock, ResBlock, AttentionBlock, BasicTransformerBlock)
 ROLES = ("stem", "out", "temb", "emb_proj", "conv1", "conv2", "skip", "down", "up", "q", "k", "v", "qkv", "probs",
          "proj", "proj_in", "ff")
 RULE_KEYS = ("match", "role", "kind", "weight", "input", "split")
@@ -112,60 +108,30 @@ def set_input_quantization(net, enabled):
         quantizer.enabled = enabled
 
 
-def trace(net, arguments):
-    """Execution order from one forward pass on the meta device: name -> multiply-adds of every layer and attention
-    product of a float network, in the order in which they run. `arguments` are those of one sample: x (1, C, H, W),
-    t (1,) and the condition if the network takes one."""
-    ghost, order, hooks = copy.deepcopy(net).to("meta"), {}, []
-
-    def note(name, module):
-        def hook(_, arguments, out):
-            inner = arguments[0].shape[-1] if isinstance(module, Matmul) else module.weight[0].numel()
-            order[name] = order.get(name, 0) + out.numel() * inner
-        return hook
-    for name, module in ghost.named_modules():
-        if type(module) in SWAP:
-            hooks.append(module.register_forward_hook(note(name, module)))
-    ghost(*(a.to("meta") for a in arguments))
-    return order
-
-
-def units_in_order(net, order):
-    """Names of the reconstruction units in execution order: the enclosing block of each executed layer, or the layer
-    itself."""
-    blocks = [name for name, m in net.named_modules() if isinstance(m, UNITS)]
-    units = []
-    for layer in order:
-        unit = next((b for b in blocks if layer.startswith(b + ".")), layer)
-        if unit not in units:
-            units.append(unit)
-    return units
-
-
-def quantization_map(net, quantized, order):
+def quantization_map(net, quantized, macs):
     """What is quantized: a row per layer in execution order and the share of parameters and of multiply-adds whose
     weight (for attention products: both operands) is below 32 bits."""
     rows, modules, floats = [], dict(quantized.named_modules()), dict(net.named_modules())
-    for name, macs in order.items():
+    for name, count in macs.items():
         module, source = modules[name], floats[name]
         if isinstance(source, Matmul):
             inputs = [getattr(module, f"{side}_quantizer", None) for side in "ab"]
             bits = [q.spec.bits if q is not None else 32 for q in inputs]
             rows.append({"name": name, "role": "+".join(source.roles), "kind": "matmul", "weight_bits": None,
-                         "input_bits": bits, "params": 0, "macs": macs, "quantized": max(bits) < 32})
+                         "input_bits": bits, "params": 0, "macs": count, "quantized": max(bits) < 32})
             continue
         weight, inputs = (getattr(module, f"{part}_quantizer", None) for part in ("weight", "input"))
         params = sum(p.numel() for p in source.parameters())
         rows.append({"name": name, "role": source.role, "kind": type(source).__name__,
                      "weight_bits": weight.spec.bits if weight is not None else 32,
                      "input_bits": inputs.spec.bits if inputs is not None else 32,
-                     "params": params, "macs": macs, "quantized": weight is not None})
+                     "params": params, "macs": count, "quantized": weight is not None})
     total = sum(p.numel() for p in net.parameters())
     weights = sum(dict(floats[r["name"]].named_parameters())["weight"].numel() for r in rows
                   if r["quantized"] and r["kind"] != "matmul")
-    macs = sum(r["macs"] for r in rows)
+    total_macs = sum(macs.values())
     return {"layers": rows, "params_share": weights / total,
-            "macs_share": sum(r["macs"] for r in rows if r["quantized"]) / macs}
+            "macs_share": sum(r["macs"] for r in rows if r["quantized"]) / total_macs}
 
 
 def format_map(facts):

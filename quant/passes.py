@@ -9,16 +9,17 @@ import torch
 from quant.calibration import CalibrationSet
 from quant.config import unknown_word
 from quant.convert import input_quantizers, quant_layers, set_input_quantization
+from quant.graph import Graph
 from quant.reconstruct import reconstruct
 
 
 @dataclass
 class Job:
-    """What a pass works on: the float model, its quantized copy `net`, calibration data, execution order."""
+    """What a pass works on: the float model, its quantized copy `net`, calibration data, the network's graph."""
     model: Any                             # anything with .net and .shape
     net: torch.nn.Module
     calibration: CalibrationSet
-    order: dict                            # layer -> multiply-adds, in execution order
+    graph: Graph                           # of the float network
     resume_folder: Path                    # finished parts of long passes
     seed: int = 0
     log: Callable = print                  # one line of progress

@@ -13,8 +13,8 @@ from typing import Callable
 import torch
 
 from ddim.sampler import mix
-from quant.capture import Store, Stream, last_uses
-from quant.convert import input_quantizers, quant_layers, set_input_quantization, units_in_order
+from quant.capture import Store, Stream
+from quant.convert import input_quantizers, quant_layers, set_input_quantization
 from quant.files import load_tensors, save_tensors
 from quant.rounding import Rounding
 
@@ -37,12 +37,11 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     """
     settings = {k: v for k, v in locals().items() if k != "job"}
     store, calibration = Store(memory_gb, job.resume_folder), job.calibration
-    names = units_in_order(job.model.net, job.order)
-    uses = last_uses(job.model.net, names, calibration.arguments(slice(0, 1)))
+    names, uses = job.graph.units, job.graph.last_use
     original, quantized = (Stream(net, names, uses, calibration, batch_size=capture_batch, store=store)
                            for net in (job.model.net, job.net))
     set_input_quantization(job.net, False)
-    share, facts, started = shares_of_work(names, job.order), [], time.monotonic()
+    share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()
     for i, name in enumerate(names):
         path = job.resume_folder / f"{i:03d}_{name}.safetensors"
         unit = Unit(name, quantized.modules[name], quantized.device,
@@ -70,11 +69,11 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     return facts
 
 
-def shares_of_work(names, order):
+def shares_of_work(names, macs):
     """Fraction of the whole work for each unit: half by multiply-adds, half alike, as a step of a tiny unit costs time
     too."""
-    macs = {name: sum(m for layer, m in order.items() if f"{layer}.".startswith(f"{name}.")) for name in names}
-    return {name: macs[name] / sum(macs.values()) / 2 + 1 / len(names) / 2 for name in names}
+    work = {name: sum(m for layer, m in macs.items() if f"{layer}.".startswith(f"{name}.")) for name in names}
+    return {name: work[name] / sum(work.values()) / 2 + 1 / len(names) / 2 for name in names}
 
 
 @dataclass

@@ -1,25 +1,60 @@
 """Quantize the model of a run folder:  python scripts/quantize.py RUN [memory_gb=8] [force=true]
+What would be done, by shapes alone, without weights:
+
+    python scripts/quantize.py configs/model/MODEL.yaml configs/bits/BITS.yaml configs/method/METHOD.yaml \\
+        [configs/preset/demo.yaml] dry_run=true [key=value ...]
 
 Reads RUN/calibration.safetensors, writes RUN/quantized.safetensors, RUN/passes.jsonl (error before and after of each
 unit), RUN/map.json and RUN/map.txt (what is quantized). Started again it goes on after the last finished unit.
 """
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch  # noqa: E402
+
+from models.diffusion import example_arguments  # noqa: E402
+from models.zoo import build_network  # noqa: E402
 from quant.calibration import load_calibration  # noqa: E402
-from quant.checkpoint import save_quantized  # noqa: E402
-from quant.convert import convert, format_map, quantization_map, trace  # noqa: E402
+from quant.checkpoint import packed_bytes, save_quantized  # noqa: E402
+from quant.config import load  # noqa: E402
+from quant.convert import convert, format_map, quantization_map  # noqa: E402
 from quant.files import write_text  # noqa: E402
+from quant.graph import captured_bytes, trace  # noqa: E402
 from quant.passes import Job, run_passes  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import one_folder, open_run  # noqa: E402
+from scripts.run_folder import RunConfig, check, one_folder, open_run, split_arguments  # noqa: E402
+
+
+DRY_RUN = "dry_run=true"
 
 
 def run(arguments):
-    quantize(open_run(*one_folder(arguments)))
+    if DRY_RUN in arguments:
+        files, words = split_arguments([a for a in arguments if a != DRY_RUN])
+        print(plan(load(RunConfig, files, ["out=none", *words])))
+    else:
+        quantize(open_run(*one_folder(arguments)))
+
+
+def plan(config):
+    """What quantizing this configuration comes to, as text; no weights are needed or made."""
+    check(config)
+    with torch.device("meta"):
+        net = build_network(**config.network)
+    quantized, graph = convert(net, config.rules), trace(net, example_arguments(asdict(config), net))
+    c, facts = config.calibration, quantization_map(net, quantized, graph.macs)
+    samples = c.steps * c.images * (2 if config.guidance.scale != 1 else 1)
+    floats = sum(p.numel() * p.element_size() for p in net.parameters())
+    packed, captured = packed_bytes(quantized), captured_bytes(graph, samples)
+    return (f"{format_map(facts)}\n{config.name}: {len(graph.units)} reconstruction units, "
+            f"{sum(graph.macs.values()) / 1e9:.3f} G multiply-adds per image and step\n"
+            f"weights: {floats:,} bytes in FP32, {packed:,} quantized, {floats / packed:.2f} x smaller\n"
+            f"calibration: {samples:,} samples; {captured / 2 ** 30:.2f} GiB of activations at the largest unit, of "
+            f"which {min(captured / 2 ** 30, config.memory_gb):.2f} in memory (memory_gb), the rest on disk")
 
 
 def quantize(run):
@@ -31,12 +66,12 @@ def quantize(run):
     model = run.model
     with run.stage("quantize"):
         net = convert(model.net, run.config.rules)
-        order = trace(model.net, calibration.arguments(slice(0, 1)))
-        facts = quantization_map(model.net, net, order)
+        graph = trace(model.net, calibration.arguments(slice(0, 1)))
+        facts = quantization_map(model.net, net, graph.macs)
         write_text(run.path("map.json"), json.dumps(facts, indent=1))
         write_text(run.path("map.txt"), format_map(facts) + "\n")
         print(format_map(facts))
-        job = Job(model=model, net=net, calibration=calibration, order=order, resume_folder=run.path("resume/quantize"),
+        job = Job(model=model, net=net, calibration=calibration, graph=graph, resume_folder=run.path("resume/quantize"),
                   seed=run.config.seed, log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.passes)

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from conftest import TINY, randomize
 from models.zoo import build_network
 from quant import checkpoint
-from quant.checkpoint import load_quantized, pack, read_recipe, save_quantized, unpack
-from quant.convert import quant_layers
+from quant.checkpoint import (load_quantized, pack, packed_bytes, quantized_state, read_recipe, save_quantized,
+                              unpack)
+from quant.convert import convert, quant_layers
 from quant.files import load_tensors, save_tensors
 from tiny import SHAPE, WEIGHT_8, normal, quantized, rules
 
@@ -154,3 +155,10 @@ def test_tampered_file_is_refused(name, change, complaint, tiny_net, tmp_path):
     tensors[name] = change(tensors.get(name))
     save_tensors(path, {k: v for k, v in tensors.items() if v is not None}, meta)
     assert_refused(path, complaint)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_expected_bytes_are_those_of_the_stored_tensors(tiny_net, tmp_path, bits):
+    soft, hard = convert(tiny_net, rules(bits, 8)), quantized(tiny_net, tmp_path, rules(bits, 8))
+    stored = sum(t.numel() * t.element_size() for t in quantized_state(hard).values())
+    assert packed_bytes(soft) == packed_bytes(hard) == stored

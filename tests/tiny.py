@@ -2,9 +2,11 @@
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from quant.calibration import CalibrationSet
-from quant.convert import convert, input_quantizers, trace
+from quant.convert import convert, input_quantizers
+from quant.graph import trace
 from quant.passes import Job, run_passes
 from quant.timeline import Timeline
 
@@ -29,7 +31,7 @@ def samples(num=10, seed=0):
 
 def make_job(net, folder, wanted, *, num=10, boundaries=(), **more):
     return Job(model=SimpleNamespace(net=net, shape=SHAPE), net=convert(net, wanted, Timeline(boundaries)),
-               calibration=samples(num), order=trace(net, EXAMPLE), resume_folder=folder,
+               calibration=samples(num), graph=trace(net, EXAMPLE), resume_folder=folder,
                **{"log": lambda line: None} | more)
 
 
@@ -51,3 +53,19 @@ def fit(module, *inputs):
     for q in quantizers:
         q.fit_observed()
     return module
+
+
+class Wired(nn.Module):
+    """a -> b -> c, d reads a and c, e reads b; the result reads d and e."""
+
+    def __init__(self):
+        super().__init__()
+        for name in "abcde":
+            setattr(self, name, nn.Linear(3, 3))
+
+    def forward(self, x, t):
+        a = self.a(x)
+        b = self.b(a).relu()
+        c = self.c(b * 2)
+        d = self.d(a + c)
+        return d + self.e(b)
