@@ -137,9 +137,10 @@ def find_checkpoint(config):
     for place in places:
         if place.exists():                   # a file, or a folder of the diffusers library
             return place
-    hint = f"run '{config['download']}', or " if config.get("download") else ""
+    hint = f"get it with '{config['download']}', or " if config.get("download") else ""
+    demo = f"; without it, the same pipeline runs on a model that ships: {config['demo']}" if config.get("demo") else ""
     raise ValueError(f"the checkpoint of {config['name']} is not at {' or '.join(map(str, places))}; {hint}"
-                     "say where it is with checkpoint=PATH")
+                     f"say where it is with checkpoint=PATH{demo}")
 
 
 def resolve_device(word):

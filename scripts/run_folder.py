@@ -94,6 +94,7 @@ class RunConfig:
     checkpoint: str = ""
     weights: str = "ema"                     # ema | raw, where a checkpoint has both
     download: str = ""                       # command that fetches the checkpoint
+    demo: str = ""                           # command that does the same with a model that ships
     schedule: dict[str, Any] = field(default_factory=dict)
     bits: Bits = field(default_factory=Bits)
     method: str = ""

@@ -2,6 +2,7 @@
 checkpoint, runs them, and loads whole checkpoints; schedules and samplers are in fixture_adapter_samplers.py."""
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -120,7 +121,8 @@ def published(listing):
         if listing in FIRST_STAGES:
             return {"": build_network(**read_yaml(MODELS / f"{FIRST_STAGES[listing]}.yaml")["first_stage"])}
         config = read_yaml(MODELS / f"{LISTINGS[listing]}.yaml")
-        parts = {part: build_network(**config[key]) for part, key in PARTS.items() if config.get(key)}
+        parts = {part: build_network(**config[key]) for part, key in PARTS.items()
+                 if config.get(key) and (config[key]["family"] != "clip-text" or find_spec("transformers"))}
     if LISTINGS[listing] not in LATENT:
         return {"": parts["unet"]}
     return {PREFIXES[part]: module for part, module in parts.items()}
