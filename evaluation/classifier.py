@@ -28,7 +28,8 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (N, 3, 32, 32) in [0, 1] -> features (N, widths[-1]) after the global mean, and class logits."""
+    """Images (N, 3, 32, 32) in [0, 1] -> features (N, widths[-1]) after the global mean, and class logits. In evaluation
+    mode both are the mean over an image and its mirror image."""
 
     def __init__(self, stem_width=24, widths=(64, 128, 136), depth=2, num_classes=10):
         super().__init__()
@@ -38,6 +39,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, x):
+        if not self.training:
+            return (self.one_sided(x) + self.one_sided(x.flip(3))) / 2
+        return self.one_sided(x)
+
+    def one_sided(self, x):
         return self.stages(self.stem((x - MEAN) / STD)).mean(dim=(2, 3))
 
     def logits(self, x):
