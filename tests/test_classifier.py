@@ -93,3 +93,11 @@ def test_absent_and_foreign_files_are_said_in_a_sentence(tmp_path):
         load_classifier(tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="holds no finished training"):
         package(PackageConfig(run=str(tmp_path), out=str(tmp_path)))
+
+
+def test_features_are_those_of_image_and_mirror_image():
+    net, x = build_classifier(**TINY).eval(), torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(net.features(x), net.features(x.flip(3)))
+    torch.testing.assert_close(net.features(x), (net.one_sided(x) + net.one_sided(x.flip(3))) / 2)
+    net.train()
+    assert not torch.allclose(net.features(x), net.features(x.flip(3)))
