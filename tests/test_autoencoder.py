@@ -119,7 +119,7 @@ def test_kl_encoding_is_mean_plus_deviation_times_noise():
     mean, logvar = net.moments(image)
     noise = torch.randn_like(mean)
     assert torch.equal(net.encode(image), mean)
-    assert_close(net.encode(image, noise), mean + logvar.exp().sqrt() * noise, 1e-6)
+    assert_close(net.encode(image, noise), mean + logvar.exp().sqrt() * noise, 1e-5)
     net.quant_conv.bias[2:] = torch.tensor([1e3, -1e3])
     logvar = net.moments(image)[1]
     assert (logvar[:, 0] == 20).all() and (logvar[:, 1] == -30).all()
@@ -132,7 +132,7 @@ def test_kl_divergence_equals_that_of_the_distributions():
     law = torch.distributions.Normal(mean, (logvar / 2).exp())
     expected = torch.distributions.kl_divergence(law, torch.distributions.Normal(0, 1)).sum(dim=(1, 2, 3)).mean()
     assert_close(divergence.detach(), expected.detach(), 1e-5)
-    assert_close(reconstruction.detach(), net.decode(mean).detach(), 1e-6)
+    assert_close(reconstruction.detach(), net.decode(mean).detach(), 1e-5)
     (reconstruction.mean() + divergence).backward()
     assert all(p.grad is not None for p in net.parameters())
 
@@ -170,7 +170,7 @@ def test_gradient_passes_straight_through_the_codebook():
     codes = net.nearest(z)[0].detach().requires_grad_()
     net.encode = lambda image: z
     reconstruction, regulariser = net(image)
-    assert_close(reconstruction.detach(), net.decode(z).detach(), 1e-6)
+    assert_close(reconstruction.detach(), net.decode(z).detach(), 1e-5)
     (reconstruction ** 2).sum().backward(retain_graph=True)
     (net.decode(codes, quantize=False) ** 2).sum().backward()
     assert_close(z.grad, codes.grad, 1e-5)
@@ -179,7 +179,7 @@ def test_gradient_passes_straight_through_the_codebook():
     z.grad = None
     regulariser.backward()
     assert_close(z.grad, autoencoder.COMMITMENT * 2 * (z - codes).detach() / z.numel(), 1e-5)
-    assert_close(regulariser.detach(), (1 + autoencoder.COMMITMENT) * (z - codes).detach().square().mean(), 1e-6)
+    assert_close(regulariser.detach(), (1 + autoencoder.COMMITMENT) * (z - codes).detach().square().mean(), 1e-5)
     assert net.quantize.embedding.weight.grad.abs().sum() > 0
 
 
