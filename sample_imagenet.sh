@@ -3,6 +3,6 @@
 # it: calibrate -> quantize -> sample -> evaluate -> report. Knobs as in sample_cifar.sh.
 #   bash sample_imagenet.sh                                 the public checkpoint
 #   bash sample_imagenet.sh sampling.steps=250 guidance.scale=1.5 sampling.eta=1.0
-#   MODEL=cifar10-compact bash sample_imagenet.sh      the same pipeline on a small model that ships
+#   MODEL=latent-compact-class bash sample_imagenet.sh      the same pipeline on a small model that ships
 MODEL=${MODEL:-imagenet}
 . "$(dirname "${BASH_SOURCE[0]}")/scripts/stages.sh"

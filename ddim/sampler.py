@@ -7,6 +7,9 @@ it has a learned variance (eps first). `steps` ascend as made by `step_sequence`
 and is called once per step, so that the stream of an image does not depend on eta; deterministic samplers never call it
 and take no eta but 0. `callback(step, t, x, eps, x0, noise)` observes every network evaluation, the `step`-th, and must
 not change anything: t is the network's time, eps its whole answer, x0 the clean image that the update goes on with.
+
+The samplers of STOCHASTIC also take `correction` (quant/correction.py) of a quantized network, whose eps, corrected
+already, still brings noise of a known variance into x: they add that much less of their own.
 """
 import math
 from functools import partial
@@ -29,7 +32,7 @@ def nothing(*_):
     """The callback of a run that nobody observes."""
 
 
-def ddim(eps, x, steps, schedule, *, noise, eta=0.0, callback=nothing):
+def ddim(eps, x, steps, schedule, *, noise, eta=0.0, callback=nothing, correction=None):
     """DDIM (Song et al. 2021, Eq. 12 and 16); eta = 0 is deterministic, eta = 1 has the variance of DDPM."""
     for step, s, s_next in chain(steps):
         a, a_next, t = schedule.level(s), schedule.level(s_next), s * schedule.time_scale
@@ -41,11 +44,13 @@ def ddim(eps, x, steps, schedule, *, noise, eta=0.0, callback=nothing):
             e = (x - a ** 0.5 * x0) / (1 - a) ** 0.5                               # the noise that leads to it
         sigma = eta * max((1 - a / a_next) * (1 - a_next) / (1 - a), 0.0) ** 0.5
         callback(step, t, x, answer, x0, z)
-        x = a_next ** 0.5 * x0 + max(1 - a_next - sigma ** 2, 0.0) ** 0.5 * e + sigma * z
+        direction = max(1 - a_next - sigma ** 2, 0.0) ** 0.5       # PTQD's code takes the smaller sigma here as well
+        weight = direction - (a_next * (1 - a) / a) ** 0.5                         # of e in the next x
+        x = a_next ** 0.5 * x0 + direction * e + noise_to_add(sigma, weight, correction, t) * z
     return x
 
 
-def ddpm(eps, x, steps, schedule, *, noise, eta=1.0, callback=nothing):
+def ddpm(eps, x, steps, schedule, *, noise, eta=1.0, callback=nothing, correction=None):
     """Ancestral sampling of the chain that visits `steps` (Ho et al. 2020, Algorithm 2): thinning a chain out only
     changes its betas to 1 - a / a_next. Ends at level 1, without noise in the last step; `eta` scales the noise."""
     for step, s, s_next in chain(steps):
@@ -61,7 +66,9 @@ def ddpm(eps, x, steps, schedule, *, noise, eta=1.0, callback=nothing):
         callback(step, t, x, answer, x0, z)
         x = (a_next ** 0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - a_next) * x) / (1 - a)    # Eq. 7
         if s_next >= 0:
-            x = x + eta * deviation(schedule, beta, beta * (1 - a_next) / (1 - a), v) * z
+            sigma = eta * deviation(schedule, beta, beta * (1 - a_next) / (1 - a), v)
+            weight = beta * (a_next / (a * (1 - a))) ** 0.5                        # of -e in the next x
+            x = x + noise_to_add(sigma, weight, correction, t) * z
     return x
 
 
@@ -78,6 +85,15 @@ def deviation(schedule, beta, posterior, v):
     low, high = (math.log(max(value, 1e-20)) for value in (posterior, beta))
     share = (v + 1) / 2
     return (0.5 * (share * high + (1 - share) * low)).exp()
+
+
+def noise_to_add(sigma, weight, correction, t):
+    """Deviation of a step's noise where eps enters with `weight` and has an error of variance sigma_q^2 (PTQD, He et
+    al. 2023, arXiv:2305.10657): sigma'^2 = max(sigma^2 - weight^2 sigma_q^2, 0)."""
+    brought = 0.0 if correction is None else weight ** 2 * correction.noise_variance(t)
+    if not brought:
+        return sigma                       # the very number, which the root of its square need not be
+    return torch.as_tensor(sigma ** 2 - brought).clamp(min=0).sqrt()
 
 
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -118,6 +134,7 @@ SAMPLERS = {
     "dpm_solver_3s": partial(dpm_solver, algorithm="dpmsolver", order=3, method="singlestep"),
     "dpm_solver_pp_2m": partial(dpm_solver, algorithm="dpmsolver++", order=2, method="multistep"),
     "dpm_solver_pp_3s": partial(dpm_solver, algorithm="dpmsolver++", order=3, method="singlestep")}
+STOCHASTIC = ("ddim", "ddpm")
 
 
 def num_evaluations(sampler, steps):

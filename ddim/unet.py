@@ -194,10 +194,14 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(norm_groups, h_ch, eps=1e-6)
         self.conv_out = conv("out", h_ch, out_ch)
 
+    def embed_time(self, t):
+        """t (N,) float or integer steps -> (N, E), what the blocks project."""
+        dense_0, dense_1 = self.temb.dense
+        return dense_1(F.silu(dense_0(timestep_embedding(t, self.ch).to(self.norm_out.weight.dtype))))
+
     def forward(self, x, t):
         """x (N, C, H, W) float, t (N,) float or integer steps -> eps, shaped as x."""
-        temb = timestep_embedding(t, self.ch).to(x.dtype)
-        temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
+        temb = self.embed_time(t)
 
         skips = [self.conv_in(x)]
         for level in self.down:

@@ -1,4 +1,5 @@
-"""Scores of image folders: distribution scores by torch-fidelity's formulas, PSNR and SSIM of pairs, SQNR of tensors.
+"""Scores of image folders: distribution scores by torch-fidelity's formulas, PSNR, SSIM and LPIPS of pairs, SQNR of
+tensors, bit operations of a network.
 
 Every distribution score comes with its protocol. A score that the images at hand cannot support is left out with the
 reason, never replaced: Frechet distances need more images than features for a covariance of full rank.
@@ -6,6 +7,7 @@ reason, never replaced: Frechet distances need more images than features for a c
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
@@ -13,11 +15,16 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.version import __version__ as fidelity_version
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from evaluation.features import WEIGHTS, build_extractor, choose_extractor, extract, sha256
+from evaluation.classifier import MEAN, STD
+from evaluation.features import WEIGHTS, build_extractor, choose_extractor, extract, load_classifier, sha256
 from evaluation.reference import STATISTICS, frechet_distance, read_statistics
 from models.data import image_files, load_images, read_image
 
 MIN_IMAGES = 100                            # ten splits of ten for IS, and neighbourhoods that mean something
+SPATIAL = {"inception": "Mixed_6d.branch1x1", "cifar-resnet": "net.stages.1"}    # layers with maps of 17x17 and 8x8
+SPATIAL_CHANNELS = 7
+LPIPS = "LPIPS-cifar-resnet"
+DISTANCES = {"FD": "pooled", "sFD": "spatial"}          # Frechet distances and their features
 KID_SUBSET_SIZE = 1000                      # torch-fidelity's default; smaller sets are used whole (see the protocol)
 
 
@@ -36,7 +43,7 @@ def distribution_scores(samples_dir, *,
         raise ValueError(f"{samples_dir} holds {len(files)} images but scores of a distribution need at least "
                          f"{MIN_IMAGES}; sample more of them")
     net = build_extractor(name, weights_path, device)
-    samples = extract(net, files, batch_size=batch_size, device=device)
+    samples = extract_all(net, name, files, batch_size=batch_size, device=device)
     real, statistics, described = _reference(net, name, reference, samples["size"], batch_size, device)
     scores, left_out, kid_subset_size = _scores(samples, real, statistics)
     protocol = {"count": len(files), "image_size": samples["size"],
@@ -50,28 +57,46 @@ def distribution_scores(samples_dir, *,
 def _named(score, extractor):
     """Published names belong to Inception; with any other extractor its name is part of the score's."""
     if extractor == "inception":
-        return "FID" if score == "FD" else score
+        return {"FD": "FID", "sFD": "sFID"}.get(score, score)
     score, dash, std = score.partition("-std")
     return f"{score}-{extractor}{dash}{std}"
 
 
+def extract_all(net, name, source, **how):
+    """extract, and the features of sFID (Nash et al. 2021, arXiv:2103.03841) as `spatial` (N, H * W * 7): the first
+    seven channels of a middle layer's maps, place by place. Of cifar-resnet those of the image, not of its mirror
+    image, which it looks at second."""
+    spatial, layer = [], net.get_submodule(SPATIAL[name])
+
+    def seen(images):
+        maps = []
+        hook = layer.register_forward_hook(lambda _layer, _inputs, output: maps.append(output))
+        try:
+            features = net(images)
+        finally:
+            hook.remove()
+        spatial.append(maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu())
+        return features
+    return extract(seen, source, **how) | {"spatial": torch.cat(spatial)}
+
+
 def _reference(net, name, reference, size, batch_size, device):
-    """-> features of the reference or None, its statistics or None, what the protocol says of it."""
+    """-> features of the reference or None, its statistics by feature, what the protocol says of it."""
     if not reference and name != "cifar-resnet":
-        return None, None, {"reference": None, "reference_count": 0, "reference_sha256": None}
+        return None, {}, {"reference": None, "reference_count": 0, "reference_sha256": None}
     if not reference:
         statistics, facts = read_statistics()
         if facts["extractor_sha256"] != sha256(WEIGHTS):
             raise ValueError(f"{STATISTICS.name} was made with other weights than {WEIGHTS.name}; make both again with "
                              "python -m evaluation.reference")
-        return None, statistics, {"reference": f"{STATISTICS.name} ({facts['split']}; {facts['note']})",
+        return None, {"pooled": statistics}, {"reference": f"{STATISTICS.name} ({facts['split']}; {facts['note']})",
                                   "reference_count": facts["count"], "reference_sha256": sha256(STATISTICS)}
     if reference.split(":")[0] == "cifar10-train":
         source, reference = load_images(reference.replace("cifar10-train", "cifar10", 1), "train")[0], "cifar10-train"
     else:
         folder = Path(reference)
         source = image_files(folder / "train" if (folder / "train").is_dir() else folder)
-    real = extract(net, source, batch_size=batch_size, device=device)
+    real = extract_all(net, name, source, batch_size=batch_size, device=device)
     if real["size"] != size:
         raise ValueError(f"samples are {size} but the reference {reference} is {real['size']}; prepare the reference "
                          "the way the training images were")
@@ -79,7 +104,7 @@ def _reference(net, name, reference, size, batch_size, device):
         raise ValueError(f"the reference {reference} holds {len(source)} images but at least {MIN_IMAGES} are needed; "
                          "add images")
     described = {"reference": str(reference), "reference_count": len(source), "reference_sha256": real["sha256"]}
-    return real, fid_features_to_statistics(real["pooled"].double()), described
+    return real, {key: fid_features_to_statistics(real[key].double()) for key in DISTANCES.values()}, described
 
 
 def _scores(samples, real, statistics):
@@ -88,12 +113,13 @@ def _scores(samples, real, statistics):
     found = isc_features_to_metric(samples["logits"])
     scores["IS"], scores["IS-std"] = found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
     fewest = min(len(pooled), len(real["pooled"]) if real else len(pooled))
-    if statistics is None:
-        left_out["FD"] = "no reference was given: reference=FOLDER or reference=cifar10-train"
-    elif fewest <= pooled.shape[1]:
-        left_out["FD"] = f"{fewest} images cannot give a covariance of {pooled.shape[1]} features full rank"
-    else:
-        scores["FD"] = frechet_distance(fid_features_to_statistics(pooled.double()), statistics)
+    for score, key in DISTANCES.items():
+        if key not in statistics:
+            left_out[score] = f"no reference of {key} features was given: reference=FOLDER or reference=cifar10-train"
+        elif fewest <= samples[key].shape[1]:
+            left_out[score] = f"{fewest} images cannot give a covariance of {samples[key].shape[1]} features full rank"
+        else:
+            scores[score] = frechet_distance(fid_features_to_statistics(samples[key].double()), statistics[key])
     if real is None:
         left_out["KID, precision, recall"] = "they need the images of a reference: reference=FOLDER"
         return scores, left_out, None
@@ -124,6 +150,36 @@ def ssim(a, b):
     return structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, reduction="none")
 
 
+@torch.no_grad()
+def lpips(net, a, b):
+    """Perceptual distance of each pair in uint8 batches (N, 3, H, W) -> (N,), 0 for equal images. LPIPS (Zhang et al.
+    2018, arXiv:1801.03924, Eq. 1) with the CIFAR-10 classifier `net` as the network and every w_l = 1: the distance of
+    unit-length channel vectors, averaged over places, summed over the stem and the stages."""
+    _check_pair(a, b)
+    distance = 0
+    for y, y0 in zip(_layers(net, a), _layers(net, b)):
+        difference = F.normalize(y, dim=1, eps=1e-10) - F.normalize(y0, dim=1, eps=1e-10)
+        distance = distance + difference.square().sum(1).mean((1, 2))
+    return distance
+
+
+def _layers(net, images):
+    x = net.stem((images.float() / 255 - MEAN) / STD)
+    yield x
+    for stage in net.stages:
+        x = stage(x)
+        yield x
+
+
+def bit_operations(layers):
+    """-> {"float", "quantized"}: bit operations of one image and step, from the layers of map.json: the sum over layers
+    and attention products of multiply-adds x bits of one operand x bits of the other, 32 x 32 in full precision."""
+    widths = [row["input_bits"] if row["kind"] == "matmul" else (row["weight_bits"], row["input_bits"])
+              for row in layers]
+    return {"float": sum(row["macs"] for row in layers) * 32 * 32,
+            "quantized": sum(row["macs"] * a * b for row, (a, b) in zip(layers, widths))}
+
+
 def sqnr_db(reference, approximation):
     """Power of `reference` over power of the error, of the whole tensor; infinite where there is no error."""
     _check_pair(reference, approximation)
@@ -133,12 +189,13 @@ def sqnr_db(reference, approximation):
 
 def paired_scores(dir_a, dir_b, *, batch_size=256):
     """Means over the PNGs with the same name in both folders. Equal pairs have no finite PSNR: they are counted as
-    `identical` and left out of the mean of `psnr_db`, which is None if no pair differs."""
+    `identical` and left out of the mean of `psnr_db`, which is None if no pair differs. LPIPS is None for images of
+    another size than the 32x32 that its network was trained on."""
     names_a, names_b = ({path.name for path in Path(folder).glob("*.png")} for folder in (dir_a, dir_b))
     names = sorted(names_a & names_b)
     if not names:
         raise ValueError(f"no PNG has the same name in {dir_a} and {dir_b}; sample both from the same seeds")
-    psnr, similarity = [], []
+    psnr, similarity, perceptual, net = [], [], [], load_classifier()
     for start in range(0, len(names), batch_size):
         part = names[start:start + batch_size]
         pairs = [(read_image(Path(dir_a) / name), read_image(Path(dir_b) / name)) for name in part]
@@ -149,7 +206,9 @@ def paired_scores(dir_a, dir_b, *, batch_size=256):
         a, b = (torch.stack(images) for images in zip(*pairs))
         psnr.append(psnr_db(a, b))
         similarity.append(ssim(a, b))
+        perceptual += [lpips(net, a, b)] if a.shape[2:] == (32, 32) else []
     psnr = torch.cat(psnr)
     finite = psnr[psnr.isfinite()]
     return {"psnr_db": finite.mean().item() if len(finite) else None, "ssim": torch.cat(similarity).mean().item(),
+            LPIPS: torch.cat(perceptual).mean().item() if perceptual else None,
             "count": len(names), "identical": len(psnr) - len(finite), "unpaired": len(names_a ^ names_b)}

@@ -186,6 +186,12 @@ def summary_row(run, columns):
                   Html(number(sum(calibration), 1) if calibration else "–")]
 
 
+def comparison_table(caption, head, lines):
+    lines = [[cell if any(map(str.isalpha, cell)) else Html(html.escape(cell)) for cell in line] for line in lines]
+    return element("div", element("h2", "Comparison"), element("p", f"Protocol: {caption}.", class_="note"),
+                   table(head, lines))
+
+
 def sqnr_plot(runs):
     lines = [(run["name"], curve(run)) for run in runs]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -323,12 +329,14 @@ def flatten(tree, prefix=""):
 
 # ------------------------------------------------------------------------------------------------------------- the page
 @matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "tinydm"})
-def write_report(runs, path):
-    """Write the page about the run folders `runs` to `path`, whole or not at all."""
-    if not runs:
+def write_report(runs, path, comparison=()):
+    """Write the page about the run folders `runs` to `path`, whole or not at all. `comparison`, tables of texts as
+    (caption, head, lines), comes first."""
+    if not runs and not comparison:
         raise ValueError("no run folder was given; name at least one")
     path, runs = Path(path), [read_run(folder) for folder in runs]
-    compared = [element("h1", "TinyDM report"), element("h2", "What was run"), summary(runs),
+    compared = [element("h1", "TinyDM report"), *(comparison_table(*part) for part in comparison),
+                element("h2", "What was run"), summary(runs),
                 element("h2", "Error at each sampling step"),
                 sqnr_plot(runs) if any(curve(run) for run in runs) else ""]
     compared += [missing(run, "metrics.json", f"SQNR per step of {run['name']}") for run in runs if not curve(run)]

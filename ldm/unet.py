@@ -171,6 +171,12 @@ class UNet(nn.Module):
                     if isinstance(layer, (nn.Conv1d, nn.Conv2d, BasicTransformerBlock)):
                         layer.half()
 
+    def embed_time(self, t, labels=None):
+        """t (N,) float or integer steps, class labels (N,) if the network takes them -> (N, E), what blocks project."""
+        dtype = self.out[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(t, self.model_channels, cos_first=True).to(dtype))
+        return emb if labels is None else emb + self.label_emb(labels)
+
     def forward(self, x, t, cond=None):
         """x (N, C, H, W) float, t (N,) float or integer steps -> (N, out_channels, H, W).
 
@@ -178,9 +184,7 @@ class UNet(nn.Module):
         or None.
         """
         context, labels = self.context_and_labels(cond, len(x))
-        emb = self.time_embed(timestep_embedding(t, self.model_channels, cos_first=True).to(x.dtype))
-        if labels is not None:
-            emb = emb + self.label_emb(labels)
+        emb = self.embed_time(t, labels)
 
         h = x.to(next(self.input_blocks.parameters()).dtype)           # the trunk runs in the dtype of its weights
         context = None if context is None else context.to(h.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddim.sampler import SAMPLERS, SeededNoise, nothing
+from ddim.sampler import SAMPLERS, STOCHASTIC, SeededNoise, nothing
 from ddim.schedule import Schedule, make_schedule, step_sequence
 from models.condition import Condition, build_condition
 from models.weights import load_components, state_hash
@@ -39,12 +39,12 @@ class DiffusionModel:
     def eps(self, x, t, cond=None):
         """Predicted noise for x (N, C, H, W) at the steps t (N,), C channels, or 2C of a network that also predicts
         its variance; `cond` is what `labels` gave. Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598):
-        e = e_null + guidance * (e_cond - e_null)."""
+        e = e_null + guidance * (e_cond - e_null). Of a quantized network with a correction: corrected."""
         out = self.net(*self.network_inputs(x, t, cond))
-        if not self.is_guided:
-            return out
-        null, asked = out.chunk(2)
-        return null + self.guidance * (asked - null)
+        if self.is_guided:
+            null, asked = out.chunk(2)
+            out = null + self.guidance * (asked - null)
+        return out if self.correction is None else self.correction.eps(out, t)
 
     def network_inputs(self, x, t, cond=None):
         """What the network is called with for eps(x, t, cond): (x, t[, cond]); with guidance both halves in one
@@ -63,6 +63,11 @@ class DiffusionModel:
     def null_label(self):
         """The condition (1, ...) that guidance leads away from; None without guidance."""
         return self.condition.null_row() if self.is_guided else None
+
+    @property
+    def correction(self):
+        """The correction that came with a quantized network (quant/correction.py); None without one."""
+        return getattr(self.net, "correction", None)
 
     def with_net(self, net):
         """The same model around another network, for example a quantized one."""
@@ -159,24 +164,30 @@ def resolve_device(word):
 
 @torch.no_grad()
 def sample(model, eps, indices, *, sampler="ddim", steps=100, skip="uniform", eta=0.0, seed=0, batch_size=None,
-           callback=nothing):
+           start=None, callback=nothing):
     """Images number `indices` of `seed` -> (len(indices), 3, H, W) uint8.
 
-    `eps(x, t, cond)` is the model's own or a quantized one. With `batch_size` B the whole block of images kB ... kB+B-1
-    that holds `indices` runs and the rest is dropped: the row in a batch can change the last bit of a float result, so
-    image i always runs in row i % B beside the same neighbours, and has the same bytes in any run. Without it the
-    batch is `indices` as they come. `callback` is the sampler's and sees the whole batch.
+    `eps(x, t, cond)` is `model.eps` or what stands for it; a correction of the model goes to samplers that take one.
+    With `batch_size` B the whole block of images kB ... kB+B-1 that holds `indices` runs and the rest is dropped: the
+    row in a batch can change the last bit of a float result, so image i always runs in row i % B beside the same
+    neighbours, and has the same bytes in any run. Without it the batch is `indices` as they come. `callback` is the
+    sampler's and sees the whole batch. `start` is None for the noise of the images, or (x of the whole batch,
+    number of last steps to do from there).
     """
     if sampler not in SAMPLERS:
         raise ValueError(unknown_word(f"sampler '{sampler}' is unknown", sampler, SAMPLERS))
     batch = rows = list(indices)
     if batch_size:
-        start = batch[0] // batch_size * batch_size
-        batch, rows = range(start, start + batch_size), [i - start for i in rows]
+        first = batch[0] // batch_size * batch_size
+        batch, rows = range(first, first + batch_size), [i - first for i in rows]
         assert 0 <= min(rows) and max(rows) < batch_size, "indices must lie in one block of batch_size"
     noise, cond = model.noise(seed, batch), model.labels(seed, batch)
-    x = SAMPLERS[sampler](lambda x, t: eps(x, t, cond), noise.draw(), step_sequence(skip, steps, model.schedule),
-                          model.schedule, noise=noise.draw, eta=eta, callback=callback)
+    options = {"correction": model.correction} if sampler in STOCHASTIC else {}
+    x, sequence = noise.draw(), step_sequence(skip, steps, model.schedule)
+    if start is not None:                  # the first noise is drawn all the same: those of the steps stay the same
+        x, sequence = start[0], sequence[:start[1]]
+    x = SAMPLERS[sampler](lambda x, t: eps(x, t, cond), x, sequence, model.schedule,
+                          noise=noise.draw, eta=eta, callback=callback, **options)
     if not torch.isfinite(x).all():
         raise ValueError(f"sampling of {model.name} ended in NaN or infinite values; "
                          "with quantized weights use more bits or more calibration data")

@@ -1,10 +1,17 @@
-"""Calibration sets: what the network sees on its way from noise to image, and how it was collected."""
+"""Calibration sets: what the network sees on its way from noise to image, and how it was collected.
+
+Axes: N samples, S evaluations of the network on a trajectory (step 0 is the first one, the noisiest), B images of a
+recorded batch, K conditions, C channels, H x W pixels.
+"""
+import inspect
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from quant.config import unknown_word
 from quant.files import load_tensors, save_tensors
+from quant.tdac import tdac
 
 FORMAT = "tinydm-calibration/1"
 
@@ -25,9 +32,18 @@ class CalibrationSet:
 
     def subset(self, num, seed):
         """`num` samples drawn without replacement (all if there are fewer)."""
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:num]
-        which = None if self.which is None else self.which[rows]
-        return CalibrationSet(self.x[rows], self.t[rows], self.cond, which, self.made)
+        return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:num])
+
+    def spread(self, num, timeline, seed):
+        """About `num` samples, drawn alike from every segment of a timeline: at least one of each that has any."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        segment = timeline.segments_of(self.t[order])
+        each = max(1, num // timeline.num_segments)
+        return self.rows(torch.cat([order[segment == s][:each] for s in range(timeline.num_segments)]))
+
+    def rows(self, rows):
+        """The samples `rows` (indices)."""
+        return replace(self, x=self.x[rows], t=self.t[rows], which=None if self.which is None else self.which[rows])
 
     def arguments(self, rows):
         """What the network is called with for the samples `rows` (a slice or indices): (x, t) or (x, t, cond)."""
@@ -84,28 +100,113 @@ def _ecosystem_set(path):
     return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, which, made)
 
 
-def uniform(record, num_steps, num_images, made):
-    """Q-Diffusion's set: `num_steps` evenly spaced steps of the sampler's S (every (S / num_steps)-th where that
-    divides), the same images at each.
+def pick(batches, t, pairs, *, cond=None, null=None, made):
+    """The set of the `pairs` that a builder chose from recorded trajectories.
 
-    `record` is a list over sampling steps, noisiest first, of (x (N, C, H, W), t). Raises ValueError if it is short.
+    `batches` holds x (S + 1, B, C, H, W) for images 0 .. B-1, B .. 2B-1, ...: the inputs of the network, then the clean
+    image in the end; t (S,) are the steps that the network was told. cond (K, ...) has a row for each image. With a
+    `null` condition (1, ...), as guidance needs it, every sample occurs twice: with its own and with the null one.
     """
-    if not 1 <= num_steps <= len(record):
-        raise ValueError(f"{num_steps} calibration steps asked for, the sampler has {len(record)}")
-    picked = [record[i * len(record) // num_steps] for i in range(num_steps)]
-    x = torch.cat([x[:num_images] for x, _ in picked])
-    t = torch.cat([torch.full((min(num_images, len(x)),), float(t)) for x, t in picked])
-    return CalibrationSet(x, t, made=made)
-
-
-def with_condition(calibration, cond, null=None):
-    """The set with condition cond[i] (images, ...) for image i, where the image runs fastest along the samples. With
-    a `null` condition (1, ...), as guidance needs it, every sample occurs twice: with its own and with the null one."""
-    which = torch.arange(len(calibration)) % len(cond)
+    step, image, *told = pairs
+    size = batches[0].shape[1]
+    x = torch.stack([batches[i // size][s, i % size] for s, i in zip(step.tolist(), image.tolist())])
+    t = told[0] if told else t[step].float()
+    made = made | {"samples_per_step": step.bincount(minlength=len(batches[0]) - 1).tolist()}
+    if cond is None:
+        return CalibrationSet(x, t, made=made)
     if null is None:
-        return replace(calibration, cond=cond, which=which)
-    return CalibrationSet(calibration.x.repeat(2, 1, 1, 1), calibration.t.repeat(2), torch.cat([cond, null]),
-                          torch.cat([which, torch.full_like(which, len(cond))]), calibration.made)
+        return CalibrationSet(x, t, cond, image, made)
+    which = torch.cat([image, torch.full_like(image, len(cond))])
+    return CalibrationSet(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([cond, null]), which, made)
 
 
-BUILDERS = {"uniform": uniform}
+# ---- builders: (num_steps S, num_images, num_samples N, rng, features, **options) -> step (N,), image (N,), int64.
+# `rng` is a torch.Generator; `features()` is what quant.tdac.middle_features gives. A builder that takes one step for
+# each sample takes the images in turn.
+
+def uniform(num_steps, num_images, num_samples, rng, features):
+    """Q-Diffusion's set (arXiv:2302.04304): N / images evenly spaced steps (every so many-th where that divides S), the
+    same images at each. Raises ValueError if there are fewer steps."""
+    asked = num_samples // num_images
+    if not 1 <= asked <= num_steps:
+        raise ValueError(f"{asked} calibration steps asked for, the trajectory has {num_steps}; set calibration.steps "
+                         f"to 1 to {num_steps}")
+    return at_each(torch.arange(asked) * num_steps // asked, num_images)
+
+
+def segments(num_steps, num_images, num_samples, rng, features, *, first=0.0, last=1.0, stride=2):
+    """The multi-model set: every `stride`-th step between the fractions `first` and `last` of the S steps (0 is the
+    noisy end), the same images at each; at most N samples. Raises ValueError if that leaves nothing."""
+    steps = torch.arange(num_steps)[round(first * num_steps):round(last * num_steps):stride]
+    if not 1 <= len(steps) <= num_samples:
+        raise ValueError(f"a segment from {first} to {last} with stride {stride} has {len(steps)} of {num_steps} steps "
+                         f"for {num_samples} samples; widen it or change the stride")
+    return at_each(steps, min(num_images, num_samples // len(steps)))
+
+
+def random(num_steps, num_images, num_samples, rng, features):
+    """Every step equally likely."""
+    return torch.randint(num_steps, (num_samples,), generator=rng), in_turn(num_samples, num_images)
+
+
+def linspace(num_steps, num_images, num_samples, rng, features):
+    """Uniform steps of the HKU project: N points evenly spaced over the chain, both ends included, shuffled."""
+    place = torch.arange(num_samples, dtype=torch.float64) * (num_steps - 1) / max(num_samples - 1, 1)
+    step = num_steps - 1 - place.round().long()
+    return step[torch.randperm(num_samples, generator=rng)], in_turn(num_samples, num_images)
+
+
+def normal(num_steps, num_images, num_samples, rng, features, *, mean=0.4, std=0.4, resample=False, pairing="correct"):
+    """Normally distributed time steps (PTQ4DM, arXiv:2211.15736, Algorithm 1): `mean` and `std` are fractions of the
+    chain counted from the image end. What falls off its ends is clipped to them, or with `resample` drawn again.
+
+    `pairing: legacy` is the released code's mistake: the number drawn counts iterations from the noisy end, the sample
+    is the state after that iteration, and the network is told that count instead of a step of the schedule.
+    """
+    if std <= 0 or pairing not in ("correct", "legacy"):
+        raise ValueError(f"builder 'normal' has std {std} and pairing '{pairing}'; it takes a std above 0 and pairing "
+                         "correct or legacy")
+    ends = (torch.tensor([0.0, 1.0], dtype=torch.float64) - mean) / std
+    low, high = torch.special.ndtr(ends).tolist() if resample else (0, 1)
+    place = chain_index(mean + std * between_quantiles(low, high, num_samples, rng), num_steps)
+    image = in_turn(num_samples, num_images)
+    return (num_steps - 1 - place, image) if pairing == "correct" else (place + 1, image, place.float())
+
+
+def half_normal(num_steps, num_images, num_samples, rng, features, *, std=0.3):
+    """|Normal(0, std)| as a fraction of the chain from the image end (HKU project), clipped to the noisy end."""
+    place = chain_index(std * between_quantiles(0.5, 1, num_samples, rng), num_steps)
+    return num_steps - 1 - place, in_turn(num_samples, num_images)
+
+
+def between_quantiles(low, high, num, rng):
+    """`num` standard normal values between two of its quantiles."""
+    return torch.special.ndtri(low + (high - low) * torch.rand(num, generator=rng, dtype=torch.float64))
+
+
+def chain_index(fraction, num_steps):
+    return (fraction * num_steps).floor().clamp(0, num_steps - 1).long()
+
+
+def at_each(steps, num_images):
+    """All pairs of `steps` and the first images, where the image runs fastest."""
+    return steps.repeat_interleave(num_images), torch.arange(num_images).repeat(len(steps))
+
+
+def in_turn(num_samples, num_images):
+    return torch.arange(num_samples) % num_images
+
+
+BUILDERS = {"uniform": uniform, "segments": segments, "random": random, "linspace": linspace, "normal": normal,
+            "half_normal": half_normal, "tdac": tdac}
+
+
+def check_builder(name, options):
+    """Raises ValueError for an unknown builder or option."""
+    if name not in BUILDERS:
+        raise ValueError(unknown_word(f"calibration builder '{name}' is unknown", name, BUILDERS))
+    parameters = inspect.signature(BUILDERS[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] or ["none"]
+    for key in options:
+        if key not in known:
+            raise ValueError(unknown_word(f"calibration builder '{name}' has no option '{key}'", key, known))

@@ -139,6 +139,23 @@ class Stream:
 
 
 @torch.no_grad()
+def inputs_of(net, names, calibration, batch_size, *, whole=False):
+    """Inputs of the modules `names` over a calibration set -> {name: tensor (N, ...)}; with `whole` a tuple of all
+    their arguments."""
+    found, device = {name: [] for name in names}, next(net.parameters()).device
+    hooks = [net.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: found[name].append(inputs))
+             for name in names]
+    try:
+        for arguments in calibration.batches(batch_size):
+            net(*(a.to(device) for a in arguments))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    joined = {name: tuple(torch.cat(parts) for parts in zip(*calls)) for name, calls in found.items()}
+    return joined if whole else {name: inputs[0] for name, inputs in joined.items()}
+
+
+@torch.no_grad()
 def capture_whole(net, unit, calibration, batch_size):
     """Arguments and output of one unit from complete forward passes: what a stream must reproduce bit for bit."""
     module, calls = dict(net.named_modules())[unit], []

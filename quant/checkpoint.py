@@ -1,8 +1,8 @@
 """`quantized.safetensors`: a calibrated network in one self-describing file.
 
 Weights are unsigned integer codes packed to their real width, least significant bit first (4 bit: two per byte);
-scales, zero points, norms and biases are as they are; the metadata hold the recipe, so that the file loads in a fresh
-process without calibration data and without the full-precision checkpoint.
+scales, zero points, norms, biases and the tables of a correction are as they are; the metadata hold the recipe, so that
+the file loads in a fresh process without calibration data and without the full-precision checkpoint.
 """
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from quant.convert import convert, quant_layers
+from quant.correction import Correction
 from quant.files import load_tensors, save_tensors
 from quant.timeline import Timeline
 
@@ -42,9 +43,8 @@ def quantized_state(net):
     for name, value in net.state_dict().items():
         owner, _, part = name.rpartition(".")
         if part == "weight_int":
-            q = layers[owner].weight_quantizer
-            codes = value + q.table(q.zero_point, value) - q.low
-            tensors[f"{owner}.weight_codes"] = pack(codes, q.spec.bits)
+            layer = layers[owner]
+            tensors[f"{owner}.weight_codes"] = pack(layer.unsigned_codes(), layer.weight_quantizer.spec.bits)
         elif name.endswith("weight_quantizer.zero_point"):
             tensors[name] = value.to(torch.uint8)          # 0..2^bits-1
         else:
@@ -52,12 +52,17 @@ def quantized_state(net):
     return tensors
 
 
+def bytes_of(layer):
+    """Of the packed codes of a layer's weight."""
+    return (int(torch.Size(layer.codes_shape).numel()) * layer.weight_quantizer.spec.bits + 7) // 8
+
+
 def packed_bytes(net):
     """Bytes of a converted network's tensors in such a file, hardened or not; the recipe comes on top."""
     packed, layers = 0, quant_layers(net)
     for name, layer in layers.items():
         if layer.weight_quantizer is not None:
-            packed += (int(torch.Size(layer.shape).numel()) * layer.weight_quantizer.spec.bits + 7) // 8
+            packed += bytes_of(layer)
     for name, value in net.state_dict().items():
         owner, _, part = name.rpartition(".")
         if owner in layers and layers[owner].weight_quantizer is not None and part in ("weight", "weight_int"):
@@ -99,14 +104,15 @@ def load_quantized(path, build_network, *, expected=None):
         q, zero_point = layer.weight_quantizer, stored.get(f"{name}.weight_quantizer.zero_point")
         if codes is None or q is None or zero_point is None or zero_point.shape != q.zero_point.shape:
             continue                                       # the comparison with the net's own state says so
-        if len(codes) != (int(torch.Size(layer.shape).numel()) * q.spec.bits + 7) // 8:
+        if len(codes) != bytes_of(layer):
             raise ValueError(f"{path}: the weight of {name} has {len(codes)} bytes, which does not fit "
-                             f"{tuple(layer.shape)} at {q.spec.bits} bits; the file is damaged, quantize again")
+                             f"{tuple(layer.codes_shape)} at {q.spec.bits} bits; the file is damaged, quantize again")
         zero_point = zero_point.float()
         q.zero_point.copy_(zero_point)
-        integers = unpack(codes, q.spec.bits, layer.shape).float() + q.low
-        layer.weight_int, layer.weight = integers - q.table(q.zero_point, integers), None
+        layer.set_unsigned_codes(unpack(codes, q.spec.bits, layer.codes_shape))
         stored[f"{name}.weight_int"], stored[f"{name}.weight_quantizer.zero_point"] = layer.weight_int, zero_point
+    times = stored.get("correction.times")
+    net.correction = None if times is None else Correction(times, net.in_channels)
     own = net.state_dict()
     wrong = sorted(set(own) ^ set(stored)) + [k for k in own if k in stored and own[k].shape != stored[k].shape]
     if wrong:

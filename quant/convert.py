@@ -1,8 +1,8 @@
 """Turn a float network into a quantized one: ordered rules over module names and roles, modules replaced by name.
 
 A rule is a dict: `match` (glob on the module's name) and `role` say what it applies to, `kind` (layer | matmul)
-narrows it; `weight`, `input` (keys of QuantSpec) and `split` say how. Later rules win, key by key; bits 32 leaves a
-tensor alone. Parameterless attention products follow the `input` of rules that match their name and operand role.
+narrows it; `weight`, `input` (keys of QuantSpec), `split` and `balance` say how. Later rules win, key by key; bits 32
+leaves a tensor alone. Parameterless attention products follow the `input` of rules that match their name and operand role.
 """
 import copy
 from dataclasses import fields
@@ -13,13 +13,13 @@ import torch
 from ddim.unet import Matmul
 from quant.config import unknown_word
 from quant.layers import SWAP, QuantLayer, QuantMatmul
-from quant.quantizer import Quantizer, QuantSpec
+from quant.quantizer import GRIDS, Quantizer, QuantSpec
 from quant.ranges import RANGES
 from quant.timeline import Timeline
 
 ROLES = ("stem", "out", "temb", "emb_proj", "conv1", "conv2", "skip", "down", "up", "q", "k", "v", "qkv", "probs",
          "proj", "proj_in", "ff")
-RULE_KEYS = ("match", "role", "kind", "weight", "input", "split")
+RULE_KEYS = ("match", "role", "kind", "weight", "input", "split", "balance")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
 
@@ -44,8 +44,9 @@ def check_rules(rules):
                 raise ValueError(unknown_word(complaint, rule[key], words))
         for part in ("weight", "input"):
             facts = rule.get(part, {})
-            if facts.get("range", "minmax") not in RANGES:
-                raise ValueError(unknown_word(f"range search '{facts['range']}' is unknown", facts["range"], RANGES))
+            for key, words in (("range", RANGES), ("grid", GRIDS)):
+                if facts.get(key, next(iter(words))) not in words:
+                    raise ValueError(unknown_word(f"{key} '{facts[key]}' is unknown", facts[key], words))
             for key in facts:
                 if key not in known:
                     complaint = f"{part} of rule {dict(rule)} has an unknown key '{key}'"
@@ -54,15 +55,16 @@ def check_rules(rules):
 
 
 def resolve(rules, name, role, kind):
-    """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec, "split": bool}."""
-    merged = {"weight": {}, "input": {}, "split": True}
+    """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec, "split": bool, "balance":
+    bool}."""
+    merged = {"weight": {}, "input": {}, "split": True, "balance": False}
     for rule in rules:
         if fnmatchcase(name, rule.get("match", "*")) and rule.get("role", role) == role \
                 and rule.get("kind", kind) == kind:
             merged["weight"] |= rule.get("weight", {})
             merged["input"] |= rule.get("input", {})
-            merged["split"] = rule.get("split", merged["split"])
-    return {"weight": QuantSpec(**merged["weight"]), "input": QuantSpec(**merged["input"]), "split": merged["split"]}
+            merged |= {key: rule[key] for key in ("split", "balance") if key in rule}
+    return merged | {part: QuantSpec(**merged[part]) for part in ("weight", "input")}
 
 
 def convert(net, rules, timeline=None):
@@ -86,7 +88,8 @@ def convert(net, rules, timeline=None):
         else:
             facts = resolve(rules, name, module.role, "layer")
             on = facts["weight"].bits < 32 or facts["input"].bits < 32
-            swapped = QuantLayer(module, facts["weight"], facts["input"], timeline, facts["split"]) if on else module
+            swapped = QuantLayer(module, facts["weight"], facts["input"], timeline, facts["split"],
+                                 facts["balance"]) if on else module
         net.set_submodule(name, swapped)
     timeline.follow(net)
     net.timeline = timeline

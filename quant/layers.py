@@ -7,6 +7,11 @@ The forward of a hardened layer, which an integer engine has to reproduce bit fo
 evaluated left to right in float32 on integer-valued tensors (w_int = code - zero point). A convolution that reads a
 concatenation with own scales for each part is the sum of one such product per part, then + b. Scales that vary inside
 the sum (activations per channel or per group) multiply q_x - z_x instead. What is not quantized has no factor.
+
+With own weights for every time segment w_int and s_w are those of the segment; a batch then lies in one segment.
+
+A balanced layer (quant/balance.py) reads x * inverse_balance, one factor per input channel, and its weight holds the
+balance: W_c * balance_c. An integer engine merges that factor with the 1/s_x of its quantize step.
 """
 from functools import partial
 
@@ -35,7 +40,7 @@ class QuantLayer(nn.Module):
     float weight.
     """
 
-    def __init__(self, layer, weight_spec, input_spec, timeline, split):
+    def __init__(self, layer, weight_spec, input_spec, timeline, split, balanced=False):
         super().__init__()
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(f"grouped convolutions cannot be quantized (role {layer.role})")
@@ -46,14 +51,18 @@ class QuantLayer(nn.Module):
         self.parts = splits or (self.shape[1],)
         self.weight_quantizer = self.input_quantizer = self.rounding = None
         if weight_spec.bits < 32:
-            self.weight_quantizer = Quantizer(weight_spec, weight_groups(weight_spec.per, self.shape, splits=splits))
+            self.weight_quantizer = Quantizer(weight_spec, weight_groups(weight_spec.per, self.shape, splits=splits),
+                                              timeline if weight_spec.per_segment else None)
         if input_spec.bits < 32:
             group_of = activation_groups(input_spec.per, self.shape[1], self.trailing,
                                          group_size=input_spec.group_size, splits=splits)
             self.input_quantizer = Quantizer(input_spec, group_of, timeline)
         self.register_buffer("weight_int", None)
+        self.register_buffer("inverse_balance", torch.ones(self.shape[1]) if balanced else None)
 
     def forward(self, x):
+        if self.inverse_balance is not None:
+            x = x * self.per_channel(self.inverse_balance)
         x, scales = self.quantize_input(x)
         weight = self.weight_in_use()
         if len(self.parts) > 1:
@@ -66,9 +75,9 @@ class QuantLayer(nn.Module):
             if scales:
                 term = term * scales[part]
             if self.weight_int is not None:
-                term = term * self.per_output(self.weight_quantizer.scale[0].chunk(len(self.parts))[part])
+                term = term * self.per_channel(self.weight_scales().chunk(len(self.parts))[part])
             out = term if part == 0 else out + term
-        return out if self.bias is None else out + self.per_output(self.bias)
+        return out if self.bias is None else out + self.per_channel(self.bias)
 
     def quantize_input(self, x):
         """-> what is multiplied, and the scales to multiply the product of each part with (None: no factor)."""
@@ -82,19 +91,70 @@ class QuantLayer(nn.Module):
     def weight_in_use(self):
         """Integers when hardened; else the weight as it is, softly rounded, or on its grid."""
         if self.weight_int is not None:
-            return self.weight_int
+            return self.weight_int[self.segment()] if self.has_segments else self.weight_int
         if self.rounding is not None:
             return self.rounding()
         q = self.weight_quantizer
         return q(self.weight) if q is not None and q.enabled else self.weight
 
-    def per_output(self, values):
-        """(out,) or (1,) shaped to multiply a result: channels are axis 1 of a convolution, the last of a Linear."""
+    @torch.no_grad()
+    def balance(self, factors):
+        """Divide input channel c by factors[c] (in,) and multiply the weight's column c with it, on top of earlier
+        balances; the product stays what it is. The float network, which shared the weight, keeps its own."""
+        self.inverse_balance = self.inverse_balance / factors
+        self.scale_weight(factors[None])
+
+    @torch.no_grad()
+    def scale_weight(self, factors):
+        """Multiply the weight with factors (out, 1) or (1, in)."""
+        self.weight = nn.Parameter(self.weight * factors.reshape(*factors.shape, *[1] * self.trailing),
+                                   requires_grad=False)
+
+    def per_channel(self, values):
+        """(channels,) or (1,) shaped to multiply x or a result: channels are axis 1 of a convolution, the last of a
+        Linear."""
         return values.reshape(-1, *[1] * self.trailing)
+
+    @property
+    def has_segments(self):
+        """Whether there are several weights, one for each time segment."""
+        return self.weight_quantizer is not None and len(self.weight_quantizer.scale) > 1
+
+    def segment(self):
+        """Of the weight in use. Raises ValueError for a batch that spans segments."""
+        segment = self.weight_quantizer.timeline.segment if self.has_segments else 0
+        if torch.is_tensor(segment):
+            raise ValueError("the samples of a batch lie in different time segments, which have different weights; run "
+                             "the samples of each segment apart")
+        return segment
+
+    def weight_scales(self):
+        return self.weight_quantizer.scale[self.segment()]
+
+    def unsigned_codes(self):
+        """The hardened weight as codes 0..2^b-1, ([segments,] out, in, ...), as they are stored."""
+        return self.weight_int + self.zero_points() - self.weight_quantizer.low
+
+    @torch.no_grad()
+    def set_unsigned_codes(self, codes):
+        """Become the hardened layer of these codes; the weight quantizer's zero points are in place."""
+        self.weight_int = codes.float() + self.weight_quantizer.low - self.zero_points()
+        self.weight = self.rounding = None
+
+    def zero_points(self):
+        q = self.weight_quantizer
+        return q.zero_point[:, q.group_of] if self.has_segments else q.zero_point[0][q.group_of]
+
+    @property
+    def codes_shape(self):
+        return (len(self.weight_quantizer.scale), *self.shape) if self.has_segments else self.shape
 
     def fit_weight(self):
         """Choose the weight's scales from the weight; concatenated parts each from their own columns."""
         q = self.weight_quantizer
+        if self.has_segments:
+            raise ValueError("own weights for every time segment (per_segment) are made by the pass segment_models; "
+                             "list the other passes inside it")
         for part, columns in enumerate(self.weight.detach().split(self.parts, dim=1)):
             values = columns.flatten(1) if q.spec.per == "channel" else columns.reshape(1, -1)
             q.fit([values], first=part * len(values))
@@ -132,7 +192,7 @@ class QuantMatmul(nn.Module):
         for x, q in ((a, self.a_quantizer), (b, self.b_quantizer)):
             on = q is not None and q.active(x)
             operands.append(q.codes(x) if on else x)
-            scales += [q.table(q.scale, x)] if on else []
+            scales += [q.table(q.scales(), x)] if on else []
         out = operands[0] @ operands[1]
         for scale in scales:
             out = out * scale

@@ -1,6 +1,6 @@
 """Passes: functions (job, **options) -> facts, run in the order of the method's YAML."""
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -8,9 +8,19 @@ import torch
 
 from quant.calibration import CalibrationSet
 from quant.config import unknown_word
-from quant.convert import input_quantizers, quant_layers, set_input_quantization
+from quant.allocate import allocate_bits
+from quant.apq import group_scales
+from quant.balance import balance
+from quant.convert import convert, input_quantizers, quant_layers, set_input_quantization
+from quant.correction import correct_noise
 from quant.graph import Graph
 from quant.reconstruct import reconstruct
+from quant.segments import segment_models
+from quant.softmax import softmax_grid
+from quant.stepbits import step_bits
+from quant.tdq import dynamic_scales
+from quant.temporal import reconstruct_temporal
+from quant.timeline import Timeline
 
 
 @dataclass
@@ -21,9 +31,35 @@ class Job:
     calibration: CalibrationSet
     graph: Graph                           # of the float network
     resume_folder: Path                    # finished parts of long passes
+    rules: list = ()                       # that `net` was converted by; passes may add to them
     seed: int = 0
     log: Callable = print                  # one line of progress
     note: Callable = lambda facts: None    # facts so far of the running pass
+    trajectory: Callable = None            # (num_images, seed) -> (step, t, x, cond, eps) of the float model, in turn
+
+    def add_rules(self, rules, timeline=None):
+        """Convert the network again, by further rules and if need be on another timeline: for passes that decide about
+        widths or grids, which therefore come before all that fit or change the network."""
+        if any(q.is_fitted for q in input_quantizers(self.net).values()) or any(
+                m.weight is not f.weight for m, f in self.layer_pairs()):
+            raise ValueError("a pass that adds rules begins with the network as it was; list it before the passes that "
+                             "balance, fit or reconstruct")
+        self.rules = [*self.rules, *rules]
+        self.net = convert(self.model.net, self.rules, timeline or Timeline(self.net.timeline.boundaries.tolist()))
+
+    @property
+    def device(self):
+        return next(self.net.parameters()).device
+
+    def fitted_copy(self, rules):
+        """A copy of the network with fitted ranges, by the own rules and these, for measurements."""
+        copy = replace(self, net=convert(self.model.net, [*self.rules, *rules], self.net.timeline))
+        fit_ranges(copy)
+        return copy.net
+
+    def layer_pairs(self):
+        """Quantized layers and their originals."""
+        return [(m, self.model.net.get_submodule(name)) for name, m in quant_layers(self.net).items()]
 
 
 @torch.no_grad()
@@ -51,7 +87,10 @@ def fit_ranges(job, *, num_samples=256, batch_size=64):
     return [{"pass": "fit_ranges", "weights": len(layers), "inputs": len(quantizers)}]
 
 
-PASSES = {"fit_ranges": fit_ranges, "reconstruct": reconstruct}
+PASSES = {"fit_ranges": fit_ranges, "reconstruct": reconstruct, "balance": balance, "softmax_grid": softmax_grid,
+          "allocate_bits": allocate_bits, "step_bits": step_bits, "dynamic_scales": dynamic_scales,
+          "group_scales": group_scales, "reconstruct_temporal": reconstruct_temporal, "segment_models": segment_models,
+          "correct_noise": correct_noise}
 
 
 def check_passes(passes):
@@ -67,6 +106,7 @@ def check_passes(passes):
         for key in options or {}:
             if key not in known:
                 raise ValueError(unknown_word(f"pass '{name}' has no option '{key}'", key, known))
+        check_passes((options or {}).get("passes", []))
         checked.append((name, options or {}))
     return checked
 
@@ -80,4 +120,6 @@ def run_passes(job, passes):
         write(facts)
     for layer in quant_layers(job.net).values():
         layer.harden()
+    for q in input_quantizers(job.net).values():
+        q.harden()
     return facts

@@ -12,6 +12,7 @@ from torch import nn
 from quant.groups import num_groups
 from quant.ranges import centered_codes, code_range, find_range, scale_zero_point
 
+LOG2_TOP = 14                              # exponent of the largest integer of the log2 grid
 VALUES_PER_GROUP = 2 ** 16                 # observed values kept for a range search, per segment
 
 
@@ -22,12 +23,28 @@ class QuantSpec:
     per: str = "tensor"                    # tensor | channel | group | head
     group_size: int = 0                    # channels per group for per: group
     symmetric: bool = False                # signed codes and zero point 0
+    grid: str = "uniform"                  # uniform | log2: powers of two up to 1, for softmax outputs
     range: str = "minmax"                  # a word of quant.ranges.RANGES
     tail: float = 0.001                    # fraction left out at either end by range: percentile
     ema: float = 0.0                       # > 0: average the interval of successive batches, old weight `ema`
+    per_segment: bool = False              # of a weight: an own one for every time segment
+    segment_bits: tuple = ()               # of an input: bits in each time segment, in place of `bits`
 
     def options(self):
         return {"tail": self.tail} if self.range == "percentile" else {}
+
+
+GRIDS = ("uniform", "log2")
+
+
+def log2_codes(x, bits):
+    """Powers of two as integers: round(-log2 x) = q in 0..2^b-2 gives 2^(LOG2_TOP - q), what lies below gives 0; times
+    the scale 2^-LOG2_TOP that is 2^-q. Gradients pass straight through. x in [0, 1]."""
+    ratio = x * 2.0 ** LOG2_TOP
+    q = (-x.detach().log2()).round().clamp(min=0)              # inf for 0
+    last = min(2 ** bits - 2, LOG2_TOP)
+    code = torch.where(q <= last, torch.exp2(LOG2_TOP - q.clamp(max=last)), 0.0)
+    return ratio + (code - ratio).detach() if ratio.requires_grad else code
 
 
 class StraightThrough(torch.autograd.Function):
@@ -68,12 +85,18 @@ class Quantizer(nn.Module):
     def __init__(self, spec, group_of, timeline=None):
         super().__init__()
         self.spec, self.timeline = spec, timeline
-        self.low, self.high = code_range(spec.bits, spec.symmetric)
         shape = (timeline.num_segments if timeline else 1, num_groups(group_of))
+        self.bits = list(spec.segment_bits) or [spec.bits] * shape[0]
+        if len(self.bits) != shape[0]:
+            raise ValueError(f"segment_bits names {len(self.bits)} widths, the timeline has {shape[0]} segments")
+        self.low, self.high = code_range(spec.bits, spec.symmetric)
         self.scale = nn.Parameter(torch.full(shape, float("nan")), requires_grad=False)     # NaN until fitted
         self.register_buffer("zero_point", torch.full(shape, float("nan")))
         self.register_buffer("group_of", group_of, persistent=False)
         self.enabled = True
+        self.__dict__["soft_scale"] = None       # while a pass learns: what gives the table of scales (quant/soft.py)
+        self.__dict__["made_by"] = None          # afterwards: what gave it
+        self.drop = None                         # while a pass learns: x -> which elements stay unquantized
         self.observed, self.samples_to_come = None, 0
 
     def extra_repr(self):
@@ -94,20 +117,60 @@ class Quantizer(nn.Module):
             self.observe(x)
         return self.enabled
 
+    @property
+    def is_fitted(self):
+        return not bool(self.scale.isnan().any())
+
+    @property
+    def learnable(self):
+        """16-bit quantizers (softmax outputs of text models) and fixed grids keep their scale, as in released code."""
+        return self.spec.bits < 16 and self.spec.grid == "uniform"
+
+    def scales(self):
+        """The table of scales in use (segments, groups)."""
+        return self.scale if self.soft_scale is None else self.soft_scale()
+
     def codes(self, x):
         """Centred integer codes of x, as floats: code - zero_point. Chosen in float32, under autocast too."""
         x = x.float()
-        scale, zero_point = self.table(self.scale, x), self.table(self.zero_point, x)
-        return StraightThrough.apply(x, scale, zero_point, self.low, self.high)
+        if self.spec.grid == "log2":
+            return log2_codes(x, self.spec.bits)
+        codes = self.codes_at(self.scale, x) if self.soft_scale is None else self.soft_scale.codes(self, x)
+        if self.drop is None:
+            return codes
+        return torch.where(self.drop(x), x / self.table(self.scales(), x), codes)
+
+    def codes_at(self, scales, x):
+        """Codes with another table of scales than the own one."""
+        low, high = self.code_ends(x)
+        return StraightThrough.apply(x, self.table(scales, x), self.table(self.zero_point, x), low, high)
+
+    def code_ends(self, x):
+        """Smallest and largest code: numbers, or tables shaped to broadcast where segments differ in bits."""
+        if len(set(self.bits)) == 1:
+            return code_range(self.bits[0], self.spec.symmetric)
+        ends = torch.tensor([code_range(bits, self.spec.symmetric) for bits in self.bits], device=x.device).float()
+        return tuple(self.table(end[:, None].expand_as(self.scale), x) for end in ends.unbind(1))
+
+    @torch.no_grad()
+    def harden(self):
+        """Keep what a pass has learned as the table of scales, and how it was made in `made_by`."""
+        if self.soft_scale is not None:
+            self.scale.copy_(self.soft_scale.hard())
+            self.__dict__.update(made_by=self.soft_scale, soft_scale=None)
+
+    def learned_by(self):
+        """Name -> parameter of what gave the table, if it was learned so."""
+        return {} if self.made_by is None else dict(self.made_by.named_parameters())
 
     def forward(self, x):
         """x on its grid: codes times scale."""
-        return self.codes(x) * self.table(self.scale, x)
+        return self.codes(x) * self.table(self.scales(), x)
 
     def part_scales(self, x):
         """Scales of a per-tensor quantizer, one per concatenated part, each a scalar or (N, 1, ...) to multiply a
         result with as many axes as x."""
-        rows = self.scale[self.timeline.segment if self.timeline else 0]
+        rows = self.scales()[self.timeline.segment if self.timeline else 0]
         if rows.dim() == 1:
             return rows.unbind()
         return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
@@ -147,13 +210,16 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def fit(self, batches, segment=0, first=0):
         """Choose scale and zero point of the groups `first`, first + 1, ... of one segment from values (groups, K);
-        several batches are averaged (EMA)."""
+        several batches are averaged (EMA). The log2 grid is fixed."""
+        if self.spec.grid == "log2":
+            self.scale[segment], self.zero_point[segment] = 2.0 ** -LOG2_TOP, 0.0
+            return
         ends = None
         for values in batches:
-            found = find_range(self.spec.range, values.float(), self.spec.bits, self.spec.symmetric,
+            found = find_range(self.spec.range, values.float(), self.bits[segment], self.spec.symmetric,
                                **self.spec.options())
             keep = self.spec.ema
             ends = found if ends is None else [keep * old + (1 - keep) * new for old, new in zip(ends, found)]
-        scale, zero_point = scale_zero_point(*ends, self.spec.bits, self.spec.symmetric)
+        scale, zero_point = scale_zero_point(*ends, self.bits[segment], self.spec.symmetric)
         rows = slice(first, first + len(scale))
         self.scale[segment, rows], self.zero_point[segment, rows] = scale, zero_point

@@ -1,36 +1,39 @@
 """Block reconstruction (BRECQ, Li et al. 2021, arXiv:2102.05426; Q-Diffusion, Li et al. 2023, arXiv:2302.04304).
 
-Unit by unit in execution order. Weights: learn the rounding so that the unit, fed by the network quantized so far
-(activations in full precision), gives the full-precision output:
+Unit by unit in execution order. In two stages: weights first; learn the rounding so that the unit, fed by the network
+quantized so far (activations in full precision), gives the full-precision output:
     L = lp(out, target; 2) + lambda * sum(1 - |2h - 1|^beta),  beta 20 -> 2 after a warm-up without the second term.
-Inputs: with hard weights, learn the activation scales (LSQ) from full-precision inputs to full-precision outputs,
+Then, with hard weights, learn the activation scales (LSQ) from full-precision inputs to full-precision outputs,
     L = lp(out, target; 2.4).
+Or jointly (QDrop, Wei et al. 2022, arXiv:2203.05740): rounding and scales at once, fed by the network with quantized
+weights and activations, elements of whose output are replaced by full-precision ones at random.
 """
 import time
-from dataclasses import dataclass
-from typing import Callable
 
 import torch
 
 from ddim.sampler import mix
+from quant.attention import Saliency
 from quant.capture import Store, Stream
 from quant.convert import input_quantizers, quant_layers, set_input_quantization
 from quant.files import load_tensors, save_tensors
-from quant.rounding import Rounding
+from quant.learn import Unit, learn_jointly, learn_rounding, learn_scales, mixed
 
 ERROR_ROWS = 256                           # samples on which the error before and after is measured
 
 
-def lp(a, b, norm):
-    """Sum over axis 1, mean over the rest, of |a - b|^norm: the loss measure of BRECQ and its descendants."""
-    return (a - b).abs().pow(norm).sum(1).mean()
-
-
 def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
-                round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0, weight_norm=2.0, input_norm=2.4,
+                soft_lr=1e-4, round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0, weight_norm=2.0,
+                input_norm=2.4, joint=False, drop=0.5, layer_weight=0.0, saliency=0.0, smooth=0.0, active=0.0,
                 bfloat16=False, capture_batch=64, memory_gb=4.0):
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `memory_gb` the budget for captured
     activations (the rest spills to disk), `bfloat16` computes the steps under autocast.
+
+    `joint` learns both at once in `weight_iters` steps, each activation unquantized with probability `drop`.
+    `layer_weight` adds the error of a block's inner layers. `saliency` in [0, 1] is the share of the error's weights
+    that follows received attention (quant/attention.py). `smooth` holds the scales of neighbouring time segments
+    together. `active` > 0 takes the batches from the segment that needs them most (quant/learn.py). `soft_lr` is the
+    rate of what gives scales while they are learned (quant/tdq.py, quant/apq.py).
 
     Each finished unit is saved in `job.resume_folder`; a run that is killed and started again ends in the same bytes.
     Returns one fact per unit and stage: error before and after (relative to the mean square of the target), seconds.
@@ -40,23 +43,26 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     names, uses = job.graph.units, job.graph.last_use
     original, quantized = (Stream(net, names, uses, calibration, batch_size=capture_batch, store=store)
                            for net in (job.model.net, job.net))
-    set_input_quantization(job.net, False)
+    weights_of = Saliency(job.model.net, calibration, saliency, capture_batch) if saliency else None
+    segments = job.net.timeline.segments_of(calibration.t)
+    set_input_quantization(job.net, joint)
     share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()
     for i, name in enumerate(names):
         path = job.resume_folder / f"{i:03d}_{name}.safetensors"
         unit = Unit(name, quantized.modules[name], quantized.device,
-                    lambda rows: job.net.timeline.set_time(calibration.t[rows]))
-        float_inputs, quant_inputs = original.inputs(name), quantized.inputs(name)
-        target = original.advance(name, float_inputs)
+                    lambda rows: job.net.timeline.set_time(calibration.t[rows]), original=original.modules[name],
+                    saliency=weights_of, segments=segments, visits=torch.zeros(job.net.timeline.num_segments))
+        unit.float_inputs, quant_inputs = original.inputs(name), quantized.inputs(name)
+        target = original.advance(name, unit.float_inputs)
         if path.is_file():
             new = load_unit(unit.module, path)
         else:
             generator = torch.Generator().manual_seed(mix(job.seed, i))
-            new = optimise_unit(unit, quant_inputs, float_inputs, target, generator, settings)
+            new = optimise_unit(unit, quant_inputs, target, generator, settings)
             save_unit(unit.module, path, new)
         quantized.advance(name, quant_inputs)
-        original.free(float_inputs + quant_inputs)
-        del float_inputs, quant_inputs, target
+        original.free(unit.float_inputs + quant_inputs)
+        del unit, quant_inputs, target
         original.drop_dead(name)
         quantized.drop_dead(name)
         facts += new
@@ -76,32 +82,24 @@ def shares_of_work(names, macs):
     return {name: work[name] / sum(work.values()) / 2 + 1 / len(names) / 2 for name in names}
 
 
-@dataclass
-class Unit:
-    """A unit of the quantized network as it is being learned."""
-    name: str
-    module: torch.nn.Module
-    device: torch.device
-    set_time: Callable                     # tells the timeline which calibration rows are about to run
-
-    def __call__(self, inputs, rows):
-        self.set_time(rows)
-        x = [a[rows].to(self.device) for a in inputs]
-        return self.module(*(a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a for a in x))
-
-
-def optimise_unit(unit, quant_inputs, float_inputs, target, generator, settings):
-    """Both stages for one unit, which ends hardened; returns their facts."""
+def optimise_unit(unit, quant_inputs, target, generator, settings):
+    """Learn one unit, which ends hardened; returns its facts. Layers that are hard already stay as they are."""
+    layers = [m for m in quant_layers(unit.module).values() if m.weight_quantizer is not None and m.weight_int is None]
+    quantizers = list(input_quantizers(unit.module).values())
+    if settings["joint"]:
+        if not layers and not quantizers:
+            return []
+        inputs = mixed(quant_inputs, unit.float_inputs, generator)
+        return [measured(unit, "joint", quant_inputs, target,
+                         lambda: learn_jointly(unit, layers, quantizers, inputs, target, generator, settings))]
     facts = []
-    layers = [m for m in quant_layers(unit.module).values() if m.weight_quantizer is not None]
     if layers:
         facts.append(measured(unit, "weight", quant_inputs, target,
                               lambda: learn_rounding(unit, layers, quant_inputs, target, generator, settings)))
-    quantizers = list(input_quantizers(unit.module).values())
     if quantizers:
         set_input_quantization(unit.module, True)
-        facts.append(measured(unit, "input", float_inputs, target,
-                              lambda: learn_scales(unit, quantizers, float_inputs, target, generator, settings)))
+        facts.append(measured(unit, "input", unit.float_inputs, target,
+                              lambda: learn_scales(unit, quantizers, unit.float_inputs, target, generator, settings)))
         set_input_quantization(unit.module, False)
     return facts
 
@@ -126,57 +124,13 @@ def relative_error(unit, inputs, target):
     return error / max(power, 1e-30)
 
 
-def learn_rounding(unit, layers, inputs, target, generator, s):
-    for layer in layers:
-        layer.rounding = Rounding(layer.weight, layer.weight_quantizer)
-    parameters = [layer.rounding.alpha for layer in layers]
-    optimizer = torch.optim.Adam(parameters, lr=s["weight_lr"])
-    for step in range(s["weight_iters"]):
-        progress = step / s["weight_iters"]
-        loss = batch_loss(unit, inputs, target, generator, s, s["weight_norm"])
-        if progress >= s["warmup"]:
-            done = (progress - s["warmup"]) / (1 - s["warmup"])
-            beta = s["beta_start"] + (s["beta_end"] - s["beta_start"]) * done
-            loss = loss + s["round_weight"] * sum(layer.rounding.penalty(beta) for layer in layers)
-        descend(optimizer, loss, parameters)
-    for layer in layers:
-        layer.harden()
-
-
-def learn_scales(unit, quantizers, inputs, target, generator, s):
-    """16-bit quantizers (softmax outputs of text models) keep their scale, as in the released code."""
-    parameters = [q.scale.requires_grad_(True) for q in quantizers if q.spec.bits < 16]
-    if not parameters:
-        return
-    optimizer = torch.optim.Adam(parameters, lr=s["input_lr"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(s["input_iters"], 1))
-    for _ in range(s["input_iters"]):
-        descend(optimizer, batch_loss(unit, inputs, target, generator, s, s["input_norm"]), parameters)
-        schedule.step()
-        for scale in parameters:
-            scale.data.clamp_(min=1e-8)
-    for scale in parameters:
-        scale.requires_grad_(False)
-
-
-def batch_loss(unit, inputs, target, generator, s, norm):
-    rows = torch.randint(len(target), (s["batch_size"],), generator=generator)
-    with torch.autocast(unit.device.type, torch.bfloat16, enabled=s["bfloat16"]):
-        out = unit(inputs, rows)
-    return lp(out.float(), target[rows].to(unit.device), norm)
-
-
-def descend(optimizer, loss, parameters):
-    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
-        parameter.grad = grad
-    optimizer.step()
-
-
 def save_unit(module, path, facts):
     """Everything reconstruction decided: integer weights and activation scales."""
     tensors = {f"{name}|weight_int": layer.weight_int.to(torch.int16) for name, layer in quant_layers(module).items()
                if layer.weight_int is not None}
-    tensors |= {f"{name}|scale": q.scale for name, q in input_quantizers(module).items()}
+    for name, q in input_quantizers(module).items():
+        tensors[f"{name}|scale"] = q.scale
+        tensors |= {f"{name}|soft.{key}": value for key, value in q.learned_by().items()}
     save_tensors(path, tensors or {"empty": torch.zeros(1)}, {"facts": facts})
 
 
@@ -185,10 +139,14 @@ def load_unit(module, path):
     layers, quantizers = quant_layers(module), input_quantizers(module)
     tensors, meta = load_tensors(path)
     for key, value in tensors.items():
-        name, _, part = key.partition("|")
+        name, _, part = key.rpartition("|")
         if part == "weight_int":
             layers[name].harden()
             layers[name].weight_int.copy_(value)
         elif part == "scale":
             quantizers[name].scale.data.copy_(value)
+        elif part.startswith("soft."):
+            quantizers[name].soft_scale.get_parameter(part.removeprefix("soft.")).data.copy_(value)
+    for q in quantizers.values():
+        q.harden()
     return meta["facts"]

@@ -1,6 +1,27 @@
 """Time as an axis: which segment of the denoising trajectory a forward pass belongs to."""
 import torch
 
+from quant.config import unknown_word
+
+PER_STEP = "per_step"
+
+
+def segment_boundaries(times, segments):
+    """Boundaries that cut a sampler's network times (in any order) into `segments`: 1; k parts of as equal numbers of
+    steps as possible; or "per_step", one for each time. A boundary lies midway between the neighbouring times, so that
+    another step count finds the nearest segment. Raises ValueError for more segments than times."""
+    times = sorted(set(map(float, times)))
+    count = len(times) if segments == PER_STEP else segments
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise ValueError(unknown_word(f"segments '{segments}' is neither a number nor a known word", str(segments),
+                                      [PER_STEP]))
+    if not 1 <= count <= len(times):
+        raise ValueError(f"{count} time segments asked for, the sampler has {len(times)} steps; choose 1 to "
+                         f"{len(times)}")
+    # Counted from the noisy end, as samplers do: 100 steps in 3 parts are 33, 33 and 34.
+    cuts = [len(times) - i * len(times) // count for i in range(1, count)]
+    return sorted((times[cut - 1] + times[cut]) / 2 for cut in cuts)
+
 
 class Timeline:
     """Segments of the network's step axis. `boundaries` are ascending step values; step t lies in segment
@@ -22,8 +43,23 @@ class Timeline:
         """t (N,) steps of the samples in the coming forward pass."""
         if self.num_segments == 1:
             return
-        segment = torch.bucketize(t.float(), self.boundaries.to(t.device), right=True)
+        segment = self.segments_of(t)
         self.segment = int(segment[0]) if bool((segment == segment[0]).all()) else segment
+
+    def segments_of(self, t):
+        """Segment of every step t (N,)."""
+        return torch.bucketize(t.float(), self.boundaries.to(t.device), right=True)
+
+    def segment_times(self, t):
+        """Mean step of each segment over t (N,) -> (segments,). Raises ValueError for a segment without any."""
+        segment, times = self.segments_of(t), []
+        for s in range(self.num_segments):
+            own = t[segment == s].float()
+            if not len(own):
+                raise ValueError(f"calibration data hold no sample in time segment {s} of {self.num_segments}; add "
+                                 "steps to the calibration set or use fewer segments")
+            times.append(own.mean())
+        return torch.stack(times)
 
     def follow(self, net):
         """Read t from every forward pass of `net` (called as net(x, t, ...))."""

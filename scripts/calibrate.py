@@ -3,9 +3,19 @@
     python scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml configs/method/METHOD.yaml \\
         [configs/preset/demo.yaml] out=RUN [key=value ...]
 
-Writes RUN/config.yaml (the resolved recipe) and RUN/calibration.safetensors. Started again it goes on.
+Writes RUN/config.yaml (the resolved recipe) and RUN/calibration.safetensors, picked from full-precision trajectories.
+These stay in a folder trajectory-* beside RUN, shared by all runs of the same model, weights, sampler, calibration.seed
+and calibration.start. Started again it goes on.
+
+calibration.start says where trajectories begin: `normal`, in noise; `i2n`, in real images (calibration.data) diffused
+to the first step; `di2n`, in the model's own samples diffused to it. calibration.start_step=0.5 begins half way down
+the chain. At its noisy end the level abar, the share of the image, is 1.5e-10 (cosine, 4000 steps), 4.0e-5 (linear,
+1000 steps), 6.7e-4 (latent diffusion), 4.7e-3 (Stable Diffusion): there the difference from `normal` is nil for most.
 """
+import hashlib
+import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -13,11 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from models.diffusion import sample  # noqa: E402
-from quant.calibration import BUILDERS, load_calibration, with_condition  # noqa: E402
+from ddim.sampler import mix, num_evaluations  # noqa: E402
+from ddim.schedule import step_sequence  # noqa: E402
+from models.data import load_images  # noqa: E402
+from models.diffusion import DECODED_AT_ONCE, sample  # noqa: E402
+from quant.calibration import BUILDERS, load_calibration, pick  # noqa: E402
 from quant.files import load_tensors, save_tensors  # noqa: E402
+from quant.tdac import middle_features  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import create, split_arguments  # noqa: E402
+
+OWN = 2 ** 33                              # added to the seed: draws that no trajectory of the same seed makes
 
 
 def run(arguments):
@@ -30,44 +46,117 @@ def calibrate(run):
         print(f"calibrate: done already, {path}")
         return
     with run.stage("calibrate"):
-        if config.calibration.file:
-            calibration = load_calibration(config.calibration.file)
-        else:
-            made = {"builder": config.calibration.builder, "model": config.name, "weights_hash": run.model.weights_hash,
-                    "calibration": vars(config.calibration), "sampling": vars(config.sampling)}
-            calibration = BUILDERS[config.calibration.builder](record(run), config.calibration.steps,
-                                                               config.calibration.images, made)
-            cond = run.model.labels(config.calibration.seed, range(config.calibration.images))
-            if cond is not None:
-                calibration = with_condition(calibration, cond.cpu(), run.model.null_label())
+        calibration = load_calibration(config.calibration.file) if config.calibration.file else collect(run)
         if tuple(calibration.x.shape[1:]) != run.model.shape:
             raise ValueError(f"calibration samples are {tuple(calibration.x.shape[1:])}, {config.name} takes "
                              f"{run.model.shape}; make the set with this model")
         calibration.save(path)
-    run.finish("calibrate")
     print(f"calibrate: {len(calibration)} samples at {len(calibration.t.unique())} steps in {path}")
 
 
-def record(run):
-    """Full-precision trajectories of `calibration.images` images -> [(x, t)] per sampling step, noisiest first. Each
-    finished batch of images is kept in resume/calibrate."""
-    c, s = run.config.calibration, run.config.sampling
-    paths = {start: run.path(f"resume/calibrate/{start:06d}.safetensors") for start in range(0, c.images, s.batch_size)}
-    todo = [start for start, path in paths.items() if not path.exists()]
-    with tqdm(total=len(todo) * run.num_evaluations, desc="calibrate: full-precision trajectories", unit="step") as bar:
-        for start in todo:
-            steps = []
+def collect(run):
+    """The set that the builder picks from the trajectories. A builder is asked before anything is recorded, so that it
+    complains early."""
+    c, sampling, model = run.config.calibration, run.config.sampling, run.model
+    num_steps = num_evaluations(sampling.sampler, visited(run, c.start))
 
-            def note(step, t, x, *_):
-                steps.append((x.cpu(), t))
+    def features():
+        batches, t = record(run, c.start)
+        num = min(c.images, sampling.batch_size)
+        return middle_features(model, batches[0][:-1, :num], t, model.labels(c.seed, range(num)))
+    pairs = BUILDERS[c.builder](num_steps, c.images, c.steps * c.images, torch.Generator().manual_seed(c.seed),
+                                features, **c.options)
+    cond = model.labels(c.seed, range(c.images))
+    made = {"builder": c.builder, "model": run.config.name, "weights_hash": model.weights_hash,
+            "calibration": vars(c), "sampling": vars(sampling)}
+    return pick(*record(run, c.start), pairs, cond=None if cond is None else cond.cpu(), null=model.null_label(),
+                made=made)
+
+
+def visited(run, start):
+    """Ascending steps of the trajectories: the whole chain from noise, or the share of it that start_step says."""
+    s, c = run.config.sampling, run.config.calibration
+    steps = step_sequence(s.skip, s.steps, run.model.schedule)
+    return steps if start == "normal" else steps[:max(1, round(c.start_step * len(steps)))]
+
+
+def record(run, start):
+    """Full-precision trajectories of `calibration.images` images -> x (S + 1, B, C, H, W) of each batch: what the
+    network read at its S evaluations, noisiest first, and the clean image predicted at the last; t (S,). Every finished
+    batch is a file of the shared folder, mapped into memory and read where it is touched."""
+    c, s, steps = run.config.calibration, run.config.sampling, visited(run, start)
+    decided_by, clean = STARTS[start](run)
+    folder = trajectory_folder(run, decided_by | {"start": start, "visited": steps})
+    paths = {first: folder / f"{first:06d}.safetensors" for first in range(0, c.images, s.batch_size)}
+    todo = [first for first, path in paths.items() if not path.exists()]
+    latent = replace(run.model, first_stage=None)                 # nobody looks at the images: nothing to decode
+    with tqdm(total=len(todo) * num_evaluations(s.sampler, steps), unit="step",
+              desc="calibrate: full-precision trajectories") as bar:
+        for first in todo:
+            batch, states, times = range(first, first + s.batch_size), [], []
+
+            def note(step, t, x, eps, x0, *_):
+                states[-1:] = [x.cpu(), x0.cpu()]                 # of the clean images only the last one stays
+                times.append(t)
                 bar.update()
-            sample(run.model, run.model.eps, range(start, start + s.batch_size), sampler=s.sampler, steps=s.steps,
-                   skip=s.skip, eta=s.eta, seed=c.seed, batch_size=s.batch_size, callback=note)
-            tensors = {"x": torch.stack([x for x, _ in steps]), "t": torch.tensor([t for _, t in steps])}
-            save_tensors(paths[start], tensors, {})
+            begin = None if clean is None else (diffused(run, clean(batch), batch, steps[-1]), len(steps))
+            sample(latent, run.model.eps, batch, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta, seed=c.seed,
+                   batch_size=s.batch_size, start=begin, callback=note)
+            save_tensors(paths[first], {"x": torch.stack(states), "t": torch.tensor(times)}, {})
     parts = [load_tensors(path)[0] for path in paths.values()]
-    x = torch.cat([p["x"] for p in parts], dim=1)[:, :c.images]
-    return [(x[i], float(t)) for i, t in enumerate(parts[0]["t"])]
+    return [part["x"] for part in parts], parts[0]["t"]
+
+
+def trajectory_folder(run, facts):
+    """The shared folder of the trajectories, named by what decides their bytes."""
+    facts |= {k: v for k, v in asdict(run.config.sampling).items() if k not in ("num", "seed")}
+    facts |= {"weights": run.model.weights_hash, "schedule": run.config.schedule, "seed": run.config.calibration.seed,
+              "guidance": asdict(run.config.guidance), "device": run.model.device.type}
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return run.folder.parent / f"trajectory-{key}"
+
+
+# ---- starts: run -> (what decides their bytes, function from a batch of indices to clean x (B, C, H, W) or None)
+
+def pure_noise(run):
+    return {}, None
+
+
+def real_images(run):
+    """I2N: image i is drawn from calibration.data by (seed, i); its class need not be the condition of trajectory i."""
+    c, model = run.config.calibration, run.model
+    size = model.shape[-1] * (model.first_stage.downsampling if model.first_stage else 1)
+    images, _ = load_images(c.data, size=size)
+
+    def clean(batch):
+        return encode(model, images[[mix(c.seed + OWN, i) % len(images) for i in batch]])
+    return {"data": hashlib.sha256(images.numpy()).hexdigest()}, clean
+
+
+def own_images(run):
+    """DI2N: image i of the model's own sampler (that of the publication is DDIM) under the condition of trajectory i.
+    The released code takes the state after the second step instead, which is still noise."""
+    batches, _ = record(run, "normal")
+    return {}, lambda batch: batches[batch.start // len(batch)][-1].to(run.model.device)
+
+
+STARTS = {"normal": pure_noise, "i2n": real_images, "di2n": own_images}
+
+
+def encode(model, images):
+    """Images (N, 3, H, W) uint8 -> clean x (N, C, H, W) of the model: pixels in [-1, 1] or scaled latents."""
+    x = images.to(model.device) / 127.5 - 1
+    if model.first_stage is None:
+        return x
+    return torch.cat([model.first_stage.encode(part) for part in x.split(DECODED_AT_ONCE)]) * model.scale_factor
+
+
+def diffused(run, x0, batch, step):
+    """Clean x0 of the images `batch` at a step: sqrt(abar) x0 + sqrt(1 - abar) eps (Ho et al. 2020, Eq. 4), with a
+    stream of eps of their own."""
+    level = run.model.schedule.level(step)
+    eps = run.model.noise(run.config.calibration.seed + OWN, batch).draw()
+    return level ** 0.5 * x0 + (1 - level) ** 0.5 * eps
 
 
 if __name__ == "__main__":

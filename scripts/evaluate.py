@@ -1,7 +1,7 @@
 """Score the images of a run folder:  python scripts/evaluate.py RUN [evaluation.reference=FOLDER] [force=true]
 
 Writes RUN/metrics.json: distribution scores of quantized and full-precision images, PSNR and SSIM between images of
-the same seed, SQNR of eps at every step, sizes in bytes, each with its protocol.
+the same seed, SQNR of eps at every step, sizes in bytes, bit operations, each with its protocol.
 """
 import json
 import sys
@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.metrics import MIN_IMAGES, distribution_scores, paired_scores  # noqa: E402
+from evaluation.metrics import MIN_IMAGES, bit_operations, distribution_scores, paired_scores  # noqa: E402
 from models.diffusion import sample  # noqa: E402
 from quant.analysis import step_sqnr  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import one_folder, open_run  # noqa: E402
-from scripts.sample import eps_of, sample_folder  # noqa: E402
+from scripts.sample import model_of, sample_folder  # noqa: E402
 
 
 def run(arguments):
@@ -46,6 +46,7 @@ def evaluate(run):
                    "paired": paired_scores(*folders.values()), "sqnr_db_per_step": sqnr(run),
                    "sizes": {"float_bytes": run.model.float_bytes,
                              "quantized_bytes": run.path("quantized.safetensors").stat().st_size},
+                   "bit_operations": bit_operations(json.loads(run.need("map.json", "quantize").read_text())["layers"]),
                    "float_samples": f"../{folders['float'].name}"}
         write_text(path, json.dumps(metrics, indent=1))
     s = config.sampling
@@ -77,8 +78,8 @@ def sqnr(run):
     s, record, images = run.config.sampling, [], range(run.config.evaluation.sqnr_images)
     sample(run.model, run.model.eps, images, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta, seed=s.seed,
            callback=lambda step, t, x, eps, *_: record.append((step, t, x, eps)))
-    eps, cond = eps_of(run, "simulated"), run.model.labels(s.seed, images)
-    return step_sqnr(record, lambda x, t: eps(x, t, cond))
+    quantized, cond = model_of(run, "simulated"), run.model.labels(s.seed, images)
+    return step_sqnr(record, lambda x, t: quantized.eps(x, t, cond))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # As sample_bedroom.sh, for LSUN churches (LDM-8, 400 steps, which the uniform sequence makes 500).
 #   bash scripts/for_church.sh
-#   MODEL=cifar10-compact bash scripts/for_church.sh         the same pipeline on a small model that ships
+#   MODEL=latent-compact bash scripts/for_church.sh         the same pipeline on a small model that ships
 MODEL=${MODEL:-church}
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"

@@ -2,6 +2,6 @@
 # Quantize Stable Diffusion v1.4 (PLMS, 50 steps, guidance 7.5) and draw what prompts say:
 # calibrate -> quantize -> sample -> evaluate -> report. Knobs as in sample_cifar.sh.
 #   bash scripts/for_coco.sh sampling.prompts=captions_val2014.json          COCO captions, or a text file
-#   MODEL=cifar10-compact bash scripts/for_coco.sh      the same pipeline on a small model that ships
+#   MODEL=latent-compact-class bash scripts/for_coco.sh      the same pipeline on a small model that ships
 MODEL=${MODEL:-sd-v1-4}
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"

@@ -10,13 +10,14 @@ unit), RUN/map.json and RUN/map.txt (what is quantized). Started again it goes o
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from models.diffusion import example_arguments  # noqa: E402
+from models.diffusion import example_arguments, sample  # noqa: E402
 from models.zoo import build_network  # noqa: E402
 from quant.calibration import load_calibration  # noqa: E402
 from quant.checkpoint import packed_bytes, save_quantized  # noqa: E402
@@ -25,8 +26,9 @@ from quant.convert import convert, format_map, quantization_map  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from quant.graph import captured_bytes, trace  # noqa: E402
 from quant.passes import Job, run_passes  # noqa: E402
+from quant.timeline import Timeline  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import RunConfig, check, one_folder, open_run, split_arguments  # noqa: E402
+from scripts.run_folder import RunConfig, boundaries, check, one_folder, open_run, split_arguments  # noqa: E402
 
 
 DRY_RUN = "dry_run=true"
@@ -45,7 +47,8 @@ def plan(config):
     check(config)
     with torch.device("meta"):
         net = build_network(**config.network)
-    quantized, graph = convert(net, config.rules), trace(net, example_arguments(asdict(config), net))
+    quantized, graph = convert(net, config.rules, Timeline(boundaries(config))), trace(
+        net, example_arguments(asdict(config), net))
     c, facts = config.calibration, quantization_map(net, quantized, graph.macs)
     samples = c.steps * c.images * (2 if config.guidance.scale != 1 else 1)
     floats = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -65,20 +68,34 @@ def quantize(run):
     calibration = load_calibration(run.need("calibration.safetensors", "calibrate"))
     model = run.model
     with run.stage("quantize"):
-        net = convert(model.net, run.config.rules)
+        net = convert(model.net, run.config.rules, Timeline(boundaries(run.config)))
         graph = trace(model.net, calibration.arguments(slice(0, 1)))
         facts = quantization_map(model.net, net, graph.macs)
         write_text(run.path("map.json"), json.dumps(facts, indent=1))
         write_text(run.path("map.txt"), format_map(facts) + "\n")
         print(format_map(facts))
         job = Job(model=model, net=net, calibration=calibration, graph=graph, resume_folder=run.path("resume/quantize"),
-                  seed=run.config.seed, log=lambda line: print(line, flush=True),
+                  rules=run.config.rules, seed=run.config.seed, trajectory=partial(trajectory, run),
+                  log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.passes)
-        save_quantized(path, net, run.recipe())
+        save_quantized(path, job.net, run.recipe() | {"rules": job.rules})
     run.finish("quantize")
     ratio = model.float_bytes / path.stat().st_size
     print(f"quantize: {path}, {path.stat().st_size:,} bytes, {ratio:.2f} x smaller than {model.float_bytes:,} of FP32")
+
+
+def trajectory(run, num_images, seed):
+    """Full-precision sampling of images 0 .. num_images-1 of `seed`, batch by batch: (step, t, x, cond, eps) of every
+    network evaluation. What a batch leaves waits outside of the accelerator."""
+    s, device = run.config.sampling, run.model.device
+    for start in range(0, num_images, s.batch_size):
+        indices, seen = range(start, min(start + s.batch_size, num_images)), []
+        sample(run.model, run.model.eps, indices, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta, seed=seed,
+               callback=lambda step, t, x, eps, *_: seen.append((step, t, x.cpu(), eps.cpu())))
+        cond = run.model.labels(seed, indices)
+        for step, t, x, eps in seen:
+            yield step, t, x.to(device), cond, eps.to(device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The run folder: its recipe, what is done in it, and how a stage refuses a folder that belongs to another recipe."""
 import importlib.metadata
 import json
+import resource
 import shutil
 import subprocess
 import time
@@ -15,11 +16,12 @@ from omegaconf import OmegaConf
 from ddim.sampler import SAMPLERS, num_evaluations
 from ddim.schedule import make_schedule, step_sequence
 from models.diffusion import PROJECT, load_model, resolve_device
-from quant.calibration import BUILDERS
+from quant.calibration import check_builder
 from quant.config import load, unknown_word
 from quant.convert import check_bits, check_rules
 from quant.files import write_text
 from quant.passes import check_passes
+from quant.timeline import segment_boundaries
 
 
 @dataclass
@@ -30,13 +32,20 @@ class Bits:
     softmax: int = 8
 
 
+STARTS = ("normal", "i2n", "di2n")
+
+
 @dataclass
 class Calibration:
-    """Where calibration data come from: `images` trajectories at `steps` of the sampler's steps, or a `file`."""
-    builder: str = "uniform"
+    """Where calibration data come from: `steps` * `images` samples of `images` trajectories, or a `file`."""
+    builder: str = "uniform"                 # which steps of which images: a word of quant.calibration.BUILDERS
+    options: dict[str, Any] = field(default_factory=dict)        # of the builder
     steps: int = 20
     images: int = 256
     seed: int = 1000
+    start: str = "normal"                    # of the trajectories: normal | i2n | di2n, see scripts/calibrate.py
+    start_step: float = 1.0                  # share of the chain that they run through; 1 = all of it
+    data: str = ""                           # images for start: i2n, a folder or cifar10[:FOLDER]
     file: str = ""                           # ready-made set: our safetensors or a torch file {"xs", "ts"}
 
 
@@ -98,6 +107,7 @@ class RunConfig:
     schedule: dict[str, Any] = field(default_factory=dict)
     bits: Bits = field(default_factory=Bits)
     method: str = ""
+    segments: Any = 1                        # of time: 1, a number, or per_step
     rules: list[Any] = field(default_factory=list)
     passes: list[Any] = field(default_factory=list)
     preset: str = "paper"
@@ -160,7 +170,7 @@ class Run:
         path = self.path("stages.jsonl")
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         rows = [row for row in rows if row["stage"] != name]
-        rows.append({"stage": name, "seconds": round(time.monotonic() - started, 2)})
+        rows.append({"stage": name, "seconds": round(time.monotonic() - started, 2), **peak_memory()})
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def finish(self, name):
@@ -171,8 +181,8 @@ class Run:
 
     def recipe(self):
         """What identifies a quantized network: everything that changes its numbers, without what only moves it."""
-        keep = ("name", "network", "schedule", "guidance", "bits", "method", "rules", "passes", "preset", "effort",
-                "calibration", "seed")
+        keep = ("name", "network", "schedule", "guidance", "bits", "method", "segments", "rules", "passes", "preset",
+                "effort", "calibration", "seed")
         everything = asdict(self.config)
         return {k: everything[k] for k in keep} | {"weights_hash": self.model.weights_hash}
 
@@ -186,11 +196,11 @@ def check(config):
     check_bits(config.bits.weight, "weight")
     check_bits(config.bits.input, "input")
     check_bits(config.bits.softmax, "input")
+    boundaries(config)
     check_rules(config.rules)
     check_passes(config.passes)
-    if config.calibration.builder not in BUILDERS:
-        raise ValueError(unknown_word(f"calibration builder '{config.calibration.builder}' is unknown",
-                                      config.calibration.builder, BUILDERS))
+    check_builder(config.calibration.builder, config.calibration.options)
+    check_start(config.calibration)
     if config.sampling.sampler not in SAMPLERS:
         word = config.sampling.sampler
         raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
@@ -202,6 +212,25 @@ def check(config):
         section, name = key.split(".")
         if getattr(getattr(config, section), name) < 1:
             raise ValueError(f"{key} is {getattr(getattr(config, section), name)}; it must be at least 1")
+
+
+def check_start(c):
+    """Raises ValueError where the trajectories of a Calibration cannot begin."""
+    if c.start not in STARTS:
+        raise ValueError(unknown_word(f"calibration.start '{c.start}' is unknown", c.start, STARTS))
+    if not 0 < c.start_step <= 1 or c.start == "normal" and c.start_step != 1:
+        raise ValueError(f"calibration.start_step is {c.start_step} with start '{c.start}'; it must lie above 0 and at "
+                         "most at 1, and at 1 with start normal (pure noise is right at the noisiest step only)")
+    if c.start == "i2n" and not c.data:
+        raise ValueError("calibration.start is i2n, which needs images; give calibration.data=FOLDER or "
+                         "calibration.data=cifar10")
+
+
+def boundaries(config):
+    """Of the time segments that `segments` asks for, by the times at which the sampler runs the network."""
+    schedule, s = make_schedule(**config.schedule), config.sampling
+    return segment_boundaries([step * schedule.time_scale for step in step_sequence(s.skip, s.steps, schedule)],
+                              config.segments)
 
 
 def flatten(tree, prefix=""):
@@ -278,6 +307,12 @@ def provenance(model, files):
             "versions": {package: importlib.metadata.version(package) for package in packages},
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads()}
+
+
+def peak_memory():
+    """The most memory that this process held so far, in bytes: resident, and of the GPU where one was used."""
+    peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}      # Linux counts KiB
+    return peak | ({"peak_cuda_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {})
 
 
 def split_arguments(arguments):

@@ -52,14 +52,14 @@ def draw(run, precision="simulated", shard="0/1"):
     starts = [k for k in range(0, s.num, s.batch_size)
               if k // s.batch_size % parts == part and not all(p.exists() for p in paths[k:k + s.batch_size])]
     if starts:
-        eps = eps_of(run, precision)
+        model = model_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(starts) * run.num_evaluations, unit="step",
                    desc=f"sample: {precision}, batches of {s.batch_size}")
         with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
             for start in starts:
                 indices = range(start, min(start + s.batch_size, s.num))
-                images = sample(run.model, eps, indices, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta,
+                images = sample(model, model.eps, indices, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta,
                                 seed=s.seed, batch_size=s.batch_size, callback=lambda *_: bar.update())
                 for i, image in zip(indices, images.cpu()):
                     save_png(paths[i], image)
@@ -70,13 +70,13 @@ def draw(run, precision="simulated", shard="0/1"):
         print(f"sample: {s.num} images in {folder} and {archive}")
 
 
-def eps_of(run, precision):
-    """The network to sample with, as eps(x, t, cond)."""
+def model_of(run, precision):
+    """The model to sample with: as it is, or around the quantized network."""
     if precision == "float":
-        return run.model.eps
+        return run.model
     net = load_quantized(run.need("quantized.safetensors", "quantize"), build_network,
                          expected=run.model.weights_hash).to(run.model.device)
-    return run.model.with_net(net).eps
+    return run.model.with_net(net)
 
 
 def sample_folder(run, precision):

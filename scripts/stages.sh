@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for word in "$@"; do
   case "$word" in
     *=*) ;;
-    *) echo "error: '$word' is not key=value; knobs are MODEL= METHOD= BITS= NUM= PRESET= OUT= in front of the command" >&2
+    *) echo "error: '$word' is not key=value; knobs (MODEL= METHOD= BITS= NUM= PRESET= OUT=) stand in front of the" \
+            "command" >&2
        exit 2 ;;
   esac
 done

@@ -1,65 +1,199 @@
-"""A Markdown table of evaluated run folders:  python scripts/table.py RUN [RUN ...] [out=FILE.md]
+"""Tables of evaluated run folders:  python scripts/table.py RUN [RUN ...] [out=FILE.md]
 
-All runs must share one protocol (model, image count, sampler, reference, extractor); a run that does not is refused.
+Rows that share a table share their protocol (model, image count, sampler, reference, extractor); another protocol gets
+a table of its own. Runs that differ by their calibration seed alone are one row: mean and spread.
 """
+import csv
+import io
 import json
+import statistics
 import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from quant.config import load  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import open_run, split_arguments  # noqa: E402
+from scripts.run_folder import FREE, RunConfig, open_run, split_arguments  # noqa: E402
+
+LEGEND = """MB = 1e6 bytes. PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds; SQNR is that
+of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and step, the sum over layers of
+multiply-adds x weight bits x input bits (full precision: 32 x 32). Calibration s: the stages calibrate and quantize;
+peak MB: the larger of their two peaks, of GPU memory where a GPU was used, else of the process. Several calibration
+seeds: mean ± sample standard deviation."""
+FIXED = ["Model", "Timesteps", "Bit-width W/A", "Method", "Seeds"]
+SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]               # columns in the field's order
+DIGITS = {"precision": 3, "recall": 3, "KID": 4, "SSIM": 3, "LPIPS": 4, "SQNR": 1, "calibration": 0, "peak": 0}
+CALIBRATION = ("calibrate", "quantize")
+
+
+@dataclass
+class Row:
+    """A line of a table: `runs` are the folders of its calibration seeds, `numbers` holds {column: number or None} of
+    each; a row without numbers says in `note` why."""
+    model: str
+    steps: int
+    bits: str
+    method: str
+    protocol: str = ""
+    recipe: str = ""
+    runs: list = field(default_factory=list)
+    numbers: list = field(default_factory=list)
+    note: str = ""
+
+    def fixed(self):
+        return [self.model, self.steps, self.bits, self.method, len(self.runs) or ""]
+
+    def values(self, column):
+        return [n[column] for n in self.numbers if n.get(column) is not None]
+
+    def mean(self, column):
+        values = self.values(column)
+        return statistics.mean(values) if values else None
+
+    def spread(self, column):
+        """Sample standard deviation over the seeds; None for a single one."""
+        values = self.values(column)
+        return statistics.stdev(values) if len(values) > 1 else None
 
 
 def run(arguments):
     folders, words = split_arguments(arguments)
     if not folders or any(not w.startswith("out=") for w in words):
         raise ValueError(f"expected run folders and out=FILE, found {' '.join(arguments)}")
-    text = table([open_run(folder) for folder in folders])
-    print(text)
+    for folder in folders:
+        open_run(folder).need("metrics.json", "evaluate")
+    page = markdown(assemble([row_of(folder) for folder in folders]))
+    print(page)
     if words:
-        write_text(words[0].removeprefix("out="), text + "\n")
+        write_text(words[0].removeprefix("out="), page)
 
 
-def table(runs):
-    """Markdown: the protocol in words, the full-precision row, a row per run."""
-    all_metrics = [json.loads(run.need("metrics.json", "evaluate").read_text()) for run in runs]
-    first = all_metrics[0]
-    for run, metrics in zip(runs, all_metrics):
-        if protocol(metrics) != protocol(first):
-            raise ValueError(f"{run.folder} was evaluated under another protocol than {runs[0].folder} "
-                             f"({protocol(metrics)} instead of {protocol(first)}); evaluate both alike")
-    names = [n for n in first["quantized"]["scores"] if not n.endswith("-std")]
-    head = ["W/A", "method", "bytes", *names, "PSNR dB", "SSIM", "SQNR dB", "calibration s"]
-    rows = [["32/32", "full precision", f"{first['sizes']['float_bytes']:,}",
-             *(f"{first['float']['scores'][n]:.2f}" for n in names), "", "", "", ""]]
-    for run, m in zip(runs, all_metrics):
-        sqnr = [step["sqnr_db"] for step in m["sqnr_db_per_step"]]
-        rows.append([f"{run.config.bits.weight}/{run.config.bits.input}", run.config.method,
-                     f"{m['sizes']['quantized_bytes']:,}", *(f"{m['quantized']['scores'][n]:.2f}" for n in names),
-                     f"{m['paired']['psnr_db']:.2f}", f"{m['paired']['ssim']:.3f}", f"{sum(sqnr) / len(sqnr):.1f}",
-                     f"{calibration_seconds(run):.0f}"])
-    lines = [f"Protocol: {protocol(first)}.", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+# ---- from run folders to rows
+
+def read_metrics(folder):
+    metrics = json.loads((Path(folder) / "metrics.json").read_text())
+    if "bit_operations" not in metrics:
+        raise ValueError(f"{folder}/metrics.json has no bit operations, an earlier version made it; make it again "
+                         f"with: python scripts/evaluate.py {folder} force=true")
+    return metrics
+
+
+def row_of(folder):
+    """The row of one evaluated run folder."""
+    metrics, config = read_metrics(folder), load(RunConfig, [Path(folder) / "config.yaml"])
+    return empty_row(config, protocol=protocol(metrics), runs=[folder],
+                     numbers=[quantized_numbers(metrics, Path(folder) / "stages.jsonl")])
+
+
+def empty_row(config, **more):
+    """The row of a recipe, which leaves out the seeds of calibration and what changes no artefact."""
+    facts = asdict(replace(config, seed=0, calibration=replace(config.calibration, seed=0)))
+    recipe = json.dumps({key: value for key, value in facts.items() if key not in FREE}, sort_keys=True)
+    return Row(config.name, config.sampling.steps, f"{config.bits.weight}/{config.bits.input}", config.method,
+               recipe=recipe, **more)
+
+
+def full_precision_row(folder):
+    """The row of the unquantized model that a run was compared with."""
+    metrics = read_metrics(folder)
+    asked = metrics["protocol"]["asked"]
+    numbers = {"Size MB": metrics["sizes"]["float_bytes"] / 1e6, **scores(metrics["float"]["scores"]),
+               "GBOPs": metrics["bit_operations"]["float"] / 1e9}
+    return Row(asked["model"], asked["sampling"]["steps"], "32/32", "full precision", protocol(metrics),
+               numbers=[numbers])
+
+
+def quantized_numbers(metrics, stages_path):
+    """Column -> number, in the order of the columns."""
+    paired, sqnr = metrics["paired"], [step["sqnr_db"] for step in metrics["sqnr_db_per_step"]]
+    stages = [row for row in map(json.loads, stages_path.read_text().splitlines()) if row["stage"] in CALIBRATION]
+    peaks = [row.get("peak_cuda_bytes", row.get("peak_rss_bytes", 0)) for row in stages]
+    return {"Size MB": metrics["sizes"]["quantized_bytes"] / 1e6, **scores(metrics["quantized"]["scores"]),
+            "PSNR dB": paired["psnr_db"], "SSIM": paired["ssim"],
+            **{name: value for name, value in paired.items() if name.startswith("LPIPS")},
+            "SQNR dB": statistics.mean(sqnr), "GBOPs": metrics["bit_operations"]["quantized"] / 1e9,
+            "calibration s": sum(row["seconds"] for row in stages), "peak MB": max(peaks) / 1e6 or None}
+
+
+def scores(found):
+    names = [name for name in found if not name.endswith("-std")]
+    return {name: found[name] for name in sorted(names, key=lambda name: SCORES.index(name.split("-")[0]))}
 
 
 def protocol(metrics):
     """What two rows must share, as one line."""
-    asked, scores = metrics["protocol"]["asked"], metrics["protocol"]["scores"]
+    asked, scored = metrics["protocol"]["asked"], metrics["protocol"]["scores"]
     s = asked["sampling"]
     made = asked["provenance"]
-    return (f"{asked['model']}, {scores['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} {s['skip']} "
+    return (f"{asked['model']}, {scored['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} {s['skip']} "
             f"steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, {asked['weights']} weights, "
-            f"reference {scores.get('reference')}, extractor {scores.get('extractor')}, {scores.get('tool')}, "
+            f"reference {scored.get('reference')}, extractor {scored.get('extractor')}, {scored.get('tool')}, "
             f"torch {made['versions']['torch']} on {made['device']}")
 
 
-def calibration_seconds(run):
-    """Time of collecting data and quantizing."""
-    rows = [json.loads(line) for line in run.path("stages.jsonl").read_text().splitlines()]
-    return sum(row["seconds"] for row in rows if row["stage"] in ("calibrate", "quantize"))
+def assemble(rows):
+    """Rows as the tables show them: the calibration seeds of a recipe in one, below the full-precision model's."""
+    full = {row.protocol: row.runs[0] for row in rows if row.runs}
+    merged = {}
+    for row in [*map(full_precision_row, full.values()), *rows]:
+        merged.setdefault((row.model, row.steps, row.bits, row.method, row.protocol, row.recipe), []).append(row)
+    return [Row(*key, runs=[folder for row in group for folder in row.runs],
+                numbers=[numbers for row in group for numbers in row.numbers],
+                note="; ".join(dict.fromkeys(row.note for row in group if row.note)))
+            for key, group in merged.items()]
+
+
+# ---- from rows to text
+
+def tables(rows):
+    """-> [(protocol, head, lines)], texts, one table for each protocol."""
+    parts = []
+    for line in dict.fromkeys(row.protocol for row in rows):
+        part = [row for row in rows if row.protocol == line]
+        columns, notes = columns_of(part), any(row.note for row in part)
+        head = FIXED + columns + ["Note"] * notes
+        lines = [[str(word) for word in row.fixed()] + [text(row, column) for column in columns] + [row.note] * notes
+                 for row in part]
+        parts.append((line or "nothing was evaluated", head, lines))
+    return parts
+
+
+def columns_of(rows):
+    """The columns of all rows, in the order of the row that has most of them."""
+    fullest_first = sorted((n for row in rows for n in row.numbers), key=len, reverse=True)
+    return list(dict.fromkeys(name for numbers in fullest_first for name in numbers))
+
+
+def text(row, column):
+    """Mean, and spread where there is one; a dash where nothing was measured."""
+    mean, spread, digits = row.mean(column), row.spread(column), DIGITS.get(column.split("-")[0].split(" ")[0], 2)
+    if mean is None:
+        return "–"
+    return f"{mean:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread is not None else "")
+
+
+def markdown(rows):
+    parts = []
+    for line, head, lines in tables(rows):
+        body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+                for cells in (head, ["---"] * len(head), *lines)]
+        parts.append("\n".join([f"Protocol: {line}.", "", *body]))
+    return "\n\n".join([*parts, LEGEND]) + "\n"
+
+
+def csv_text(rows):
+    """All rows with all digits: the mean and the spread of every column, note, run folders and protocol."""
+    columns, buffer = columns_of(rows), io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    pairs = [name for column in columns for name in (column, f"{column} spread")]
+    writer.writerow([*FIXED, *pairs, "Note", "Runs", "Protocol"])
+    for row in rows:
+        numbers = [value for column in columns for value in (row.mean(column), row.spread(column))]
+        writer.writerow([*row.fixed(), *numbers, row.note, " ".join(map(str, row.runs)), row.protocol])
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":

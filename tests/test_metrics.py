@@ -9,7 +9,10 @@ from torch_fidelity import calculate_metrics, feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from evaluation import features, metrics
-from evaluation.metrics import distribution_scores, paired_scores, psnr_db, sqnr_db, ssim
+from evaluation.classifier import MEAN, STD
+from evaluation.features import build_extractor, load_classifier
+from evaluation.metrics import (LPIPS, bit_operations, distribution_scores, extract_all, lpips, paired_scores, psnr_db,
+                                sqnr_db, ssim)
 from evaluation.reference import STATISTICS
 
 
@@ -60,6 +63,29 @@ def test_without_a_reference_the_shipped_statistics_serve(folders):
     assert protocol["tool"].startswith("torch-fidelity ") and "KID, precision, recall" in protocol["left_out"]
 
 
+def test_spatial_features_are_seven_channels_of_a_middle_layer():
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    weights, net = features.WEIGHTS, load_classifier()
+    found = extract_all(build_extractor("cifar-resnet", weights), "cifar-resnet", images, batch_size=2)
+    with torch.no_grad():
+        maps = net.stages[1](net.stages[0](net.stem((images / 255 - MEAN) / STD)))
+        torch.testing.assert_close(found["pooled"], net.features(images / 255))
+    assert found["spatial"].shape == (5, 8 * 8 * 7)
+    torch.testing.assert_close(found["spatial"].reshape(5, 8, 8, 7)[:, 2, 6, 4], maps[:, 4, 2, 6])
+
+
+def test_spatial_distance_sees_the_layout(tmp_path, monkeypatch):
+    """Images and the same turned upside down: the places differ. Equal sets are 0 apart."""
+    monkeypatch.setattr(metrics, "SPATIAL_CHANNELS", 1)                # 64 features, for which 100 images will do
+    a, b = write_images(tmp_path / "a", 100), tmp_path / "b"
+    b.mkdir()
+    for path in a.iterdir():
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(b / path.name)
+    same, turned = (distribution_scores(a, extractor="cifar-resnet", reference=str(real))["scores"] for real in (a, b))
+    assert same["sFD-cifar-resnet"] == pytest.approx(0, abs=1e-3)
+    assert turned["sFD-cifar-resnet"] > 100 * abs(same["sFD-cifar-resnet"])
+
+
 def test_too_few_images_for_a_covariance_leave_the_distance_out(tmp_path):
     found = distribution_scores(write_images(tmp_path / "few", 120), extractor="cifar-resnet")
     assert set(found["scores"]) == {"IS-cifar-resnet", "IS-cifar-resnet-std"}
@@ -88,6 +114,8 @@ def test_inception_scores_carry_the_published_names(folders, tmp_path, monkeypat
     found = distribution_scores(small, inception_path=str(tmp_path / "inception.pth"), reference=str(small))
     assert set(found["scores"]) == {"IS", "IS-std", "KID", "KID-std", "precision", "recall"}
     assert "2048 features" in found["protocol"]["left_out"]["FD"] and found["protocol"]["extractor"] == "inception"
+    assert f"{3 * 3 * 7} features" in found["protocol"]["left_out"]["sFD"]         # 17 x 17 x 7 at the real input size
+    assert metrics._named("sFD", "inception") == "sFID"
 
 
 def test_bad_folders_are_said_in_a_sentence(folders, tmp_path):
@@ -127,6 +155,31 @@ def test_ssim_of_equal_and_of_constant_images():
         ssim(a[..., :8, :8], a[..., :8, :8])
 
 
+def test_lpips_is_zero_for_equal_images_and_follows_its_formula():
+    a, b = (torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            for i in (0, 1))
+    net, expected = load_classifier(), torch.zeros(2)
+    assert lpips(net, a, a).tolist() == [0, 0]
+    with torch.no_grad():
+        y, y0 = (net.stem((x / 255 - MEAN) / STD) for x in (a, b))
+        for stage in (torch.nn.Identity(), *net.stages):
+            y, y0 = stage(y), stage(y0)
+            for i in range(2):
+                unit, unit0 = (v[i] / v[i].square().sum(0, keepdim=True).sqrt().clamp(min=1e-10) for v in (y, y0))
+                expected[i] += (unit - unit0).square().sum() / unit[0].numel()
+    torch.testing.assert_close(lpips(net, a, b), expected)
+    less = ((a.float() + 0.1 * (b.float() - a.float())).round()).to(torch.uint8)
+    assert (lpips(net, a, less) < lpips(net, a, b)).all()
+
+
+def test_bit_operations_by_hand():
+    """10 multiply-adds of 4 x 8 bits, 3 of 8 x 16, 2 left alone."""
+    layers = [{"kind": "Conv2d", "weight_bits": 4, "input_bits": 8, "macs": 10},
+              {"kind": "matmul", "weight_bits": None, "input_bits": [8, 16], "macs": 3},
+              {"kind": "Linear", "weight_bits": 32, "input_bits": 32, "macs": 2}]
+    assert bit_operations(layers) == {"float": 15 * 1024, "quantized": 10 * 32 + 3 * 128 + 2 * 1024}
+
+
 def test_sqnr_closed_form():
     x = torch.randn(4, 5)
     assert sqnr_db(x, 0.9 * x) == pytest.approx(20, abs=1e-4)
@@ -144,6 +197,7 @@ def test_pairs_by_name(tmp_path):
     found = paired_scores(tmp_path / "a", tmp_path / "b", batch_size=2)
     assert found["psnr_db"] == pytest.approx(20 * math.log10(255 / 10)) and found["ssim"] < 1
     assert (found["count"], found["identical"], found["unpaired"]) == (3, 1, 1)
+    assert found[LPIPS] is None                                        # its network takes 32x32
     same = paired_scores(tmp_path / "a", tmp_path / "a")
     assert same["psnr_db"] is None and same["ssim"] == pytest.approx(1) and same["identical"] == 4
     (tmp_path / "none").mkdir()

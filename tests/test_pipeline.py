@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.zoo import build_network
-from scripts import calibrate, evaluate, quantize, report, run_folder, sample, table
+from scripts import calibrate, evaluate, quantize, report, run_folder, sample
 
 PROJECT = Path(__file__).resolve().parents[1]
 NETWORK = {"family": "ddim-unet", "image_size": 16, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
@@ -245,7 +245,7 @@ def kill_when(process, condition):
 def test_killed_in_every_stage_the_run_ends_in_the_same_bytes(model, done, tmp_path):
     out = tmp_path / "killed"
     kill_when(start("calibrate", *files(model), *WORDS, f"out={out}"),
-              lambda: list(out.glob("resume/calibrate/*.safetensors")))
+              lambda: list(tmp_path.glob("trajectory-*/*.safetensors")))
     calibrate.run([*files(model), *WORDS, f"out={out}"])
     kill_when(start("quantize", out), lambda: len(list(out.glob("resume/quantize/*.safetensors"))) >= 3)
     assert not (out / "quantized.safetensors").exists()
@@ -269,17 +269,6 @@ def test_flatten_and_differences_ignore_what_changes_no_artefact():
     assert run_folder.differences(a, b) == []
     b.bits.weight = 4
     assert run_folder.differences(a, b) == ["bits.weight (8 there, 4 here)"]
-
-
-def test_table_has_a_row_per_run_and_refuses_another_protocol(model, done, tmp_path):
-    table.run([str(done), f"out={tmp_path}/table.md"])
-    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
-    rows = [line.split(" | ") for line in lines if "---" not in line]
-    assert [row[1] for row in rows] == ["method", "full precision", "qdiffusion"] and rows[2][0] == "| 4/8"
-    assert rows[2][2] == f"{(done / 'quantized.safetensors').stat().st_size:,}"
-    everything(model, tmp_path / "other", "sampling.seed=1", method="minmax")
-    with pytest.raises(ValueError, match="another protocol"):
-        table.run([str(done), str(tmp_path / "other")])
 
 
 def test_driver_refuses_a_word_that_is_no_override():

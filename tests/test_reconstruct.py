@@ -8,7 +8,7 @@ from quant.convert import input_quantizers, quant_layers
 from quant.layers import QuantLayer
 from quant.passes import run_passes
 from quant.quantizer import QuantSpec
-from quant.reconstruct import Unit, learn_rounding, lp
+from quant.learn import Unit, learn_rounding, lp
 from quant.timeline import Timeline
 from tiny import make_job, normal, rules
 
@@ -45,7 +45,7 @@ def test_learned_rounding_beats_nearest_on_correlated_inputs():
     unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
     learn_rounding(unit, [quant], [x], target, torch.Generator().manual_seed(0), dict(
         weight_lr=0.1, weight_iters=400, warmup=0.2, beta_start=20.0, beta_end=2.0, round_weight=0.01, batch_size=32,
-        weight_norm=2.0, bfloat16=False))
+        weight_norm=2.0, bfloat16=False, layer_weight=0.0))
     assert float((quant(x) - target).square().mean()) < 0.6 * nearest
 
 

@@ -56,6 +56,13 @@ def test_a_complete_run_shows_all_it_holds(tmp_path):
     assert "not there yet" not in page
 
 
+def test_a_comparison_comes_first_even_without_runs(tmp_path):
+    part = "tiny, 500 images", ["Method", "PSNR dB", "Note"], [["min<max", "30.1 ± 0.2", ""], ["other", "–", "needs a"]]
+    page = write_report([], tmp_path / "report.html", comparison=[part]).read_text()
+    assert "Protocol: tiny, 500 images." in page and "min&lt;max" in page and "needs a" in page
+    assert '<td class="number">30.1 ± 0.2</td>' in page and page.index("Comparison") < page.index("What was run")
+
+
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
     page = write_report([make_run(tmp_path / "run")], tmp_path / "report.html").read_text()
     assert not re.search(r"""(?:href|src)=["'](?!data:)""", page) and "url(" not in page

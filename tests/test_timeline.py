@@ -1,9 +1,11 @@
 """Steps to segments."""
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from quant.timeline import Timeline
+from quant.timeline import Timeline, segment_boundaries
 
 
 @pytest.mark.parametrize("t, segment", [(0, 0), (99, 0), (99.9, 0), (100, 1), (499, 1), (500, 2), (999, 2)])
@@ -40,3 +42,30 @@ def test_time_is_read_from_every_forward_pass_whatever_came_before():
     for t in (20, 0, 20, 20, 9):
         net(torch.zeros(1), torch.tensor([t]))
         assert timeline.segment == int(t >= 10)
+
+
+@pytest.mark.parametrize("segments, sizes", [(1, [100]), (3, [34, 33, 33]), (4, [25] * 4), ("per_step", [1] * 100)])
+def test_sampler_steps_are_shared_out_evenly_counted_from_the_noise(segments, sizes):
+    times = [10.0 * i for i in range(100)]
+    line = Timeline(segment_boundaries(reversed(times), segments))
+    assert line.segments_of(torch.tensor(times)).bincount().tolist() == sizes
+
+
+def test_another_step_count_finds_the_nearest_step():
+    line = Timeline(segment_boundaries([0, 100, 300], "per_step"))
+    assert line.segments_of(torch.tensor([20.0, 49, 51, 199, 201, 999])).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("segments, sentence", [
+    (4, "4 time segments asked for, the sampler has 3 steps; choose 1 to 3"), (0, "0 time segments asked for"),
+    ("per_stp", "segments 'per_stp' is neither a number nor a known word; did you mean 'per_step'?")])
+def test_impossible_segments(segments, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        segment_boundaries([0, 100, 300], segments)
+
+
+def test_mean_time_of_every_segment():
+    line = Timeline([50])
+    assert line.segment_times(torch.tensor([10.0, 20, 90])).tolist() == [15, 90]
+    with pytest.raises(ValueError, match="no sample in time segment 1 of 2"):
+        line.segment_times(torch.tensor([10.0, 20]))

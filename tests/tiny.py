@@ -24,15 +24,18 @@ def rules(weight, inputs):
     return [{"weight": {"bits": weight, "per": "channel"}, "input": {"bits": inputs}}]
 
 
-def samples(num=10, seed=0):
-    """Calibration samples at steps that are spread over 0..999."""
-    return CalibrationSet(normal(num, *SHAPE, seed=seed), torch.linspace(999, 0, num).round())
+def samples(num=10, seed=0, context=0):
+    """Calibration samples at steps that are spread over 0..999, with contexts of 4 tokens if they have features."""
+    cond = normal(3, 4, context, seed=seed + 1) if context else None
+    return CalibrationSet(normal(num, *SHAPE, seed=seed), torch.linspace(999, 0, num).round(), cond,
+                          torch.arange(num) % 3 if context else None)
 
 
-def make_job(net, folder, wanted, *, num=10, boundaries=(), **more):
+def make_job(net, folder, wanted, *, num=10, boundaries=(), context=0, **more):
+    calibration = samples(num, context=context)
     return Job(model=SimpleNamespace(net=net, shape=SHAPE), net=convert(net, wanted, Timeline(boundaries)),
-               calibration=samples(num), graph=trace(net, EXAMPLE), resume_folder=folder,
-               **{"log": lambda line: None} | more)
+               calibration=calibration, graph=trace(net, calibration.arguments(slice(0, 1))), resume_folder=folder,
+               rules=wanted, **{"log": lambda line: None} | more)
 
 
 def quantized(net, folder, wanted, *, passes=({"fit_ranges": {}},), **more):

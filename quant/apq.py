@@ -1,0 +1,71 @@
+"""Differentiable group-wise quantization (APQ-DM, Wang et al. 2024, arXiv:2305.18723): few scales shared by all steps.
+
+    x_q = sum_g sigma[t, g] * s_g * Phi(x / s_g),   sigma[t] = softmax(logits[t]),   loss + lambda * H(sigma)
+
+Phi rounds and clips. At the end step t takes the scale of its most probable group. With `axis: channel` every step has
+its own groups and assigns its channels to them, as the released code does. The steps a batch is taken from may be
+chosen actively: quant/learn.py.
+"""
+import torch
+from torch import nn
+
+from quant.soft import SoftScale, attach
+
+SHARPNESS = 0.1                            # squared log distance at which a group's initial logit has fallen by one
+
+
+class GroupedScale(SoftScale):
+    """Begun from a fitted `table` (segments, quantizer's groups) with `num` groups of scales.
+
+    Axis "timestep": one set of scales for all segments, logits (segments, 1, num). Axis "channel": a set for each
+    segment, logits (segments, channels, num). Scales start at even quantiles of the table, each entry with most of its
+    weight on the nearest.
+    """
+
+    def __init__(self, table, num, axis, entropy_weight):
+        super().__init__()
+        log, self.entropy_weight = table.log(), entropy_weight
+        share = (torch.arange(num, device=table.device) + 0.5) / num
+        if axis == "timestep":
+            scales = torch.quantile(log, share, dim=0).T[None]                    # (1, groups, num)
+            distance = (log[:, :, None] - scales).square().mean(1, keepdim=True)
+        else:
+            scales = torch.quantile(log, share, dim=1).T[:, None]                 # (segments, 1, num)
+            distance = (log[:, :, None] - scales).square()
+        self.shape = table.shape
+        self.log_scales, self.logits = nn.Parameter(scales.clone()), nn.Parameter(-distance / SHARPNESS)
+
+    def options(self):
+        """-> scales and probabilities, both (segments, groups, num)."""
+        shape = (*self.shape, self.logits.shape[2])
+        return self.log_scales.exp().expand(shape), self.logits.softmax(2).expand(shape)
+
+    def codes(self, quantizer, x):
+        scales, shares = self.options()
+        mixture = sum(quantizer.codes_at(scale, x) * quantizer.table(scale * share, x)
+                      for scale, share in zip(scales.unbind(2), shares.unbind(2)))
+        return mixture / quantizer.table(self(), x)
+
+    def forward(self):
+        """The table of the most probable groups; it has no gradient, the mixture has."""
+        scales, shares = self.options()
+        return scales.gather(2, shares.argmax(2, keepdim=True))[:, :, 0].detach()
+
+    def entropy(self):
+        """H(sigma) of each segment (segments,), the mean over what is assigned; at most ln(num)."""
+        return -(self.logits.softmax(2) * self.logits.log_softmax(2)).sum(2).mean(1)
+
+    def penalty(self):
+        return self.entropy_weight * self.entropy().mean()
+
+
+def group_scales(job, *, groups=8, axis="timestep", entropy_weight=0.8):
+    """The pass: replace every fitted table by `groups` shared scales with soft assignments, which the reconstruction
+    that follows learns and hardens. Axis "channel" wants `per: channel` inputs."""
+    if axis not in ("timestep", "channel"):
+        raise ValueError(f"axis '{axis}' is unknown; choose timestep or channel")
+    if axis == "timestep" and not 1 <= groups <= job.net.timeline.num_segments:
+        raise ValueError(f"{groups} groups of time segments asked for, there are {job.net.timeline.num_segments}; "
+                         "choose at most that many")
+    count = attach(job.net, lambda q: GroupedScale(q.scale.detach(), groups, axis, entropy_weight))
+    return [{"pass": "group_scales", "inputs": count, "groups": groups}]

@@ -1,0 +1,209 @@
+"""What block reconstruction optimises in one unit: losses, and what is learned.
+
+    lp(a, b; p) = mean over samples and positions of sum over channels |a - b|^p                       (BRECQ's measure)
+    L = lp(out, target) + layer_weight * sum over inner layers lp(out_j, target_j) + round_weight * rounding penalty
+
+`layer_weight` is the fine-grained block reconstruction of EDA-DM (Liu et al. 2024, arXiv:2401.04585), random dropping
+of quantization that of QDrop (Wei et al. 2022, arXiv:2203.05740). Positions may be weighted by their saliency.
+"""
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+
+from quant.convert import input_quantizers, quant_layers
+from quant.rounding import Rounding
+
+DROPPED_INPUTS = 0.5                       # share of a unit's input that is full precision in joint mode (QDrop)
+
+
+@dataclass
+class Unit:
+    """A unit of the quantized network as it is being learned."""
+    name: str
+    module: torch.nn.Module
+    device: torch.device
+    set_time: Callable                     # tells the timeline which calibration rows are about to run
+    original: Any = None                   # the unit of the full-precision network, and its inputs
+    float_inputs: Any = None
+    segments: Any = None                   # time segment of every row, and how often each was drawn
+    visits: Any = None
+    saliency: Any = None                   # rows, output -> weights that broadcast to the output, mean 1; None: alike
+
+    def __call__(self, inputs, rows):
+        return self.call(self.module, inputs, rows)
+
+    def call(self, module, inputs, rows):
+        self.set_time(rows)
+        x = [a[rows].to(self.device) for a in inputs]
+        return module(*(a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a for a in x))
+
+
+class Mixed:
+    """Elements of `a` or, each with probability one half, of `b`; read by rows."""
+
+    def __init__(self, a, b, generator):
+        self.a, self.b, self.generator = a, b, generator
+
+    def __getitem__(self, rows):
+        a, b = self.a[rows], self.b[rows]
+        return torch.where(torch.rand(a.shape, generator=self.generator) < DROPPED_INPUTS, b, a)
+
+
+def mixed(quant_inputs, float_inputs, generator):
+    """A unit's inputs for joint learning: its main input mixed elementwise, embedding and condition as they are in the
+    quantized network."""
+    return [Mixed(quant_inputs[0], float_inputs[0], generator), *quant_inputs[1:]]
+
+
+def lp(a, b, norm, weights=None):
+    """Sum over axis 1, mean over the rest, of |a - b|^norm: the loss measure of BRECQ and its descendants."""
+    error = (a - b).abs().pow(norm)
+    return (error if weights is None else error * weights).sum(1).mean()
+
+
+def learn_rounding(unit, layers, inputs, target, generator, s):
+    """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct."""
+    begin_rounding(layers)
+    groups = [{"params": rounding_parameters(layers), "lr": s["weight_lr"]}]
+    optimise(unit, groups, s["weight_iters"], False, lambda done: rounding_penalty(layers, done, s),
+             inputs, target, generator, s, s["weight_norm"])
+    for layer in layers:
+        layer.harden()
+
+
+def learn_scales(unit, quantizers, inputs, target, generator, s):
+    """Activation scales: LSQ."""
+    learned = [q for q in quantizers if q.learnable]
+    groups = scale_groups(learned, s)
+    if groups:
+        optimise(unit, groups, s["input_iters"], True, lambda done: scale_penalty(learned, s), inputs, target,
+                 generator, s, s["input_norm"])
+    end_scales(learned)
+
+
+def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
+    """Rounding and scales in one stage, quantization of activations dropped at random (QDrop)."""
+    begin_rounding(layers)
+    learned = [q for q in quantizers if q.learnable]
+    groups = scale_groups(learned, s)
+    if layers:
+        groups.insert(0, {"params": rounding_parameters(layers), "lr": s["weight_lr"]})
+    for q in quantizers:
+        q.drop = lambda x: torch.rand(x.shape, generator=generator).to(x.device) < s["drop"]
+    try:
+        if groups:
+            optimise(unit, groups, s["weight_iters"], True,
+                     lambda done: rounding_penalty(layers, done, s) + scale_penalty(learned, s), inputs, target,
+                     generator, s, s["weight_norm"])
+    finally:
+        for q in quantizers:
+            q.drop = None
+    for layer in layers:
+        layer.harden()
+    end_scales(learned)
+
+
+def begin_rounding(layers):
+    for layer in layers:
+        layer.rounding = Rounding(layer.weight, layer.weight_quantizer)
+
+
+def rounding_parameters(layers):
+    return [layer.rounding.alpha for layer in layers]
+
+
+def rounding_penalty(layers, done, s):
+    """lambda * sum(1 - |2h - 1|^beta), beta falling after a warm-up without the term."""
+    if done < s["warmup"] or not s["round_weight"]:
+        return 0.0
+    share = (done - s["warmup"]) / (1 - s["warmup"])
+    beta = s["beta_start"] + (s["beta_end"] - s["beta_start"]) * share
+    return s["round_weight"] * sum(layer.rounding.penalty(beta) for layer in layers)
+
+
+def scale_groups(quantizers, s):
+    """Optimizer groups: tables of scales, and the parameters of whatever gives a table while it is learned."""
+    free = [q.scale.requires_grad_(True) for q in quantizers if q.soft_scale is None]
+    soft = [p for q in quantizers if q.soft_scale is not None for p in q.soft_scale.parameters()]
+    groups = [{"params": free, "lr": s["input_lr"]}, {"params": soft, "lr": s["soft_lr"]}]
+    return [group for group in groups if group["params"]]
+
+
+def end_scales(quantizers):
+    for q in quantizers:
+        q.harden()
+        q.scale.requires_grad_(False)
+
+
+def scale_penalty(quantizers, s):
+    """Of soft scales their own; smooth * sum over steps (ln scale_i - ln scale_{i+1})^2: neighbours differ little."""
+    penalty = sum(q.soft_scale.penalty() for q in quantizers if q.soft_scale is not None)
+    if s["smooth"]:
+        penalty = penalty + s["smooth"] * sum(q.scales().log().diff(dim=0).square().sum() for q in quantizers)
+    return penalty
+
+
+def optimise(unit, groups, iters, cosine, penalty, inputs, target, generator, s, norm):
+    """`iters` Adam steps on `groups`; `penalty(share of the steps done)` is added to the loss of a batch."""
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iters, 1)) if cosine else None
+    parameters = [p for group in groups for p in group["params"]]
+    scales = {id(q.scale) for q in input_quantizers(unit.module).values()}
+    for step in range(iters):
+        loss = batch_loss(unit, inputs, target, generator, s, norm) + penalty(step / iters)
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = grad
+        optimizer.step()
+        if schedule:
+            schedule.step()
+        for parameter in parameters:
+            if id(parameter) in scales:
+                parameter.data.clamp_(min=1e-8)
+
+
+def batch_loss(unit, inputs, target, generator, s, norm):
+    rows = draw_rows(unit, target, generator, s)
+    with torch.autocast(unit.device.type, torch.bfloat16, enabled=s["bfloat16"]):
+        if not s["layer_weight"]:
+            return output_loss(unit, unit(inputs, rows), target, rows, norm)
+        names = list(quant_layers(unit.module))[:-1]
+        with torch.no_grad(), outputs_of(unit.original, names) as wanted:
+            unit.call(unit.original, unit.float_inputs, rows)
+        with outputs_of(unit.module, names) as found:
+            out = unit(inputs, rows)
+        inner = sum(lp(found[name].float(), wanted[name].float(), norm) for name in names)
+        return output_loss(unit, out, target, rows, norm) + s["layer_weight"] * inner
+
+
+def draw_rows(unit, target, generator, s):
+    """Samples of one batch: any; or `active`, all of the time segment that is undecided or seldom visited most,
+    argmax_t entropy(t) + active / (visits(t) + 1)                  (APQ-DM, active timestep selection)."""
+    if not s["active"]:
+        return torch.randint(len(target), (s["batch_size"],), generator=generator)
+    soft = [q.soft_scale for q in input_quantizers(unit.module).values() if q.soft_scale is not None]
+    visits = unit.visits
+    score = s["active"] / (visits + 1) + sum(m.entropy().detach().cpu() for m in soft) / max(len(soft), 1)
+    segment = int(score.argmax())
+    visits[segment] += 1
+    rows = (unit.segments == segment).nonzero()[:, 0]
+    return rows[torch.randint(len(rows), (s["batch_size"],), generator=generator)]
+
+
+def output_loss(unit, out, target, rows, norm):
+    weights = unit.saliency(rows, out) if unit.saliency else None
+    return lp(out.float(), target[rows].to(unit.device), norm, weights)
+
+
+@contextmanager
+def outputs_of(module, names):
+    """While inside: a dict that collects what the submodules `names` put out."""
+    outputs = {}
+
+    def note(name):
+        return lambda _, inputs, out: outputs.__setitem__(name, out)
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(module.get_submodule(name).register_forward_hook(note(name)).remove)
+        yield outputs

@@ -1,0 +1,32 @@
+"""What gives a quantizer its table of scales while a pass learns it: a model with few parameters instead of one free
+scale per segment. At its end the table stays and the model goes, so running it costs nothing."""
+from torch import nn
+
+from quant.convert import input_quantizers
+
+
+class SoftScale(nn.Module):
+    """`forward()` is the table (segments, groups), with gradients."""
+
+    def codes(self, quantizer, x):
+        """Codes of x, in units of the table."""
+        return quantizer.codes_at(self(), x)
+
+    def hard(self):
+        """The table that stays."""
+        return self()
+
+    def penalty(self):
+        """What is added to the loss."""
+        return 0.0
+
+
+def attach(net, make):
+    """Give every learnable activation quantizer of `net` the soft scale make(quantizer); returns how many. Raises
+    ValueError on a timeline of one segment, where there is nothing to model."""
+    if net.timeline.num_segments == 1:
+        raise ValueError("scales that depend on time need more than one time segment; set segments: per_step")
+    quantizers = [q for q in input_quantizers(net).values() if q.learnable]
+    for q in quantizers:
+        q.__dict__["soft_scale"] = make(q).to(q.scale.device)
+    return len(quantizers)

@@ -1,0 +1,80 @@
+"""Temporal distribution alignment calibration (EDA-DM, arXiv:2401.04585): steps whose features have many neighbours
+(density) and differ most from the rest (variety) get more calibration samples.
+
+Axes: S steps, n images (twice as many with guidance), C channels, h x w positions.
+"""
+import torch
+import torch.nn.functional as F
+
+MIDDLE_ATTENTION = ("mid.attn_1", "middle_block.1")       # of ddim/unet.py and ldm/unet.py
+CHUNK = 2 ** 16                            # features that are widened to double precision at a time
+
+
+@torch.no_grad()
+def middle_features(model, x, t, cond=None):
+    """What the middle attention of model.net reads when `model.eps` runs on x (S, n, C, H, W) at the steps t (S,)
+    -> (S, n, C, h, w). Raises ValueError for a network without one."""
+    modules = dict(model.net.named_modules())
+    found = [modules[name] for name in MIDDLE_ATTENTION if name in modules]
+    if not found:
+        raise ValueError(f"builder 'tdac' reads the input of the middle attention, but the network has no module "
+                         f"{' or '.join(MIDDLE_ATTENTION)}; choose another calibration.builder")
+    device, seen = next(model.net.parameters()).device, []
+    hook = found[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].float().cpu()))
+    try:
+        for x_t, step in zip(x.to(device), t.float().to(device)):
+            model.eps(x_t, step.expand(len(x_t)), cond)
+    finally:
+        hook.remove()
+    return torch.stack(seen)
+
+
+def tdac(num_steps, num_images, num_samples, rng, features, *, lamda=1.2, radius=3.0):
+    """A calibration builder (see quant/calibration.py): each image at one step, the images in turn. Weight of a step =
+    density + `lamda` * variety, both rescaled to [0, 1]. As released: `lamda` 1.2 and `radius` 3.0 for CIFAR-10 and
+    ImageNet, 1.0 and 0.3 for LSUN, 5.0 and 0.3 for COCO."""
+    if lamda < 0:
+        raise ValueError(f"lamda of builder 'tdac' is {lamda}; it must not be negative")
+    found = features()
+    weight = rescaled(density(found, radius)) + lamda * rescaled(variety(found))
+    step = torch.arange(num_steps).repeat_interleave(apportion(weight, num_samples))
+    return step[torch.randperm(num_samples, generator=rng)], torch.arange(num_samples) % num_images
+
+
+def density(features, radius):
+    """D_i = #{j != i : mean (f_i - f_j)^2 <= radius}, (S,) double."""
+    products = gram(features.flatten(1))
+    squares = products.diagonal()
+    distances = (squares[:, None] + squares - 2 * products) / features[0].numel()
+    return (distances <= radius).sum(1).double() - 1
+
+
+def variety(features):
+    """V_i = sum over j != i, images and positions of 1 - cos(f_i, f_j), the cosine along the channels; (S,) double."""
+    cosines = gram(F.normalize(features, dim=2, eps=1e-6).flatten(1))
+    positions = features[0].numel() // features.shape[2]
+    return (len(features) - 1) * positions - (cosines.sum(1) - cosines.diagonal())
+
+
+def gram(rows):
+    """Inner products of rows (S, features) -> (S, S) double."""
+    return sum(part.double() @ part.double().T for part in rows.split(CHUNK, dim=1))
+
+
+def rescaled(values):
+    """Linearly to [0, 1]; zeros where all are equal."""
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span > 0 else torch.zeros_like(values)
+
+
+def apportion(weight, num):
+    """`num` samples in proportion to weight (S,) -> counts (S,): rounded, then what is missing is added to the largest
+    counts, what is too much taken from the last positive ones. Without any weight all steps get equally many."""
+    share = weight / weight.sum() if weight.sum() > 0 else torch.full_like(weight, 1 / len(weight))
+    counts = (num * share).round().long()
+    missing = num - int(counts.sum())
+    if missing >= 0:
+        counts[counts.argsort(descending=True, stable=True)[:missing]] += 1
+    else:
+        counts[counts.nonzero().flatten().flip(0)[:-missing]] -= 1
+    return counts

@@ -1,0 +1,66 @@
+"""Temporal dynamic quantization (TDQ, So et al. 2023, arXiv:2306.02316): an activation's scale as a function of time.
+
+    s(t) = softplus(MLP(gamma(t))),  gamma the sinusoidal embedding of t
+
+A continuous function gets gradients from all steps, where a free scale per step gets few. Evaluated at the sampler's
+steps it is a table, which is what runs; evaluated at other steps it is the table of another step count.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddim.unet import timestep_embedding
+from quant.soft import SoftScale, attach
+
+EMBEDDING = 128                            # width of gamma(t)
+
+
+class DynamicScale(SoftScale):
+    """MLP of `depth` linear layers, He-initialised, for `times` (segments,). Without dropout (the released code has
+    it, and draws random scales while training). The last layer starts at zero weight: s(t) = `start` for every t."""
+
+    def __init__(self, times, start, hidden=64, depth=4):
+        super().__init__()
+        widths = [EMBEDDING, *[hidden] * (depth - 1), len(start)]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        for layer in self.layers[:-1]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.layers[-1].weight)
+        self.layers[-1].bias.data = start.double().expm1().log().float()          # softplus^-1
+        self.register_buffer("times", times)
+
+    def at(self, times):
+        """times (S,) -> scales (S, groups)."""
+        h = timestep_embedding(times, EMBEDDING, cos_first=True)
+        for layer in self.layers[:-1]:
+            h = F.relu(layer(h))
+        return F.softplus(self.layers[-1](h))
+
+    def forward(self):
+        return self.at(self.times)
+
+
+def dynamic_scales(job, *, hidden=64, depth=4, warm_steps=300, warm_lr=1e-3):
+    """The pass: replace the fitted table of every activation quantizer by an MLP that follows it, by regression of
+    ln s(t) on the table, `warm_steps` Adam steps; what comes after (reconstruct) learns the MLP. Scales must have been
+    fitted, on a timeline of several segments."""
+    times = job.net.timeline.segment_times(job.calibration.t)
+    errors = []
+
+    def make(q):
+        table = q.scale.detach()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.seed)
+            soft = DynamicScale(times, table.log().mean(0).exp().cpu(), hidden, depth).to(table.device)
+        optimizer = torch.optim.Adam(soft.parameters(), lr=warm_lr)
+        for _ in range(warm_steps):
+            loss = (soft().log() - table.log()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            errors.append(float((soft().log() - table.log()).square().mean().sqrt()))
+        return soft
+    count = attach(job.net, make)
+    return [{"pass": "dynamic_scales", "inputs": count, "mean_log_deviation": sum(errors) / max(count, 1)}]

@@ -1,0 +1,193 @@
+"""Compare quantization methods under one protocol:
+
+    python scripts/compare.py configs/compare/FILE.yaml [FILE.yaml ...] [--jobs N] [key=value ...]
+
+Every model x bits x method x seed of a YAML is a run folder OUT/MODEL/METHOD-BITS-SEED. Those of a model share
+its full-precision images and trajectories, which are made first. Writes OUT/table.md, OUT/table.csv, OUT/report.html.
+Started again it continues; finished runs are skipped. A stage that fails ends its own run and is told in the table, as
+is a checkpoint that is not there. `--jobs N` makes N runs at a time; key=value are keys of the YAML.
+"""
+import argparse
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from evaluation.report import write_report  # noqa: E402
+from models.diffusion import PROJECT, find_checkpoint  # noqa: E402
+from quant.config import load  # noqa: E402
+from quant.files import write_text  # noqa: E402
+from scripts.cli import main  # noqa: E402
+from scripts.run_folder import RunConfig, check, differences, split_arguments  # noqa: E402
+from scripts.table import assemble, csv_text, empty_row, markdown, row_of, tables  # noqa: E402
+
+SHARED = [("calibrate",), ("sample", "precision=float")]       # stages that also write beside the run folder
+OWN = [("quantize",), ("sample",), ("evaluate",)]
+
+
+@dataclass
+class CompareConfig:
+    """What is compared. Names are those of configs/model, bits, method and preset; a path ends in .yaml."""
+    models: list[str] = field(default_factory=list)
+    bits: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [1000])   # of the calibration data and of all else but the images
+    preset: str = "demo"
+    overrides: list[str] = field(default_factory=list)         # key=value of every run
+    out: str = "runs/compare"
+
+
+@dataclass
+class Cell:
+    """One run: its folder, what calibrate.py is told, the resolved recipe, and what kept it from its numbers."""
+    folder: Path
+    arguments: list
+    config: RunConfig
+    note: str = ""
+
+
+def run(arguments):
+    parser = argparse.ArgumentParser(usage="python scripts/compare.py FILE.yaml [...] [--jobs N] [key=value ...]")
+    parser.add_argument("words", nargs="+")
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}; it must be at least 1")
+    files, overrides = split_arguments(options.words)
+    plans = [load(CompareConfig, [file], overrides) for file in files]
+    if len({plan.out for plan in plans}) < len(plans):
+        raise ValueError(f"two of {', '.join(files)} have the same out folder; give each its own")
+    for file, plan, cells in zip(files, plans, [cells_of(plan) for plan in plans]):
+        compare(file, plan, cells, options.jobs)
+
+
+def cells_of(plan):
+    """Every run of a plan, checked. Raises ValueError before any work begins."""
+    for key in ("models", "bits", "methods", "seeds"):
+        if not getattr(plan, key):
+            raise ValueError(f"nothing to compare: {key} is empty; list at least one")
+    return [cell_of(plan, model, bits, method, seed) for model in plan.models for bits in plan.bits
+            for method in plan.methods for seed in plan.seeds]
+
+
+def cell_of(plan, model, bits, method, seed):
+    files = [yaml_path(*pair) for pair in (("model", model), ("bits", bits), ("method", method),
+                                           ("preset", plan.preset))]
+    folder = Path(plan.out) / Path(model).stem / f"{Path(method).stem}-{Path(bits).stem}-{seed}"
+    words = [*plan.overrides, f"calibration.seed={seed}", f"seed={seed}", f"out={folder}"]
+    config = load(RunConfig, files, words)
+    check(config)
+    if seed == config.sampling.seed:
+        raise ValueError(f"seed {seed} is that of the images that are scored; calibrate with another one")
+    return Cell(folder, [*files, *words], config)
+
+
+def yaml_path(kind, name):
+    return name if name.endswith(".yaml") else str(PROJECT / "configs" / kind / f"{name}.yaml")
+
+
+def compare(file, plan, cells, jobs):
+    """Make what is missing, then write the tables and the report."""
+    for cell in cells:
+        cell.note = absent(cell.config, file)
+    todo = [cell for cell in cells if not cell.note and not finished(cell)]
+    print(f"compare: {len(cells)} runs in {plan.out}: {len(todo)} to make, "
+          f"{sum(bool(cell.note) for cell in cells)} without checkpoint", flush=True)
+    threads = torch.get_num_threads()
+    first = {shared_by(cell): cell for cell in reversed(cells)}
+    for key in dict.fromkeys(map(shared_by, todo)):
+        make(shared_run(first[key]), threads, own=[])
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda cell: make(cell, max(1, threads // jobs)), todo))
+    report(plan, cells)
+
+
+def absent(config, file):
+    """"" or what a model needs before it can be run."""
+    try:
+        find_checkpoint(asdict(config))
+        return ""
+    except ValueError:
+        how = f"fill this row with: {config.download} &&" if config.download else "put it there and run:"
+        return f"needs {config.checkpoint}; {how} python scripts/compare.py {file}"
+
+
+def finished(cell):
+    """Whether the run folder holds the scores of this very recipe."""
+    path = cell.folder / "metrics.json"
+    if not path.exists() or differences(load(RunConfig, [cell.folder / "config.yaml"]), cell.config):
+        return False
+    asked = json.loads(path.read_text())["protocol"]["asked"]
+    return all(asked[key] == asdict(cell.config)[key] for key in ("sampling", "evaluation"))
+
+
+def shared_by(cell):
+    return cell.folder.parent, cell.config.seed
+
+
+def shared_run(cell):
+    """A run that only fills what the runs of its model and seed share, so that none of them is charged for it."""
+    folder = cell.folder.with_name(f"shared-{cell.folder.name}")
+    return replace(cell, folder=folder, arguments=[*cell.arguments, f"out={folder}"])
+
+
+def make(cell, threads, own=OWN):
+    """All stages of a run; one that fails leaves its last words in `cell.note`."""
+    started = time.monotonic()
+    with locked(cell.folder) as lock:
+        with locked(cell.folder.parent) as shared_lock:
+            cell.note = run_stages(cell, SHARED, threads, (lock, shared_lock))
+        cell.note = cell.note or run_stages(cell, own, threads, (lock,))
+    print(f"compare: {cell.folder}: {cell.note or f'done in {time.monotonic() - started:.0f} s'}", flush=True)
+
+
+@contextmanager
+def locked(folder):
+    """One process at a time. Stages inherit the lock's file: one that outlives a killed comparison still holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def run_stages(cell, stages, threads, locks):
+    """The scripts in turn, their output in log.txt; "" or what went wrong."""
+    log_path = cell.folder / "log.txt"
+    for script, *words in stages:
+        inputs = cell.arguments if script == "calibrate" else [cell.folder]
+        with open(log_path, "ab") as log:
+            status = subprocess.run([sys.executable, PROJECT / "scripts" / f"{script}.py", *inputs, *words], stdout=log,
+                                    stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                                    pass_fds=locks).returncode
+        if status:
+            said = log_path.read_text(errors="replace").splitlines() or ["nothing"]
+            return f"{script} of seed {cell.config.seed} ended with status {status}: {said[-1].strip()}"
+    return ""
+
+
+def report(plan, cells):
+    """The tables as Markdown and CSV, and the page with the first run of every row."""
+    rows = [empty_row(cell.config, note=cell.note) if cell.note else row_of(cell.folder) for cell in cells]
+    protocol = {row.model: row.protocol for row in reversed(rows) if row.runs}
+    for row in rows:
+        row.protocol = row.protocol or protocol.get(row.model, "")
+    rows = assemble(rows)
+    out = Path(plan.out)
+    write_text(out / "table.md", markdown(rows))
+    write_text(out / "table.csv", csv_text(rows))
+    write_report([row.runs[0] for row in rows if row.runs], out / "report.html", comparison=tables(rows))
+    print(f"{markdown(rows)}compare: {out}/table.md, {out}/table.csv, {out}/report.html")
+
+
+if __name__ == "__main__":
+    main(run)

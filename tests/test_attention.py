@@ -1,0 +1,83 @@
+"""Received attention, the weights made of it, and where q, k and v lie in a network."""
+import pytest
+import torch
+
+from conftest import TINY, randomize
+from models.zoo import build_network
+from quant.attention import Saliency, attention_parts, received_attention, record_maps
+from quant.learn import lp
+from tiny import SHAPE, normal, samples
+
+LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+       "num_res_blocks": 1, "attention_resolutions": [1, 2], "channel_mult": [1, 2], "num_head_channels": 16}
+
+
+def test_received_attention_is_the_column_sum_meaned_over_heads():
+    probs = normal(2, 3, 5, 5).softmax(-1)
+    expected = torch.tensor([[sum(float(probs[n, h, i, p]) for h in range(3) for i in range(5)) / 3 for p in range(5)]
+                             for n in range(2)])
+    assert torch.allclose(received_attention(probs), expected, atol=1e-6)
+    assert torch.allclose(received_attention(probs).mean(1), torch.ones(2), atol=1e-5)
+    assert torch.allclose(received_attention(torch.full((1, 4, 4), 0.25)), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("network, sizes", [(TINY, [4]), (LDM, [8, 4])])
+def test_recorded_maps_are_those_of_the_network(network, sizes):
+    net, calibration = randomize(build_network(**network)).eval(), samples(6)
+    maps = record_maps(net, calibration, 4)
+    assert sorted(maps) == sorted(sizes)
+    for size, w in maps.items():
+        assert w.shape == (6, size * size) and torch.allclose(w.mean(1), torch.ones(6), atol=1e-5)
+
+
+def test_rows_of_the_map_are_keys_not_queries():
+    """The product stores the map transposed; a key that all queries look at must stand out."""
+    net = randomize(build_network(**TINY)).eval()
+    block = net.mid.attn_1
+    block.qk_matmul.forward = lambda q, k: torch.zeros(len(q), 16, 16).index_fill(2, torch.tensor([3]), 50.0) * 100
+    w = record_maps(net, samples(2), 2)[4]
+    assert (w[:, 3] > 4).all() and (w.argmax(1) == 3).all()
+
+
+def test_weights_have_mean_one_and_kappa_zero_is_plain():
+    net, calibration = randomize(build_network(**TINY)).eval(), samples(6)
+    rows = torch.tensor([0, 5])
+    for shape in ((2, 7, 8, 8), (2, 7, 4, 4), (2, 7, 2, 2)):
+        omega = Saliency(net, calibration, 0.5, 4)(rows, torch.empty(shape))
+        assert omega.shape == (2, 1, *shape[2:]) and torch.allclose(omega.mean((2, 3)), torch.ones(2, 1), atol=1e-5)
+        assert (omega >= 0.5).all()
+    assert torch.equal(Saliency(net, calibration, 0.0, 4)(rows, torch.empty(2, 7, 4, 4)), torch.ones(2, 1, 4, 4))
+    tokens = Saliency(net, calibration, 1.0, 4)(rows, torch.empty(2, 16, 7))
+    assert tokens.shape == (2, 16, 1)
+    assert torch.allclose(tokens[:, :, 0], record_maps(net, calibration, 4)[4][rows], atol=1e-5)
+    assert Saliency(net, calibration, 0.5, 4)(rows, torch.empty(2, 7)) is None
+
+
+def test_weighted_loss_by_hand():
+    a, b = torch.tensor([[[[1.0, 3.0]]]]), torch.zeros(1, 1, 1, 2)
+    assert float(lp(a, b, 2, torch.tensor([[[[0.5, 1.5]]]]))) == (0.5 * 1 + 1.5 * 9) / 2
+
+
+def test_no_attention_and_impossible_kappa():
+    plain = build_network(**TINY | {"attn_resolutions": []})
+    plain.mid.attn_1 = torch.nn.Identity()
+    with pytest.raises(ValueError, match="saliency needs a network with self-attention"):
+        Saliency(plain, samples(2), 0.5, 2)
+    with pytest.raises(ValueError, match="saliency is 1.5; it must lie in 0 to 1"):
+        Saliency(plain, samples(2), 1.5, 2)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_rows_of_fused_attention_are_what_the_product_reads(new_order):
+    net = randomize(build_network(**LDM, use_new_attention_order=new_order)).eval()
+    part = next(p for p in attention_parts(net) if p.norm == "middle_block.1.norm")
+    seen = {}
+    block = net.middle_block[1]
+    block.qkv.register_forward_hook(lambda m, x, out: seen.update(qkv=out))
+    block.attention.qk_matmul.register_forward_pre_hook(lambda m, x: seen.update(q=x[0], k=x[1]))
+    block.attention.av_matmul.register_forward_pre_hook(lambda m, x: seen.update(v=x[0]))
+    net(normal(1, *SHAPE), torch.zeros(1))
+    scale = 16 ** -0.25
+    assert torch.allclose(seen["qkv"][:, part.q_rows] * scale, seen["q"].transpose(2, 3).flatten(1, 2))
+    assert torch.allclose(seen["qkv"][:, part.k_rows] * scale, seen["k"].flatten(1, 2))
+    assert torch.equal(seen["qkv"][:, part.v_rows], seen["v"].flatten(1, 2))

@@ -1,0 +1,126 @@
+"""Channel-wise balancing: the product stays what it is, planted imbalance is found, and the identity is never beaten
+by something worse."""
+import pytest
+import torch
+from torch import nn
+
+from conftest import TINY, randomize
+from ddim.unet import tag
+from models.zoo import build_network
+from quant.balance import balance, balance_group, balance_vector, channel_max, error_with
+from quant.convert import quant_layers, set_input_quantization
+from quant.layers import QuantLayer
+from quant.quantizer import QuantSpec
+from quant.timeline import Timeline
+from tiny import SHAPE, make_job, normal
+
+RULES = [{"weight": {"bits": 4, "per": "channel", "range": "mse"}, "input": {"bits": 4, "range": "mse"},
+          "balance": True}]
+LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+       "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1]}
+
+
+def test_vector_is_smoothquants_over_its_geometric_mean():
+    data, weight = torch.tensor([4.0, 1.0, 9.0]), torch.tensor([1.0, 4.0, 0.25])
+    raw = data ** 0.3 / weight ** 0.7
+    expected = raw / raw.log().mean().exp()
+    assert torch.allclose(balance_vector(data, weight, 0.3), expected, rtol=1e-5)
+    assert torch.equal(balance_vector(torch.ones(5), torch.ones(5), 0.5), torch.ones(5))
+
+
+def test_dead_channels_take_no_part():
+    s = balance_vector(torch.tensor([4.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0]), 0.5)
+    assert s.tolist() == [1.0, 1.0, 1.0]                   # one is alive, and its geometric mean is itself
+    assert balance_vector(torch.zeros(2), torch.ones(2), 0.5).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("trailing, axis", [(2, 1), (1, 1), (0, 2)])
+def test_channel_maximum_over_all_other_axes(trailing, axis):
+    x = normal(2, 3, 4, 5) if trailing == 2 else normal(2, 3, 4)
+    expected = [float(x.select(axis, c).abs().max()) for c in range(x.shape[axis])]
+    assert channel_max(x, trailing).tolist() == expected
+
+
+def planted(gain, in_weight):
+    """64 -> 64 convolution, Gaussian; one channel larger in the data, and smaller in the weight with `in_weight`."""
+    x, layer = normal(8, 64, 8, 8), tag("conv1", nn.Conv2d(64, 64, 3, padding=1, bias=False))
+    layer.weight.data = normal(64, 64, 3, 3, seed=1)
+    x[:, 5] *= gain
+    if in_weight:
+        layer.weight.data[:, 5] /= gain
+    spec = dict(bits=4, range="mse")
+    quant = QuantLayer(layer, QuantSpec(per="channel", **spec), QuantSpec(**spec), Timeline(), False, True)
+    return quant.requires_grad_(False), x, layer(x).detach()
+
+
+@pytest.mark.parametrize("gain", [10, 50])
+def test_a_channel_large_in_the_data_and_small_in_the_weight_is_repaired(gain):
+    quant, x, target = planted(gain, True)
+    facts = balance_group(["x"], [quant], x, torch.zeros(8), Timeline(), [0.0, 0.5, 1.0])
+    assert facts["error_after"] * 10 < facts["error_before"]
+    assert facts["alpha"] is not None and float(quant.inverse_balance[5]) < 0.5
+
+
+@pytest.mark.parametrize("gain", [10, 50])
+def test_a_channel_large_in_the_data_alone_never_ends_worse_than_the_identity(gain):
+    quant, x, target = planted(gain, False)
+    errors = [error_with(quant, balance_vector(channel_max(x, 2), quant.weight.abs().amax((0, 2, 3)), a), x, target,
+                         torch.zeros(8), Timeline()) for a in (0.0, 0.5, 1.0)]
+    identity = error_with(quant, torch.ones(64), x, target, torch.zeros(8), Timeline())
+    facts = balance_group(["x"], [quant], x, torch.zeros(8), Timeline(), [0.0, 0.5, 1.0])
+    assert facts["error_before"] == identity and facts["error_after"] == min([identity, *errors])
+
+
+def test_identity_wins_ties_and_leaves_the_layer_alone():
+    quant, x, _ = planted(1, False)
+    before = quant.weight.clone()
+    facts = balance_group(["x"], [quant], x, torch.zeros(8), Timeline(), [])
+    assert facts["alpha"] is None and torch.equal(quant.weight, before)
+    assert torch.equal(quant.inverse_balance, torch.ones(64))
+
+
+@pytest.mark.parametrize("network", [
+    TINY, LDM | {"num_head_channels": 16}, LDM | {"num_head_channels": 16, "use_new_attention_order": True},
+    LDM | {"num_heads": 2, "use_spatial_transformer": True, "context_dim": 6}])
+@pytest.mark.parametrize("boundaries", [(), (500,)])
+def test_balance_alone_leaves_the_networks_output(network, boundaries, tmp_path):
+    net = randomize(build_network(**network)).eval().requires_grad_(False)
+    context = "context_dim" in network
+    job = make_job(net, tmp_path, RULES, boundaries=boundaries, context=6 if context else 0)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    facts = balance(job, num_samples=6, num_alphas=3)
+    assert sum(f["alpha"] is not None for f in facts) > len(facts) / 2
+    assert all(f["error_after"] <= f["error_before"] for f in facts)
+    set_input_quantization(job.net, False)
+    for layer in quant_layers(job.net).values():
+        layer.weight_quantizer.enabled = False
+    arguments = (normal(3, *SHAPE, seed=5), torch.tensor([1.0, 450, 990]), *([normal(3, 4, 6)] if context else []))
+    expected = net(*arguments)
+    assert (job.net(*arguments) - expected).abs().max() <= 1e-5 * max(1, float(expected.abs().max()))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_what_a_norm_feeds_is_folded_and_what_silu_feeds_is_not(tiny_net, tmp_path):
+    job = make_job(tiny_net.requires_grad_(False), tmp_path, RULES)
+    balance(job, num_samples=6, num_alphas=3)
+    layers = quant_layers(job.net)
+    for name in ("q", "k", "v"):
+        assert torch.equal(layers[f"mid.attn_1.{name}"].inverse_balance, torch.ones(16))
+    assert not torch.equal(job.net.mid.attn_1.norm.weight, tiny_net.mid.attn_1.norm.weight)
+    assert not torch.equal(layers["mid.block_1.conv1"].inverse_balance, torch.ones(16))
+    assert torch.equal(job.net.mid.block_1.norm1.weight, tiny_net.mid.block_1.norm1.weight)
+
+
+def test_folding_through_silu_would_be_wrong_and_the_online_form_is_exact():
+    """Why: silu(x / s) * s is not silu(x)."""
+    x, s = normal(4, 8).double(), (normal(8, seed=1).double() * 0.5).exp()
+    weight = normal(3, 8, seed=2).double()
+    wanted = torch.nn.functional.silu(x) @ weight.T
+    folded = torch.nn.functional.silu(x / s) @ (weight * s).T
+    online = (torch.nn.functional.silu(x) / s) @ (weight * s).T
+    assert (folded - wanted).abs().max() > 0.05 and (online - wanted).abs().max() < 1e-12
+
+
+def test_integers_of_the_merged_factor_are_those_of_two_factors():
+    x, scale, s = normal(1000).double(), 0.037, 1.7
+    assert torch.equal((x * (1 / (scale * s))).round(), ((x / s) / scale).round())

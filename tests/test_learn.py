@@ -1,0 +1,94 @@
+"""What reconstruction optimises: each term of the loss by hand."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddim.unet import tag
+from quant.convert import input_quantizers
+from quant.layers import QuantLayer
+from quant.learn import DROPPED_INPUTS, Mixed, Unit, batch_loss, rounding_penalty, scale_penalty
+from quant.passes import run_passes
+from quant.quantizer import Quantizer, QuantSpec
+from quant.rounding import Rounding
+from quant.timeline import Timeline
+from tiny import fit, make_job, normal, rules
+
+ALL = dict(batch_size=4, bfloat16=False, layer_weight=0.0, active=0.0, weight_norm=2.0, round_weight=0.1, warmup=0.2,
+           beta_start=20.0, beta_end=2.0, smooth=0.0)
+
+
+class Two(nn.Module):
+    """Two layers in a row."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def test_inner_layers_add_their_own_error():
+    plain = Two(tag("x", nn.Linear(3, 5)), tag("x", nn.Linear(5, 2))).requires_grad_(False)
+    quant = Two(*(QuantLayer(layer, QuantSpec(bits=2, per="channel"), QuantSpec(), Timeline(), False)
+                  for layer in (plain.first, plain.second))).requires_grad_(False)
+    for layer in (quant.first, quant.second):
+        layer.fit_weight()
+    x = normal(1, 3)
+    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None, original=plain, float_inputs=[x])
+    loss = batch_loss(unit, [x], plain(x), torch.Generator(), ALL | {"layer_weight": 0.8}, 2.0)
+    inner = (quant.first(x) - plain.first(x)).square().sum()
+    outer = (quant(x) - plain(x)).square().sum()
+    assert math.isclose(float(loss), float(outer + 0.8 * inner), rel_tol=1e-5)
+    assert math.isclose(float(batch_loss(unit, [x], plain(x), torch.Generator(), ALL, 2.0)), float(outer), rel_tol=1e-5)
+
+
+def test_rounding_penalty_is_off_in_the_warm_up_then_sharpens():
+    layer = tag("x", nn.Linear(3, 5))
+    quant = QuantLayer(layer, QuantSpec(bits=2), QuantSpec(), Timeline(), False).requires_grad_(False)
+    quant.fit_weight()
+    quant.rounding = Rounding(quant.weight, quant.weight_quantizer)
+    h = quant.rounding.h()
+    assert rounding_penalty([quant], 0.1, ALL) == 0.0
+    for done, beta in ((0.2, 20.0), (0.6, 11.0), (1.0, 2.0)):
+        expected = 0.1 * float((1 - (2 * h - 1).abs() ** beta).sum())
+        assert math.isclose(float(rounding_penalty([quant], done, ALL)), expected, rel_tol=1e-4)
+    assert rounding_penalty([quant], 0.6, ALL | {"round_weight": 0.0}) == 0.0
+
+
+def test_smoothness_is_the_squared_step_of_the_logarithm():
+    q = Quantizer(QuantSpec(bits=8), torch.tensor(0), Timeline([1, 2]))
+    q.scale.data = torch.tensor([[1.0], [math.e], [math.e]])
+    assert scale_penalty([q], ALL) == 0 and math.isclose(float(scale_penalty([q], ALL | {"smooth": 0.5})), 0.5)
+
+
+def test_mixed_inputs_are_of_either_kind_half_and_half():
+    mixed = Mixed(torch.zeros(10, 500), torch.ones(10, 500), torch.Generator().manual_seed(0))[torch.tensor([1, 4, 7])]
+    assert mixed.shape == (3, 500) and set(mixed.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(mixed.mean()) - DROPPED_INPUTS) < 0.05
+
+
+def test_dropped_elements_are_not_quantized():
+    layer = tag("x", nn.Linear(8, 8))
+    quant = QuantLayer(layer, QuantSpec(), QuantSpec(bits=2), Timeline(), False).requires_grad_(False)
+    fit(quant, normal(9, 8))
+    x = normal(9, 8, seed=1)
+    quant.input_quantizer.drop = lambda x: torch.ones_like(x, dtype=torch.bool)
+    assert torch.allclose(quant(x), layer(x), atol=1e-5)
+    quant.input_quantizer.drop = lambda x: torch.zeros_like(x, dtype=torch.bool)
+    dropped = quant(x)
+    quant.input_quantizer.drop = None
+    assert torch.equal(dropped, quant(x)) and not torch.allclose(dropped, layer(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [
+    {"joint": True, "drop": 0.5}, {"joint": True, "layer_weight": 0.8, "round_weight": 0.0},
+    {"saliency": 0.5}, {"smooth": 0.01}])
+def test_every_form_lowers_the_error(tiny_net, tmp_path, options):
+    job = make_job(tiny_net, tmp_path, rules(4, 6), num=12, boundaries=[500])
+    facts = run_passes(job, ["fit_ranges", {"reconstruct": dict(
+        weight_iters=30, input_iters=10, batch_size=8, weight_lr=0.02, input_lr=1e-3) | options}])[1:]
+    assert sum(f["error_after"] for f in facts) < sum(f["error_before"] for f in facts)
+    assert all(q.drop is None and not q.scale.requires_grad for q in input_quantizers(job.net).values())

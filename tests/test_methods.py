@@ -1,0 +1,85 @@
+"""Every method's YAML on a tiny network: it runs, survives a kill with the same bytes, and its file reloads exactly."""
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from models.zoo import build_network
+from quant.checkpoint import load_quantized
+from scripts import calibrate, quantize, sample
+
+PROJECT = Path(__file__).resolve().parents[1]
+METHODS = sorted(p.stem for p in (PROJECT / "configs/method").glob("*.yaml"))
+NETWORKS = {
+    "pixel": {"family": "ddim-unet", "image_size": 8, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
+              "attn_resolutions": [4], "norm_groups": 4},
+    "fused": {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+              "num_res_blocks": 1, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 16}}
+WORDS = ["sampling.steps=8", "sampling.num=4", "sampling.batch_size=4", "calibration.steps=8", "calibration.images=4",
+         "effort.weight_iters=2", "effort.input_iters=2", "effort.batch_size=4", "device=cpu"]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_file(build_network(**NETWORKS[request.param]).state_dict(), folder / "tiny.safetensors")
+    facts = {"name": "tiny", "network": NETWORKS[request.param], "checkpoint": str(folder / "tiny.safetensors"),
+             "schedule": {"kind": "linear", "timesteps": 1000}, "sampling": {"skip": "uniform", "eta": 1.0}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(facts))
+    return folder / "tiny.yaml"
+
+
+class Killed(Exception):
+    pass
+
+
+def made(model, method, out, monkeypatch=None):
+    """A quantized run folder; with `monkeypatch` the first attempt dies at its third line of progress."""
+    words = [str(model), *(str(PROJECT / "configs" / p) for p in
+                           ("bits/w4a4.yaml", f"method/{method}.yaml", "preset/demo.yaml")), *WORDS]
+    if method == "i2n":
+        words.append(f"calibration.data={model.parent / 'data'}")
+    calibrate.run([*words, f"out={out}"])
+    if monkeypatch:
+        lines = []
+
+        def dying(line, **_):
+            lines.append(line)
+            if len(lines) == 4:
+                raise Killed
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.print", dying)
+            try:
+                quantize.run([str(out)])
+            except Killed:
+                pass
+        assert not (out / "quantized.safetensors").exists() or len(lines) < 4
+    quantize.run([str(out)])
+    return out
+
+
+def write_data(model):
+    """A few images, for the method that starts from real ones."""
+    from PIL import Image
+    folder = model.parent / "data/one"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (8, 8), (40 * i, 255 - 40 * i, 90)).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_runs_continues_and_reloads(model, method, tmp_path, monkeypatch):
+    write_data(model)
+    whole = made(model, method, tmp_path / "whole")
+    again = made(model, method, tmp_path / "killed", monkeypatch)
+    content = (whole / "quantized.safetensors").read_bytes()
+    assert content == (again / "quantized.safetensors").read_bytes()
+    net = load_quantized(whole / "quantized.safetensors", build_network)
+    for name, value in net.state_dict().items():
+        assert value.isfinite().all(), name
+    sample.run([str(whole)])
+    assert len(list((whole / "samples").glob("*.png"))) == 4

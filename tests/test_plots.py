@@ -1,0 +1,73 @@
+"""Pictures are whole PNG files that show what was planted."""
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from PIL import Image
+
+from evaluation.plots import MOST, error_map, pooled, range_map, range_surface
+from tiny import normal
+
+
+def planted(num_steps, num_channels):
+    """Ranges near 1, but one channel that reaches 9; and the timesteps."""
+    r_abs = 1 + 0.1 * normal(num_steps, num_channels).abs()
+    r_abs[:, num_channels // 3] = 9
+    return r_abs, list(range(num_steps))[::-1]
+
+
+def count(path, colour):
+    """Pixels of a picture that have the colour (r, g, b) in 0..1."""
+    picture = Image.open(path)
+    picture.verify()
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return int((abs(pixels - np.round(255 * np.array(colour[:3]))).max(axis=2) <= 1).sum())
+
+
+@pytest.mark.parametrize("draw", [range_map, range_surface])
+@pytest.mark.parametrize("shape", [(2, 2), (300, 2600)])
+def test_one_channel_among_many_is_seen(tmp_path, draw, shape):
+    draw(tmp_path / "figures/a.png", *planted(*shape), "planted")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["a.png"]
+    if draw is range_map:                             # the colour bar alone has less of it
+        assert count(tmp_path / "figures/a.png", colormaps["viridis"](1.0)) > 400
+
+
+def test_pooling_keeps_small_tables_and_every_maximum():
+    r = normal(7, MOST).numpy()
+    values, steps, channels = pooled(r)
+    assert np.array_equal(values, r) and list(steps) == list(range(7)) and list(channels) == list(range(MOST))
+    r = normal(2 * MOST + 1, 3).numpy()
+    values, steps, channels = pooled(r)
+    assert values.shape == (171, 3) and list(steps[:3]) == [0, 3, 6] and list(channels) == [0, 1, 2]
+    assert np.array_equal(values, [r[i:i + 3].max(axis=0) for i in range(0, len(r), 3)])
+
+
+def test_a_point_with_one_channel_has_a_map_but_no_surface(tmp_path):
+    range_map(tmp_path / "a.png", torch.zeros(4, 1), [3, 2, 1, 0], "always zero")
+    with pytest.raises(ValueError, match=r"two steps and two channels, found \(4, 1\); draw the map"):
+        range_surface(tmp_path / "b.png", torch.zeros(4, 1), [3, 2, 1, 0], "always zero")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_layers_without_error_are_grey(tmp_path):
+    def rows(*errors):
+        return [{"layer": f"layer{i}", "step": step, "t": 100.0 - step, "mse": mse, "mae": mse, "sqnr_db": 20.0 + step}
+                for i, mse in enumerate(errors) for step in range(5)]
+    grey = (211 / 255,) * 3
+    for name, errors in (("none", (1, 1)), ("half", (0, 1)), ("all", (0, 0))):
+        error_map(tmp_path / f"{name}.png", rows(*errors), name)
+    found = [count(tmp_path / f"{name}.png", grey) for name in ("none", "half", "all")]
+    assert found[1] > 10000 and found[0] < 0.02 * found[1] and found[2] > 1.8 * found[1]
+
+
+def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
+    range_map(tmp_path / "a.png", *planted(3, 3), "planted")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("broken")
+    monkeypatch.setattr("evaluation.plots.Figure.savefig", fail)
+    with pytest.raises(OSError, match="broken"):
+        range_map(tmp_path / "a.png", *planted(3, 3), "planted")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == before

@@ -1,0 +1,64 @@
+"""Temporal dynamic quantization: what the MLP gives, and that the table is all that runs."""
+import torch
+import torch.nn.functional as F
+import pytest
+
+from quant.convert import input_quantizers
+from quant.passes import run_passes
+from quant.tdq import DynamicScale, dynamic_scales
+from tiny import make_job, normal, rules, SHAPE
+
+TIMES = torch.tensor([0.0, 250, 500, 999])
+
+
+def test_it_starts_at_the_given_scale_for_every_time():
+    start = torch.tensor([0.02, 3.0])
+    assert torch.allclose(DynamicScale(TIMES, start)(), start.expand(4, 2), rtol=1e-5)
+
+
+def test_the_mlp_is_the_formula():
+    soft = DynamicScale(TIMES, torch.tensor([0.1]), hidden=5, depth=3)
+    torch.nn.init.normal_(soft.layers[-1].weight)
+    t = 250.0
+    half = [10000 ** (-k / 64) for k in range(64)]
+    h = torch.tensor([torch.cos(torch.tensor(t * f)) for f in half] + [torch.sin(torch.tensor(t * f)) for f in half])
+    for layer in list(soft.layers)[:-1]:
+        h = F.relu(layer.weight @ h + layer.bias)
+    expected = F.softplus(soft.layers[-1].weight @ h + soft.layers[-1].bias)
+    assert torch.allclose(soft()[1], expected, rtol=1e-3)
+
+
+def test_warm_start_follows_the_fitted_table_and_hardens_to_it(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(32, 6), num=12, boundaries=[300, 700])
+    run_passes(job, ["fit_ranges"])
+    tables = {name: q.scale.clone() for name, q in input_quantizers(job.net).items()}
+    facts = dynamic_scales(job, warm_steps=150)
+    assert facts[0]["inputs"] == len(tables) and facts[0]["mean_log_deviation"] < 0.05
+    x, t = normal(3, *SHAPE), torch.tensor([100.0, 500, 900])
+    soft = job.net(x, t).detach()
+    run_passes(job, [])                                    # hardens
+    assert torch.equal(job.net(x, t), soft)                # the table is the MLP
+    for name, q in input_quantizers(job.net).items():
+        assert q.soft_scale is None and q.learned_by()
+        assert torch.allclose(q.scale.log(), tables[name].log(), atol=0.3)
+
+
+def test_a_batch_of_mixed_times_equals_single_samples(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(32, 6), num=12, boundaries=[300, 700])
+    run_passes(job, ["fit_ranges", {"dynamic_scales": {"warm_steps": 20}}])
+    x, t = normal(3, *SHAPE), torch.tensor([100.0, 500, 900])
+    whole = job.net(x, t)
+    for i in range(3):
+        assert torch.allclose(job.net(x[i:i + 1], t[i:i + 1])[0], whole[i], atol=1e-5)
+
+
+def test_other_steps_get_their_table_from_the_same_mlp():
+    soft = DynamicScale(TIMES, torch.tensor([0.1]))
+    torch.nn.init.normal_(soft.layers[-1].weight, std=0.01)
+    assert torch.equal(soft.at(TIMES), soft()) and soft.at(torch.arange(0, 1000, 50.0)).shape == (20, 1)
+
+
+def test_one_segment_is_refused(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(32, 6))
+    with pytest.raises(ValueError, match="need more than one time segment; set segments: per_step"):
+        dynamic_scales(job)

@@ -1,0 +1,46 @@
+"""The temporal information block: it is what the network computes, and its layers are done first and once."""
+import pytest
+import torch
+
+from conftest import TINY, randomize
+from models.zoo import build_network
+from quant.convert import quant_layers
+from quant.passes import fit_ranges, run_passes
+from quant.temporal import TemporalBlock, reconstruct_temporal
+from tiny import SHAPE, make_job, normal, rules
+
+LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+       "num_res_blocks": 1, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 16}
+
+
+@pytest.mark.parametrize("network, labels", [(TINY, False), (LDM, False), (LDM | {"num_classes": 4}, True)])
+def test_block_gives_what_the_network_adds(network, labels):
+    net = randomize(build_network(**network)).eval()
+    seen = []
+    for m in net.modules():
+        if getattr(m, "role", None) == "emb_proj":
+            m.register_forward_hook(lambda m, x, out: seen.append(out))
+    arguments = [torch.tensor([3.0, 700.0])] + ([torch.tensor([1, 3])] if labels else [])
+    net(normal(2, *SHAPE), *arguments)
+    expected, seen[:] = list(seen), []
+    found = TemporalBlock(net)(*arguments)
+    assert sorted(map(float, found.sum(0))) == sorted(map(float, torch.cat(expected, 1).sum(0)))
+
+
+def test_its_layers_are_hard_afterwards_and_later_passes_leave_them(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(3, 8))
+    fit_ranges(job)
+    facts = reconstruct_temporal(job, iters=150, lr=0.05)
+    assert facts[0]["error_after"] < 0.9 * facts[0]["error_before"]
+    layers = quant_layers(job.net)
+    temporal = {name: m for name, m in layers.items() if m.role in ("temb", "emb_proj")}
+    assert all((m.weight_int is not None) == (name in temporal) for name, m in layers.items())
+    done = {name: m.weight_int.clone() for name, m in temporal.items()}
+    run_passes(job, [{"reconstruct": {"weight_iters": 2, "input_iters": 2, "batch_size": 4}}])
+    assert all(torch.equal(m.weight_int, done[name]) for name, m in temporal.items())
+
+
+def test_network_without_quantized_temporal_layers(tiny_net, tmp_path):
+    wanted = rules(4, 8) + [{"role": r, "weight": {"bits": 32}, "input": {"bits": 32}} for r in ("temb", "emb_proj")]
+    with pytest.raises(ValueError, match="no quantized layer has the role temb or emb_proj"):
+        reconstruct_temporal(make_job(tiny_net, tmp_path, wanted))
