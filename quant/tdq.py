@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddim.unet import timestep_embedding
+from quant.convert import input_quantizers
 from quant.soft import SoftScale, attach
+from quant.timeline import PER_STEP, Timeline, segment_boundaries
 
 EMBEDDING = 128                            # width of gamma(t)
 
@@ -64,3 +66,34 @@ def dynamic_scales(job, *, hidden=64, depth=4, warm_steps=300, warm_lr=1e-3):
         return soft
     count = attach(job.net, make)
     return [{"pass": "dynamic_scales", "inputs": count, "mean_log_deviation": sum(errors) / max(count, 1)}]
+
+
+def functions_of(net):
+    """Parameters of the MLPs that gave a hardened network its tables, by quantizer: {"NAME|layers.0.weight": ...}."""
+    return {f"{name}|{key}": value for name, q in input_quantizers(net).items() if isinstance(q.made_by, DynamicScale)
+            for key, value in q.learned_by().items()}
+
+
+@torch.no_grad()
+def retabulated(net, functions, times):
+    """The hardened network with tables for other network times (S,). Quantizers without a function, and all zero
+    points, take those of the nearest old step. Raises ValueError for functions of another network."""
+    quantizers = input_quantizers(net)
+    unknown = sorted({key.partition("|")[0] for key in functions} - quantizers.keys())
+    if not functions or unknown:
+        raise ValueError(f"the functions of time do not belong to this network ({', '.join(unknown[:3]) or 'none'}); "
+                         "use the files of one run")
+    times = torch.tensor(sorted(map(float, times)))
+    nearest = net.timeline.segments_of(times)
+    net.timeline.boundaries = Timeline(segment_boundaries(times.tolist(), PER_STEP)).boundaries
+    for name, q in quantizers.items():
+        own = {key.partition("|")[2]: v for key, v in functions.items() if key.partition("|")[0] == name}
+        table = q.scale[nearest]
+        if own:
+            widths = [v.shape[0] for key, v in own.items() if key.endswith("bias")]
+            soft = DynamicScale(times, torch.ones(widths[-1]), widths[0], len(widths))
+            soft.load_state_dict(own | {"times": times})
+            table = soft()
+        q.scale, q.zero_point = nn.Parameter(table, requires_grad=False), q.zero_point[nearest]
+        q.bits = [q.bits[i] for i in nearest.tolist()]
+    return net

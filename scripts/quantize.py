@@ -23,9 +23,10 @@ from quant.calibration import load_calibration  # noqa: E402
 from quant.checkpoint import packed_bytes, save_quantized  # noqa: E402
 from quant.config import load  # noqa: E402
 from quant.convert import convert, format_map, quantization_map  # noqa: E402
-from quant.files import write_text  # noqa: E402
+from quant.files import save_tensors, write_text  # noqa: E402
 from quant.graph import captured_bytes, trace  # noqa: E402
 from quant.passes import Job, run_passes  # noqa: E402
+from quant.tdq import functions_of  # noqa: E402
 from quant.timeline import Timeline  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import RunConfig, boundaries, check, one_folder, open_run, split_arguments  # noqa: E402
@@ -79,6 +80,9 @@ def quantize(run):
                   log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.passes)
+        functions = functions_of(job.net)
+        if functions:
+            save_tensors(run.path("dynamic.safetensors"), functions, {})
         save_quantized(path, job.net, run.recipe() | {"rules": job.rules})
     run.finish("quantize")
     ratio = model.float_bytes / path.stat().st_size

@@ -164,14 +164,17 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """Time a stage; its seconds are added to those of earlier, interrupted calls."""
+        """Time a stage; its seconds are added to those of earlier calls, which it goes on from unless forced."""
         started = time.monotonic()
-        yield
-        path = self.path("stages.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        rows = [row for row in rows if row["stage"] != name]
-        rows.append({"stage": name, "seconds": round(time.monotonic() - started, 2), **peak_memory()})
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            yield
+        finally:                                                 # interrupted or not; only a kill goes uncounted
+            path = self.path("stages.jsonl")
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            earlier = sum(row["seconds"] for row in rows if row["stage"] == name and not self.config.force)
+            rows = [row for row in rows if row["stage"] != name]
+            rows.append({"stage": name, "seconds": round(earlier + time.monotonic() - started, 2), **peak_memory()})
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def finish(self, name):
         """Drop what a finished stage kept in order to continue."""
@@ -226,11 +229,15 @@ def check_start(c):
                          "calibration.data=cifar10")
 
 
-def boundaries(config):
-    """Of the time segments that `segments` asks for, by the times at which the sampler runs the network."""
+def network_times(config):
+    """The times at which the sampler runs the network, ascending."""
     schedule, s = make_schedule(**config.schedule), config.sampling
-    return segment_boundaries([step * schedule.time_scale for step in step_sequence(s.skip, s.steps, schedule)],
-                              config.segments)
+    return [step * schedule.time_scale for step in step_sequence(s.skip, s.steps, schedule)]
+
+
+def boundaries(config):
+    """Of the time segments that `segments` asks for."""
+    return segment_boundaries(network_times(config), config.segments)
 
 
 def flatten(tree, prefix=""):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from models.zoo import build_network
 from quant.checkpoint import load_quantized
-from scripts import calibrate, quantize, sample
+from scripts import calibrate, quantize, retabulate, sample
 
 PROJECT = Path(__file__).resolve().parents[1]
 METHODS = sorted(p.stem for p in (PROJECT / "configs/method").glob("*.yaml"))
@@ -83,3 +83,14 @@ def test_method_runs_continues_and_reloads(model, method, tmp_path, monkeypatch)
         assert value.isfinite().all(), name
     sample.run([str(whole)])
     assert len(list((whole / "samples").glob("*.png"))) == 4
+
+
+def test_scales_that_are_a_function_of_time_get_other_steps(model, tmp_path):
+    run = made(model, "tdq", tmp_path / "run")
+    with pytest.raises(ValueError, match="only sampling"):
+        retabulate.run([str(run), f"out={tmp_path / 'other'}", "bits.weight=8"])
+    retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
+    sample.run([str(tmp_path / "other")])
+    assert len(list((tmp_path / "other/samples").glob("*.png"))) == 4
+    with pytest.raises(ValueError, match="holds a quantized model already"):
+        retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])

@@ -1,12 +1,12 @@
 """Temporal dynamic quantization: what the MLP gives, and that the table is all that runs."""
+import pytest
 import torch
 import torch.nn.functional as F
-import pytest
 
-from quant.convert import input_quantizers
+from quant.convert import input_quantizers, quant_layers
 from quant.passes import run_passes
-from quant.tdq import DynamicScale, dynamic_scales
-from tiny import make_job, normal, rules, SHAPE
+from quant.tdq import DynamicScale, dynamic_scales, functions_of, retabulated
+from tiny import SHAPE, make_job, normal, rules
 
 TIMES = torch.tensor([0.0, 250, 500, 999])
 
@@ -56,6 +56,26 @@ def test_other_steps_get_their_table_from_the_same_mlp():
     soft = DynamicScale(TIMES, torch.tensor([0.1]))
     torch.nn.init.normal_(soft.layers[-1].weight, std=0.01)
     assert torch.equal(soft.at(TIMES), soft()) and soft.at(torch.arange(0, 1000, 50.0)).shape == (20, 1)
+
+
+def test_retabulated_network_has_the_scales_of_its_functions_at_the_new_times(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(4, 6), num=12, boundaries=[300, 700])
+    run_passes(job, ["fit_ranges", {"dynamic_scales": {"warm_steps": 20}}])
+    x, old = normal(1, *SHAPE), job.net.timeline.segment_times(job.calibration.t).tolist()
+    before, functions = [job.net(x, torch.tensor([t])) for t in old], functions_of(job.net)
+    weights = {name: m.weight_int.clone() for name, m in quant_layers(job.net).items()}
+    net = retabulated(job.net, functions, [*old, 100.0, 600.0])
+    assert net.timeline.num_segments == 5
+    for t, expected in zip(old, before):                   # the steps that were there answer as before
+        assert torch.equal(net(x, torch.tensor([t])), expected)
+    assert all(torch.equal(m.weight_int, weights[name]) for name, m in quant_layers(net).items())
+    q, times = input_quantizers(net)["conv_in.input_quantizer"], torch.tensor(sorted([*old, 100.0, 600.0]))
+    soft = DynamicScale(times, torch.ones(1))
+    soft.load_state_dict({k.partition("|")[2]: v for k, v in functions.items()
+                          if k.startswith("conv_in.input_quantizer|")} | {"times": times})
+    assert torch.equal(q.scale, soft())
+    with pytest.raises(ValueError, match="the functions of time do not belong to this network"):
+        retabulated(net, {"other|layers.0.weight": torch.zeros(1)}, old)
 
 
 def test_one_segment_is_refused(tiny_net, tmp_path):

@@ -1,0 +1,45 @@
+"""Give a network with scales that are a function of time (TDQ) the steps of another sampler, without calibration:
+
+    python scripts/retabulate.py RUN out=OTHER sampling.steps=50 [sampling.skip=uniform ...]
+
+Reads RUN/quantized.safetensors and RUN/dynamic.safetensors (the functions), writes the run folder OTHER with the same
+integers and the table of scales at the new steps; sample.py, evaluate.py and report.py go on from there.
+"""
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.zoo import build_network  # noqa: E402
+from quant.checkpoint import load_quantized, read_recipe, save_quantized  # noqa: E402
+from quant.config import load  # noqa: E402
+from quant.files import load_tensors  # noqa: E402
+from quant.tdq import retabulated  # noqa: E402
+from scripts.cli import main  # noqa: E402
+from scripts.run_folder import RunConfig, Run, check, network_times, one_folder, open_run, write_config  # noqa: E402
+
+
+def run(arguments):
+    folder, words = one_folder(arguments)
+    if not any(word.startswith("out=") for word in words):
+        raise ValueError("say where the run with the other steps lives: out=FOLDER")
+    if any(not word.startswith(("out=", "sampling.")) for word in words):
+        raise ValueError(f"only sampling.* can change here, found {' '.join(words)}")
+    before = open_run(folder)
+    after = Run(load(RunConfig, [before.path("config.yaml")], words))
+    check(after.config)
+    if after.path("quantized.safetensors").exists():
+        raise ValueError(f"{after.folder} holds a quantized model already; choose another out= folder")
+    tensors, _ = load_tensors(before.need("dynamic.safetensors", "quantize"))
+    path = before.need("quantized.safetensors", "quantize")
+    net = retabulated(load_quantized(path, build_network), tensors, network_times(after.config))
+    write_config(after)
+    recipe = read_recipe(path)[0] | {"retabulated": asdict(after.config)["sampling"]}
+    save_quantized(after.path("quantized.safetensors"), net, recipe)
+    print(f"retabulate: {after.path('quantized.safetensors')}, {net.timeline.num_segments} steps; go on with: python "
+          f"scripts/sample.py {after.folder}")
+
+
+if __name__ == "__main__":
+    main(run)
