@@ -12,7 +12,7 @@ from ldm.autoencoder import AutoencoderKL
 from models.condition import build_condition
 from models.diffusion import DiffusionModel, sample
 from models.training import Training
-from models.weights import PREFIXES
+from models.weights import PREFIXES, averaged_name
 from models.zoo import build_network
 
 DROPPED = 0.1                              # share of labels that are replaced by the null class, for guidance
@@ -104,9 +104,10 @@ class DiffusionTraining(Training):
         net = self.ema.module
         if self.first_stage is None:
             return net.unet.state_dict()
-        parts = {"unet": net.unet, "first_stage": self.first_stage, "cond_stage": net.cond_stage}
+        parts = {"first_stage": self.first_stage, "cond_stage": net.cond_stage}
         weights = {PREFIXES[part] + name: value for part, module in parts.items() if module is not None
                    for name, value in module.state_dict().items()}
+        weights |= {averaged_name(name): value for name, value in net.unet.state_dict().items()}
         return weights | {"scale_factor": torch.tensor(self.scale_factor)}
 
 

@@ -144,10 +144,14 @@ def component(state, prefix):
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def averaged_name(name):
+    """Under which a latent-diffusion checkpoint keeps the average of the U-Net parameter `name`: without dots."""
+    return AVERAGED + f"diffusion_model.{name}".replace(".", "")
+
+
 def averaged(state, names, *, source):
-    """The averaged weights of the U-Net parameters `names` in a latent-diffusion checkpoint, which keeps them under
-    names without dots. Nothing is returned unless all are there."""
-    dotless = {name: AVERAGED + f"diffusion_model.{name}".replace(".", "") for name in names}
+    """The averaged weights of the U-Net parameters `names` in a latent-diffusion checkpoint; all or none."""
+    dotless = {name: averaged_name(name) for name in names}
     assert len(set(dotless.values())) == len(dotless), "two names differ by their dots alone"
     missing = [name for name in dotless.values() if name not in state]
     if len(missing) == len(dotless):
@@ -171,13 +175,13 @@ def load_components(path, networks, *, weights="ema"):
     source, state = f"checkpoint {path}", load_state(path, ema=weights == "ema")
     for part, net in networks.items():
         found = component(state, PREFIXES[part])
-        if not found:
+        if part == "unet" and weights == "ema" and (found or any(name.startswith(AVERAGED) for name in state)):
+            found = averaged(state, net.state_dict(), source=source)
+        elif not found:
             if part != "unet" and any(name.startswith(tuple(PREFIXES.values())) for name in state):
                 raise ValueError(f"{source} has no {part} ({PREFIXES[part]}*); {seems(state)}")
             found = {name: value for name, value in state.items()
                      if not name.startswith((*PREFIXES.values(), "loss."))}     # `loss.`: training of a first stage
-        elif part == "unet" and weights == "ema":
-            found = averaged(state, net.state_dict(), source=source)
         elif part == "unet" and any(name.startswith(AVERAGED) for name in state):
             print(f"{source}: raw weights are used; weights=ema takes the averaged ones, which it has too", flush=True)
         load_weights(net, found, source if len(networks) == 1 else f"the {part} of {source}")

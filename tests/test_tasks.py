@@ -58,7 +58,7 @@ def test_a_trained_latent_model_loads_as_it_is_shipped(facts, tmp_path):
     module = DiffusionTraining(facts, Recipe(num_images=6 * 4), first_stage, scale_factor)
     fit(module, latents, torch.arange(12) % 3, tmp_path)
     save_file({name: value.contiguous() for name, value in module.weights().items()}, tmp_path / "model.safetensors")
-    config = facts | {"name": "trained", "checkpoint": str(tmp_path / "model.safetensors"), "weights": "raw"}
+    config = facts | {"name": "trained", "checkpoint": str(tmp_path / "model.safetensors")}
     model, trained = load_model(config, device="cpu"), module.model()
     assert model.scale_factor == pytest.approx(scale_factor) and model.guidance == trained.guidance
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([1.0, 500.0, 900.0])
