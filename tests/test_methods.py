@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from models.zoo import build_network
@@ -13,20 +14,27 @@ from scripts import calibrate, quantize, retabulate, sample
 PROJECT = Path(__file__).resolve().parents[1]
 METHODS = sorted(p.stem for p in (PROJECT / "configs/method").glob("*.yaml"))
 NETWORKS = {
-    "pixel": {"family": "ddim-unet", "image_size": 8, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
-              "attn_resolutions": [4], "norm_groups": 4},
+    "pixel": {"family": "ddim-unet", "image_size": 8, "ch": 8, "ch_mult": [1], "num_res_blocks": 1,
+              "attn_resolutions": [8], "norm_groups": 4},
     "fused": {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
-              "num_res_blocks": 1, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 16}}
+              "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1], "num_head_channels": 16}}
 WORDS = ["sampling.steps=8", "sampling.num=4", "sampling.batch_size=4", "calibration.steps=8", "calibration.images=4",
          "effort.weight_iters=2", "effort.input_iters=2", "effort.batch_size=4", "device=cpu"]
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def model(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {kind: write_model(network, tmp_path_factory.mktemp(kind)) for kind, network in NETWORKS.items()}
+
+
+def write_model(network, folder):
+    """A model YAML with random weights and a few images beside it."""
     torch.manual_seed(0)
-    save_file(build_network(**NETWORKS[request.param]).state_dict(), folder / "tiny.safetensors")
-    facts = {"name": "tiny", "network": NETWORKS[request.param], "checkpoint": str(folder / "tiny.safetensors"),
+    save_file(build_network(**network).state_dict(), folder / "tiny.safetensors")
+    (folder / "data/one").mkdir(parents=True)
+    for i in range(6):                                     # for the method that starts from real images
+        Image.new("RGB", (8, 8), (40 * i, 255 - 40 * i, 90)).save(folder / f"data/one/{i}.png")
+    facts = {"name": "tiny", "network": network, "checkpoint": str(folder / "tiny.safetensors"),
              "schedule": {"kind": "linear", "timesteps": 1000}, "sampling": {"skip": "uniform", "eta": 1.0}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(facts))
     return folder / "tiny.yaml"
@@ -61,19 +69,10 @@ def made(model, method, out, monkeypatch=None):
     return out
 
 
-def write_data(model):
-    """A few images, for the method that starts from real ones."""
-    from PIL import Image
-    folder = model.parent / "data/one"
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        for i in range(6):
-            Image.new("RGB", (8, 8), (40 * i, 255 - 40 * i, 90)).save(folder / f"{i}.png")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_method_runs_continues_and_reloads(model, method, tmp_path, monkeypatch):
-    write_data(model)
+@pytest.mark.parametrize("kind, method", [("pixel", method) for method in METHODS]
+                         + [("fused", method) for method in ("edadm", "multimodel", "tfmq", "tinydm")])
+def test_method_runs_continues_and_reloads(models, kind, method, tmp_path, monkeypatch):
+    model = models[kind]
     whole = made(model, method, tmp_path / "whole")
     again = made(model, method, tmp_path / "killed", monkeypatch)
     content = (whole / "quantized.safetensors").read_bytes()
@@ -85,12 +84,12 @@ def test_method_runs_continues_and_reloads(model, method, tmp_path, monkeypatch)
     assert len(list((whole / "samples").glob("*.png"))) == 4
 
 
-def test_scales_that_are_a_function_of_time_get_other_steps(model, tmp_path):
-    run = made(model, "tdq", tmp_path / "run")
+def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path):
+    run = made(models["pixel"], "tdq", tmp_path / "run")
     with pytest.raises(ValueError, match="only sampling"):
         retabulate.run([str(run), f"out={tmp_path / 'other'}", "bits.weight=8"])
-    retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
+    retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=10"])
     sample.run([str(tmp_path / "other")])
     assert len(list((tmp_path / "other/samples").glob("*.png"))) == 4
     with pytest.raises(ValueError, match="holds a quantized model already"):
-        retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
+        retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=10"])
