@@ -28,6 +28,8 @@ def run(arguments):
         raise ValueError(f"only sampling.* can change here, found {' '.join(words)}")
     before = open_run(folder)
     after = Run(load(RunConfig, [before.path("config.yaml")], words))
+    # Nothing is calibrated here; the recipe in the quantized file says how it was.
+    after.config.calibration.steps = min(after.config.calibration.steps, after.config.sampling.steps)
     check(after.config)
     if after.path("quantized.safetensors").exists():
         raise ValueError(f"{after.folder} holds a quantized model already; choose another out= folder")

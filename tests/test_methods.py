@@ -88,8 +88,8 @@ def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path):
     run = made(models["pixel"], "tdq", tmp_path / "run")
     with pytest.raises(ValueError, match="only sampling"):
         retabulate.run([str(run), f"out={tmp_path / 'other'}", "bits.weight=8"])
-    retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=10"])
+    retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
     sample.run([str(tmp_path / "other")])
     assert len(list((tmp_path / "other/samples").glob("*.png"))) == 4
     with pytest.raises(ValueError, match="holds a quantized model already"):
-        retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=10"])
+        retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
