@@ -152,12 +152,19 @@ def summary(runs):
         metrics = run["metrics"] or {}
         for kind in ("quantized", "float"):
             for name in (metrics.get(kind) or {}).get("scores") or {}:
-                columns.setdefault((name, *protocol_key(metrics)), None)
+                if not name.endswith("-std"):
+                    columns.setdefault((name, *protocol_key(metrics)), None)
+    marks = {key: f"scores {chr(97 + i)}" for i, key in enumerate(dict.fromkeys(key for _, key in map(keyed, columns)))}
     head = ["run", "model", "method", "bits W/A", "steps", "images"] + [
-        Html(html.escape(name) + element("small", f"{number(count)} images, {reference or 'no reference'}"))
-        for name, count, reference, _ in columns]
+        Html(html.escape(name) + element("small", marks[key])) for name, key in map(keyed, columns)]
     head += ["PSNR, dB", "SSIM", "mean SQNR, dB", "bytes, quantized", "ratio", "calibrate + quantize, s"]
-    return table(head, [summary_row(run, columns) for run in runs])
+    notes = [element("p", f"{mark}: {number(count)} images against {reference or 'no reference'}", class_="note")
+             for (count, reference, _), mark in marks.items()]
+    return Html("".join([table(head, [summary_row(run, columns) for run in runs]), *notes]))
+
+
+def keyed(column):
+    return column[0], column[1:]
 
 
 def protocol_key(metrics):
