@@ -84,11 +84,12 @@ MACHINERY = {"collections.OrderedDict": Fixed(Ordered),
              **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}}
 
 # No checkpoint has an honest use for these. They would be inert as well; a file that names one is refused to warn.
+# (getattr is not among them: early releases of Python 3.11 pickle every member of an enumeration with it.)
 MODULES = {"asyncio", "bdb", "code", "codeop", "commands", "ctypes", "importlib", "io", "_io", "marshal",
            "multiprocessing", "nt", "os", "pdb", "pickle", "_pickle", "popen2", "posix", "posixpath", "pty", "runpy",
            "shutil", "socket", "subprocess", "sys", "timeit", "webbrowser"}
-BUILTINS = {"__import__", "apply", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "file", "getattr",
-            "globals", "input", "locals", "open", "setattr", "vars"}
+BUILTINS = {"__import__", "apply", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "file", "globals",
+            "input", "locals", "open", "setattr", "vars"}
 
 
 class Refused(ValueError):
