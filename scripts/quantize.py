@@ -71,15 +71,13 @@ def quantize(run):
     with run.stage("quantize"):
         net = convert(model.net, run.config.rules, Timeline(boundaries(run.config)))
         graph = trace(model.net, calibration.arguments(slice(0, 1)))
-        facts = quantization_map(model.net, net, graph.macs)
-        write_text(run.path("map.json"), json.dumps(facts, indent=1))
-        write_text(run.path("map.txt"), format_map(facts) + "\n")
-        print(format_map(facts))
+        print(write_map(run, net, graph))
         job = Job(model=model, net=net, calibration=calibration, graph=graph, resume_folder=run.path("resume/quantize"),
                   rules=run.config.rules, seed=run.config.seed, trajectory=partial(trajectory, run),
                   log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.passes)
+        write_map(run, job.net, graph)           # passes may have changed widths
         functions = functions_of(job.net)
         if functions:
             save_tensors(run.path("dynamic.safetensors"), functions, {})
@@ -87,6 +85,14 @@ def quantize(run):
     run.finish("quantize")
     ratio = model.float_bytes / path.stat().st_size
     print(f"quantize: {path}, {path.stat().st_size:,} bytes, {ratio:.2f} x smaller than {model.float_bytes:,} of FP32")
+
+
+def write_map(run, net, graph):
+    """Save what is quantized; returns it as text."""
+    facts = quantization_map(run.model.net, net, graph.macs)
+    write_text(run.path("map.json"), json.dumps(facts, indent=1))
+    write_text(run.path("map.txt"), format_map(facts) + "\n")
+    return format_map(facts)
 
 
 def trajectory(run, num_images, seed):
