@@ -63,7 +63,7 @@ def balance(job, *, num_samples=64, num_alphas=11, batch_size=32):
             part = shared.get(names[0])
             if part and facts[-1]["alpha"] is not None:
                 fold_into_norm(job.net, part, [layers[n] for n in names])
-    few = sample.rows(torch.linspace(0, len(sample) - 1, min(len(sample), PRODUCT_SAMPLES)).long().unique())
+    few = sample.thinned(PRODUCT_SAMPLES)
     for part in parts:
         facts.append(balance_product(job, part, few))
         fold_into_values(job, part, few)
@@ -167,8 +167,10 @@ def quantized_product(net, name, a, b, sample):
     product, timeline = net.get_submodule(name), net.timeline
     if isinstance(product, Matmul):                        # left in floating point
         return a @ b
-    trial = copy.deepcopy(product, {id(timeline): timeline})
-    timeline.segment = timeline.segments_of(sample.t) if timeline.num_segments > 1 else 0
+    few = timeline.restricted_to(sample.t)
+    trial = copy.deepcopy(product, {id(timeline): few})
+    for name, q in input_quantizers(trial).items():
+        trial.set_submodule(name, q.unfitted(few))
     refit(list(input_quantizers(trial).values()), lambda: trial(a, b), len(a))
     return trial(a, b)
 

@@ -41,6 +41,10 @@ class CalibrationSet:
         each = max(1, num // timeline.num_segments)
         return self.rows(torch.cat([order[segment == s][:each] for s in range(timeline.num_segments)]))
 
+    def thinned(self, num):
+        """At most `num` samples, evenly picked."""
+        return self.rows(torch.linspace(0, len(self) - 1, min(len(self), num)).long().unique())
+
     def rows(self, rows):
         """The samples `rows` (indices)."""
         return replace(self, x=self.x[rows], t=self.t[rows], which=None if self.which is None else self.which[rows])

@@ -4,7 +4,7 @@ Uniform affine quantization: code = clamp(round(x/scale) + z), value = (code - z
 straight through, the clamp only inside; so the gradient of the value to `scale` is that of LSQ (Esser et al. 2020,
 arXiv:1902.08153, Eq. 3): round(x/s) - x/s inside the range, the end code outside.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -98,6 +98,11 @@ class Quantizer(nn.Module):
         self.__dict__["made_by"] = None          # afterwards: what gave it
         self.drop = None                         # while a pass learns: x -> which elements stay unquantized
         self.observed, self.samples_to_come = None, 0
+
+    def unfitted(self, timeline, **changes):
+        """A fresh one for trials on another timeline, `changes` made to its specification; of the nominal width in every
+        segment."""
+        return Quantizer(replace(self.spec, segment_bits=(), **changes), self.group_of.clone(), timeline)
 
     def extra_repr(self):
         return f"bits={self.spec.bits}, shape={tuple(self.scale.shape)}, range={self.spec.range}"

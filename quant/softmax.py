@@ -1,14 +1,11 @@
 """The grid of softmax outputs, chosen per layer: even steps, or powers of two, which follow the long tail of small
 weights (log2 quantization of attention: Lin et al. 2022, arXiv:2111.13824)."""
-import copy
-
 import torch
 
 from quant.attention import self_attention_products
 from quant.balance import refit
 from quant.capture import inputs_of
 from quant.layers import QuantMatmul
-from quant.quantizer import Quantizer
 
 
 def softmax_grid(job, *, num_samples=16):
@@ -17,7 +14,7 @@ def softmax_grid(job, *, num_samples=16):
 
     Facts: both errors and row_drift, the mean |sum of a row of A^ - 1|, of the grid that was chosen.
     """
-    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed)
+    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed).thinned(num_samples)
     facts, rules = [], []
     for name in self_attention_products(job.model.net):
         product = job.net.get_submodule(name)
@@ -44,10 +41,7 @@ def softmax_grid(job, *, num_samples=16):
 @torch.no_grad()
 def grid_error(quantizer, grid, operands, at, timeline, t):
     """-> (relative squared error of the product, mean |row sum - 1|) with the attention map on this grid."""
-    spec = copy.copy(quantizer.spec)
-    spec.grid = grid
-    trial = Quantizer(spec, quantizer.group_of.clone(), timeline)
-    timeline.segment = timeline.segments_of(t) if timeline.num_segments > 1 else 0
+    trial = quantizer.unfitted(timeline.restricted_to(t), grid=grid)
     probs = operands[at]
     refit([trial], lambda: trial.active(probs), len(probs))
     quantized = list(operands)

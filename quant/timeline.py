@@ -46,6 +46,13 @@ class Timeline:
         segment = self.segments_of(t)
         self.segment = int(segment[0]) if bool((segment == segment[0]).all()) else segment
 
+    def restricted_to(self, t):
+        """A timeline of the segments that hold the steps t (N,) alone, set to these samples: for trials on few."""
+        known = self.segments_of(t).float().unique()
+        few = Timeline(((known[1:] + known[:-1]) / 2).tolist())
+        few.set_time(self.segments_of(t))
+        return few
+
     def segments_of(self, t):
         """Segment of every step t (N,)."""
         return torch.bucketize(t.float(), self.boundaries.to(t.device), right=True)

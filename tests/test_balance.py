@@ -7,12 +7,13 @@ from torch import nn
 from conftest import TINY, randomize
 from ddim.unet import tag
 from models.zoo import build_network
-from quant.balance import balance, balance_group, balance_vector, channel_max, error_with
+from quant.balance import PRODUCT_SAMPLES, balance, balance_group, balance_vector, channel_max, error_with
 from quant.convert import quant_layers, set_input_quantization
 from quant.layers import QuantLayer
+from quant.passes import run_passes
 from quant.quantizer import QuantSpec
 from quant.timeline import Timeline
-from tiny import SHAPE, make_job, normal
+from tiny import SHAPE, make_job, normal, samples
 
 RULES = [{"weight": {"bits": 4, "per": "channel", "range": "mse"}, "input": {"bits": 4, "range": "mse"},
           "balance": True}]
@@ -124,3 +125,12 @@ def test_folding_through_silu_would_be_wrong_and_the_online_form_is_exact():
 def test_integers_of_the_merged_factor_are_those_of_two_factors():
     x, scale, s = normal(1000).double(), 0.037, 1.7
     assert torch.equal((x * (1 / (scale * s))).round(), ((x / s) / scale).round())
+
+
+def test_more_time_segments_than_samples_of_an_attention_product(tiny_net, tmp_path):
+    steps = samples(40).t.sort().values
+    job = make_job(tiny_net, tmp_path, RULES, num=40, boundaries=((steps[1:] + steps[:-1]) / 2).tolist())
+    assert job.net.timeline.num_segments == 40 > PRODUCT_SAMPLES
+    facts = run_passes(job, [{"softmax_grid": {"num_samples": 4}}, {"balance": {"num_alphas": 2}}])
+    products = [f for f in facts if f.get("layers") == ["mid.attn_1.qk_matmul"]]
+    assert len(products) == 1 and products[0]["error_after"] <= products[0]["error_before"]

@@ -249,3 +249,9 @@ def test_foreign_safetensors_is_refused(tmp_path):
 
 def test_missing_file_names_the_command_that_makes_it(tmp_path):
     assert_refused(tmp_path / "set.safetensors", "does not exist; scripts/calibrate.py makes it")
+
+
+def test_thinned_is_an_even_pick():
+    whole = CalibrationSet(torch.zeros(10, 1, 1, 1), torch.arange(10.0))
+    assert whole.thinned(4).t.tolist() == [0, 3, 6, 9]
+    assert whole.thinned(99).t.tolist() == list(range(10))

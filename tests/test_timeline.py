@@ -27,6 +27,14 @@ def test_segments_equal_a_count_of_boundaries():
     assert timeline.segment.tolist() == [sum(b <= step for b in (3, 7, 8)) for step in range(12)]
 
 
+def test_restricted_to_some_steps_there_are_their_segments_alone():
+    timeline = Timeline([10, 20, 30, 40])
+    few = timeline.restricted_to(torch.tensor([45.0, 5.0, 22.0, 28.0]))
+    assert few.num_segments == 3 and few.segment.tolist() == [2, 0, 1, 1]
+    assert timeline.num_segments == 5 and timeline.segment == 0
+    assert timeline.restricted_to(torch.tensor([22.0, 28.0])).num_segments == 1
+
+
 def test_without_boundaries_there_is_one_segment():
     timeline = Timeline()
     timeline.set_time(torch.tensor([5.0, 900.0]))
