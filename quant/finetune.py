@@ -1,0 +1,85 @@
+"""Fine-tuning of the whole quantized network towards the full-precision one; integer weights stay as they are.
+
+    minimise E ||eps_q(x, t) - eps(x, t)||^2   over calibration samples (x, t)
+
+Block reconstruction makes each unit right by itself; what is left of their errors adds up along the network. Here all
+that is not an integer is learned together against the network's answer: scales of activations and of weights, biases,
+and the affine parameters of norms (selective fine-tuning as in QuEST, Wang et al. 2024, arXiv:2402.03666; the error of
+the whole network as in APQ-DM, arXiv:2305.18723). All of it is stored anyway and costs nothing at run time.
+"""
+import time
+
+import torch
+from torch import nn
+
+from quant.convert import input_quantizers, quant_layers
+
+NORMS = (nn.GroupNorm, nn.LayerNorm)
+ERROR_SAMPLES = 256                        # on which the error before and after is measured
+SMALLEST = 1e-8                            # scale
+TOLD_EVERY = 50                            # steps between lines of progress
+
+
+def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bfloat16=False):
+    """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule. `scale_lr` is relative
+    to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. `bfloat16` computes under autocast.
+
+    Weights are hardened first. Returns one fact: mean square of eps_q - eps before and after, on calibration samples.
+    """
+    for module in [*quant_layers(job.net).values(), *input_quantizers(job.net).values()]:
+        module.harden()
+    before, started = error(job, batch_size), time.monotonic()
+    groups = learned(job.net, scale_lr, bias_lr)
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iters, 1))
+    scales, parameters = ([p for g in gs for p in g["params"]] for gs in (groups[1:], groups))
+    generator = torch.Generator().manual_seed(job.seed)
+    for step in range(1, iters + 1):
+        rows = torch.randint(len(job.calibration), (batch_size,), generator=generator)
+        arguments = [a.to(job.device) for a in job.calibration.arguments(rows)]
+        with torch.no_grad():
+            target = job.model.net(*arguments)
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+            found = job.net(*arguments)
+        loss = (found.float() - target).square().mean()
+        # A step of the timeline that no sample of the batch has, gets no gradient.
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+            parameter.grad = grad
+        optimizer.step()
+        schedule.step()
+        for scale in scales:
+            scale.data.clamp_(min=SMALLEST)
+        if step % TOLD_EVERY == 0 or step == iters:
+            left = (time.monotonic() - started) * (iters - step) / step
+            job.log(f"finetune: step {step} of {iters}, error {loss.item():.2e}, about {left:.0f} s left")
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return [{"pass": "finetune", "error_before": before, "error_after": error(job, batch_size)}]
+
+
+def learned(net, scale_lr, bias_lr):
+    """Optimizer groups: first biases and norms, set apart from the float network, which shared them; then each table of
+    scales."""
+    layers, own = quant_layers(net).values(), []
+    for module in net.modules():
+        names = ("weight", "bias") if isinstance(module, NORMS) else ("bias",) if module in layers else ()
+        for name in names:
+            if getattr(module, name) is not None:
+                setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
+                own.append(getattr(module, name))
+    quantizers = [q for q in input_quantizers(net).values() if q.learnable]
+    quantizers += [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
+    return [{"params": own, "lr": bias_lr}, *({"params": [q.scale.requires_grad_(True)],
+                                               "lr": scale_lr * q.scale.mean().item()} for q in quantizers)]
+
+
+@torch.no_grad()
+def error(job, batch_size):
+    """Mean square of eps_q - eps over calibration samples."""
+    sample, total, count = job.calibration.subset(ERROR_SAMPLES, job.seed), 0.0, 0
+    for arguments in sample.batches(batch_size):
+        arguments = [a.to(job.device) for a in arguments]
+        difference = (job.net(*arguments) - job.model.net(*arguments)).double()
+        total, count = total + float(difference.square().sum()), count + difference.numel()
+    return total / count

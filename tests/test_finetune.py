@@ -1,0 +1,71 @@
+"""Fine-tuning of the whole network: what it may touch, the first Adam step in closed form, and planted damage."""
+import torch
+
+from quant.convert import input_quantizers, quant_layers
+from quant.finetune import error, finetune
+from quant.passes import run_passes
+from tiny import make_job, rules
+
+FIT = [{"fit_ranges": {}}]
+INTEGERS = ("weight_int", "zero_point")
+
+
+def fitted(tiny_net, tmp_path, bits=4, **more):
+    job = make_job(tiny_net.requires_grad_(False), tmp_path, rules(bits, bits), **more)
+    run_passes(job, FIT)
+    return job
+
+
+def test_no_steps_change_nothing(tiny_net, tmp_path):
+    job = fitted(tiny_net, tmp_path)
+    before = {name: value.clone() for name, value in job.net.state_dict().items()}
+    fact, = finetune(job, iters=0)
+    assert fact["error_before"] == fact["error_after"] > 0
+    assert all(torch.equal(value, before[name]) for name, value in job.net.state_dict().items())
+
+
+def test_integers_and_the_float_network_stay_and_the_error_falls(tiny_net, tmp_path):
+    job = fitted(tiny_net, tmp_path, num=32, boundaries=(300, 700))
+    before = {name: value.clone() for name, value in job.net.state_dict().items()}
+    original = {name: value.clone() for name, value in tiny_net.state_dict().items()}
+    fact, = finetune(job, iters=60, batch_size=8)
+    assert fact["error_after"] < 0.8 * fact["error_before"]
+    assert all(torch.equal(value, original[name]) for name, value in tiny_net.state_dict().items())
+    changed = {name for name, value in job.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.endswith(INTEGERS) for name in changed)
+    for part in ("bias", "norm1.weight", "input_quantizer.scale", "weight_quantizer.scale"):
+        assert any(name.endswith(part) for name in changed), part
+    assert not any(p.requires_grad for p in job.net.parameters())
+
+
+def test_first_step_is_the_rate_against_the_sign_of_the_gradient(tiny_net, tmp_path):
+    """Adam's first step is lr * g / |g| for every value, whatever the gradient's size."""
+    job = fitted(tiny_net, tmp_path, bits=8)
+    layer = quant_layers(job.net)["conv_out"]
+    scale, bias = layer.weight_quantizer.scale.clone(), layer.bias.clone()
+    finetune(job, iters=1, scale_lr=1e-2, bias_lr=1e-3)
+    assert torch.allclose((layer.bias - bias).abs(), torch.full_like(bias, 1e-3), rtol=1e-3)
+    moved = (layer.weight_quantizer.scale - scale).abs()
+    assert torch.allclose(moved, torch.full_like(moved, 1e-2 * float(scale.mean())), rtol=1e-3)
+
+
+def test_a_planted_shift_of_a_bias_is_found(tiny_net, tmp_path):
+    job = fitted(tiny_net, tmp_path, bits=8, num=32)
+    clean, layer = error(job, 8), quant_layers(job.net)["conv_out"]
+    layer.bias = torch.nn.Parameter(layer.bias + 0.05, requires_grad=False)
+    assert error(job, 8) > clean + 0.05 ** 2 / 2
+    finetune(job, iters=200, bias_lr=2e-3, batch_size=8)
+    assert (layer.bias - tiny_net.conv_out.bias).abs().max() < 0.01 and error(job, 8) < 2 * clean
+
+
+def test_same_seed_same_result_and_fixed_grids_keep_their_scale(tiny_net, tmp_path):
+    wanted = rules(4, 4) + [{"kind": "matmul", "role": "probs", "input": {"grid": "log2"}}]
+    nets = []
+    for _ in range(2):
+        job = make_job(tiny_net.requires_grad_(False), tmp_path, wanted)
+        run_passes(job, [*FIT, {"finetune": {"iters": 3}}])
+        nets.append(job.net)
+    first, second = (net.state_dict() for net in nets)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    log2 = [q for q in input_quantizers(nets[0]).values() if q.spec.grid == "log2"]
+    assert log2 and all(float(q.scale) == 2.0 ** -14 for q in log2)
