@@ -257,7 +257,7 @@ def errors_section(run):
         for offset, key, colour in ((-0.2, "error_before", FLOAT_COLOUR), (0.2, "error_after", QUANTIZED_COLOUR)):
             axes.barh([place + offset for place in places], [row[key] for row in group], 0.4, color=colour,
                       label=key.removeprefix("error_"))
-        axes.set_yticks(places, [str(row.get("unit", "")) for row in group], fontsize=8)
+        axes.set_yticks(places, [row.get("unit") or ", ".join(row.get("layers", [])) for row in group], fontsize=8)
         errors = [math.log10(row[key]) for row in group for key in ("error_before", "error_after")]
         decades = 10.0 ** math.floor(min(errors) - 0.1), 10.0 ** math.ceil(max(errors))
         axes.set(xscale="log", xlabel="error of the block's output", xlim=decades, ylim=(len(group) - 0.4, -0.6))

@@ -7,34 +7,39 @@ that is not an integer is learned together against the network's answer: scales 
 and the affine parameters of norms (selective fine-tuning as in QuEST, Wang et al. 2024, arXiv:2402.03666; the error of
 the whole network as in APQ-DM, arXiv:2305.18723). All of it is stored anyway and costs nothing at run time.
 """
+import math
 import time
 
 import torch
 from torch import nn
 
 from quant.convert import input_quantizers, quant_layers
+from quant.files import load_tensors, save_tensors
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 ERROR_SAMPLES = 256                        # on which the error before and after is measured
 SMALLEST = 1e-8                            # scale
-TOLD_EVERY = 50                            # steps between lines of progress
+SAVED_EVERY = 50                           # steps
 
 
 def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bfloat16=False):
     """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule. `scale_lr` is relative
     to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. `bfloat16` computes under autocast.
 
-    Weights are hardened first. Returns one fact: mean square of eps_q - eps before and after, on calibration samples.
+    Weights are hardened first. The state is saved in `job.resume_folder` on the way; a run that is killed and started
+    again ends in the same bytes. Returns one fact: mean square of eps_q - eps before and after, on calibration samples.
     """
     for module in [*quant_layers(job.net).values(), *input_quantizers(job.net).values()]:
         module.harden()
     before, started = error(job, batch_size), time.monotonic()
-    groups = learned(job.net, scale_lr, bias_lr)
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iters, 1))
+    groups, path = learned(job.net, scale_lr, bias_lr), job.resume_folder / "finetune.safetensors"
+    rates, optimizer = [group["lr"] for group in groups], torch.optim.Adam(groups)
     scales, parameters = ([p for g in gs for p in g["params"]] for gs in (groups[1:], groups))
     generator = torch.Generator().manual_seed(job.seed)
-    for step in range(1, iters + 1):
+    done = load_state(path, parameters, optimizer, generator) if path.is_file() else 0
+    for step in range(done + 1, iters + 1):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (1 + math.cos(math.pi * (step - 1) / iters)) / 2
         rows = torch.randint(len(job.calibration), (batch_size,), generator=generator)
         arguments = [a.to(job.device) for a in job.calibration.arguments(rows)]
         with torch.no_grad():
@@ -46,16 +51,17 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
             parameter.grad = grad
         optimizer.step()
-        schedule.step()
         for scale in scales:
             scale.data.clamp_(min=SMALLEST)
-        if step % TOLD_EVERY == 0 or step == iters:
-            left = (time.monotonic() - started) * (iters - step) / step
+        if step % SAVED_EVERY == 0 or step == iters:
+            save_state(path, step, parameters, optimizer, generator)
+            left = (time.monotonic() - started) * (iters - step) / (step - done)
             job.log(f"finetune: step {step} of {iters}, error {loss.item():.2e}, about {left:.0f} s left")
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-    return [{"pass": "finetune", "error_before": before, "error_after": error(job, batch_size)}]
+    return [{"pass": "finetune", "unit": "whole network", "error_before": before,
+             "error_after": error(job, batch_size)}]
 
 
 def learned(net, scale_lr, bias_lr):
@@ -72,6 +78,27 @@ def learned(net, scale_lr, bias_lr):
     quantizers += [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
     return [{"params": own, "lr": bias_lr}, *({"params": [q.scale.requires_grad_(True)],
                                                "lr": scale_lr * q.scale.mean().item()} for q in quantizers)]
+
+
+def save_state(path, step, parameters, optimizer, generator):
+    tensors = {"generator": generator.get_state()}
+    for i, parameter in enumerate(parameters):
+        tensors[f"{i}"] = parameter.data
+        tensors |= {f"{i}.{key}": value for key, value in optimizer.state[parameter].items()}
+    save_tensors(path, tensors, {"step": step})
+
+
+def load_state(path, parameters, optimizer, generator):
+    """Continue from `save_state`; returns the steps done."""
+    tensors, facts = load_tensors(path)
+    generator.set_state(tensors.pop("generator"))
+    for i, parameter in enumerate(parameters):
+        parameter.data.copy_(tensors[f"{i}"])
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            if f"{i}.{key}" in tensors:
+                device = "cpu" if key == "step" else parameter.device
+                optimizer.state[parameter][key] = tensors[f"{i}.{key}"].to(device)
+    return facts["step"]
 
 
 @torch.no_grad()

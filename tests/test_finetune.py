@@ -1,4 +1,5 @@
 """Fine-tuning of the whole network: what it may touch, the first Adam step in closed form, and planted damage."""
+import pytest
 import torch
 
 from quant.convert import input_quantizers, quant_layers
@@ -69,3 +70,24 @@ def test_same_seed_same_result_and_fixed_grids_keep_their_scale(tiny_net, tmp_pa
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     log2 = [q for q in input_quantizers(nets[0]).values() if q.spec.grid == "log2"]
     assert log2 and all(float(q.scale) == 2.0 ** -14 for q in log2)
+
+
+def test_a_killed_run_goes_on_where_it_was_saved(tiny_net, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def die(line):
+        lines.append(line)
+        raise Killed
+    options, states, lines = dict(iters=60, batch_size=2), [], []
+    for folder in ("whole", "killed"):
+        job = fitted(tiny_net, tmp_path / folder)
+        if folder == "killed":
+            job.log = die
+            with pytest.raises(Killed):
+                finetune(job, **options)
+            assert "step 50 of 60" in lines[0]
+            job = fitted(tiny_net, tmp_path / folder)
+        finetune(job, **options)
+        states.append(job.net.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
