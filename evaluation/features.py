@@ -18,6 +18,8 @@ from quant.files import load_tensors
 WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier.safetensors"
 INCEPTION_SHA256 = "6726825d"               # first digits, as in the name of the file
 INCEPTION_NAMES = (URL_INCEPTION_V3.rsplit("/", 1)[1], "pt_inception-2015-12-05-6726825d.pth")   # the same bytes
+SPATIAL = {"inception": "Mixed_6d.branch1x1", "cifar-resnet": "net.stages.1"}    # layers with maps of 17x17 and 8x8
+SPATIAL_CHANNELS = 7
 OFFLINE = ("scores use the offline extractor cifar-resnet and do not compare with published FID: "
            "no Inception weights {where}; give inception_path=FILE ({name})")
 
@@ -141,6 +143,24 @@ def extract(net, source, *, batch_size=256, device="cpu"):
         logits.append(features[1].cpu())
     return {"pooled": torch.cat(pooled), "logits": torch.cat(logits), "size": f"{images.shape[3]}x{images.shape[2]}",
             "sha256": digest.hexdigest()}
+
+
+def extract_all(net, name, source, **how):
+    """extract, and the features of sFID (Nash et al. 2021, arXiv:2103.03841) as `spatial` (N, H * W * 7): the first
+    seven channels of a middle layer's maps, place by place. Of cifar-resnet those of the image, not of its mirror
+    image, which it looks at second."""
+    spatial, layer = [], net.get_submodule(SPATIAL[name])
+
+    def seen(images):
+        maps = []
+        hook = layer.register_forward_hook(lambda _layer, _inputs, output: maps.append(output))
+        try:
+            features = net(images)
+        finally:
+            hook.remove()
+        spatial.append(maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu())
+        return features
+    return extract(seen, source, **how) | {"spatial": torch.cat(spatial)}
 
 
 EXTRACTORS = {"inception": (FeatureExtractorInceptionV3, ("2048", "logits_unbiased")),

@@ -16,13 +16,11 @@ from torch_fidelity.version import __version__ as fidelity_version
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from evaluation.classifier import MEAN, STD
-from evaluation.features import WEIGHTS, build_extractor, choose_extractor, extract, load_classifier, sha256
-from evaluation.reference import STATISTICS, frechet_distance, read_statistics
+from evaluation.features import WEIGHTS, build_extractor, choose_extractor, extract_all, load_classifier, sha256
+from evaluation.reference import STATISTICS, frechet_distance, read_statistics, statistics_of
 from models.data import image_files, load_images, read_image
 
 MIN_IMAGES = 100                            # ten splits of ten for IS, and neighbourhoods that mean something
-SPATIAL = {"inception": "Mixed_6d.branch1x1", "cifar-resnet": "net.stages.1"}    # layers with maps of 17x17 and 8x8
-SPATIAL_CHANNELS = 7
 LPIPS = "LPIPS-cifar-resnet"
 DISTANCES = {"FD": "pooled", "sFD": "spatial"}          # Frechet distances and their features
 KID_SUBSET_SIZE = 1000                      # torch-fidelity's default; smaller sets are used whole (see the protocol)
@@ -62,24 +60,6 @@ def _named(score, extractor):
     return f"{score}-{extractor}{dash}{std}"
 
 
-def extract_all(net, name, source, **how):
-    """extract, and the features of sFID (Nash et al. 2021, arXiv:2103.03841) as `spatial` (N, H * W * 7): the first
-    seven channels of a middle layer's maps, place by place. Of cifar-resnet those of the image, not of its mirror
-    image, which it looks at second."""
-    spatial, layer = [], net.get_submodule(SPATIAL[name])
-
-    def seen(images):
-        maps = []
-        hook = layer.register_forward_hook(lambda _layer, _inputs, output: maps.append(output))
-        try:
-            features = net(images)
-        finally:
-            hook.remove()
-        spatial.append(maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu())
-        return features
-    return extract(seen, source, **how) | {"spatial": torch.cat(spatial)}
-
-
 def _reference(net, name, reference, size, batch_size, device):
     """-> features of the reference or None, its statistics by feature, what the protocol says of it."""
     if not reference and name != "cifar-resnet":
@@ -89,7 +69,7 @@ def _reference(net, name, reference, size, batch_size, device):
         if facts["extractor_sha256"] != sha256(WEIGHTS):
             raise ValueError(f"{STATISTICS.name} was made with other weights than {WEIGHTS.name}; make both again with "
                              "python -m evaluation.reference")
-        return None, {"pooled": statistics}, {"reference": f"{STATISTICS.name} ({facts['split']}; {facts['note']})",
+        return None, statistics, {"reference": f"{STATISTICS.name} ({facts['split']}; {facts['note']})",
                                   "reference_count": facts["count"], "reference_sha256": sha256(STATISTICS)}
     if reference.split(":")[0] == "cifar10-train":
         source, reference = load_images(reference.replace("cifar10-train", "cifar10", 1), "train")[0], "cifar10-train"
@@ -104,14 +84,12 @@ def _reference(net, name, reference, size, batch_size, device):
         raise ValueError(f"the reference {reference} holds {len(source)} images but at least {MIN_IMAGES} are needed; "
                          "add images")
     described = {"reference": str(reference), "reference_count": len(source), "reference_sha256": real["sha256"]}
-    return real, {key: fid_features_to_statistics(real[key].double()) for key in DISTANCES.values()}, described
+    return real, statistics_of(real), described
 
 
 def _scores(samples, real, statistics):
-    """-> scores, {score: why it was left out}, images in one subset of KID."""
+    """-> scores in the field's order, {score: why it was left out}, images in one subset of KID."""
     pooled, scores, left_out = samples["pooled"], {}, {}
-    found = isc_features_to_metric(samples["logits"])
-    scores["IS"], scores["IS-std"] = found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
     fewest = min(len(pooled), len(real["pooled"]) if real else len(pooled))
     for score, key in DISTANCES.items():
         if key not in statistics:
@@ -120,14 +98,17 @@ def _scores(samples, real, statistics):
             left_out[score] = f"{fewest} images cannot give a covariance of {samples[key].shape[1]} features full rank"
         else:
             scores[score] = frechet_distance(fid_features_to_statistics(samples[key].double()), statistics[key])
+    found = isc_features_to_metric(samples["logits"])
+    scores["IS"], scores["IS-std"] = found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
     if real is None:
         left_out["KID, precision, recall"] = "they need the images of a reference: reference=FOLDER"
         return scores, left_out, None
+    found = prc_features_to_metric(pooled, real["pooled"], save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    scores["precision"], scores["recall"] = found["precision"], found["recall"]
     subset_size = min(KID_SUBSET_SIZE, fewest)
     found = kid_features_to_metric(pooled, real["pooled"], kid_subset_size=subset_size, verbose=False)
     scores["KID"], scores["KID-std"] = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
-    found = prc_features_to_metric(pooled, real["pooled"], save_cpu_ram=True, prc_batch_size=2000, verbose=False)
-    return {**scores, "precision": found["precision"], "recall": found["recall"]}, left_out, subset_size
+    return scores, left_out, subset_size
 
 
 def _check_pair(a, b):

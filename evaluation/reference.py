@@ -3,7 +3,8 @@
     python -m evaluation.reference run=FOLDER data=FOLDER [out=models/weights] [hardware=TEXT] [note=TEXT]
 
 `run` is the folder of scripts/train.py, `data` as there. Writes cifar10-classifier.safetensors (fp16 weights),
-cifar10-classifier-stats.safetensors (mean and covariance of the pooled features, float64) and cifar10-classifier.json.
+cifar10-classifier-stats.safetensors (mean and covariance of the pooled and of the spatial features, named as in the ADM
+evaluator's files) and cifar10-classifier.json.
 """
 import json
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.version import __version__ as fidelity_version
 
-from evaluation.features import build_extractor, extract, sha256
+from evaluation.features import build_extractor, extract_all, sha256
 from models.data import load_images
 from quant.config import load
 from quant.files import load_tensors, save_tensors, write_text
@@ -22,6 +23,7 @@ from scripts.cli import main
 
 STATISTICS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier-stats.safetensors"
 NAME = "cifar10-classifier"
+SUFFIX = {"pooled": "", "spatial": "_s"}    # features -> of the names mu and sigma in the file
 
 
 @dataclass
@@ -33,19 +35,27 @@ class PackageConfig:
     note: str = ""                          # what a reader must know of the images
 
 
-def write_statistics(path, pooled, facts):
-    """Mean and covariance of features (N, D), with `facts` in the file's metadata."""
-    statistics = fid_features_to_statistics(pooled.double())
-    save_tensors(path, {key: torch.from_numpy(value) for key, value in statistics.items()}, facts)
+def statistics_of(features):
+    """-> {"pooled" and "spatial": {"mu" (D,), "sigma" (D, D)}}: mean and covariance of features (N, D), float64."""
+    return {kind: fid_features_to_statistics(features[kind].double()) for kind in SUFFIX}
+
+
+def write_statistics(path, features, facts):
+    """Statistics of `features`, with `facts` in the file's metadata."""
+    tensors = {name + SUFFIX[kind]: torch.from_numpy(value)
+               for kind, statistics in statistics_of(features).items() for name, value in statistics.items()}
+    tensors["sigma_s"] = tensors["sigma_s"].float()            # most of the file, and sFD does not need the digits
+    save_tensors(path, tensors, facts)
 
 
 def read_statistics(path=STATISTICS):
-    """-> {"mu" (D,), "sigma" (D, D)} as NumPy arrays in float64, and the facts stored with them."""
+    """-> what statistics_of gave, and the facts stored with it."""
     tensors, facts = load_tensors(path)
-    if not facts or not {"mu", "sigma"} <= tensors.keys():
+    if not facts or not {"mu", "sigma", "mu_s", "sigma_s"} <= tensors.keys():
         raise ValueError(f"{path} is not a file of reference statistics; restore it from the repository or make it "
                          "with python -m evaluation.reference")
-    return {"mu": tensors["mu"].numpy(), "sigma": tensors["sigma"].numpy()}, facts
+    return {kind: {name: tensors[name + suffix].double().numpy() for name in ("mu", "sigma")}
+            for kind, suffix in SUFFIX.items()}, facts
 
 
 def package_weights(run, path):
@@ -72,20 +82,21 @@ def package(config):
     scores, features = {}, {}
     for split in ("train", "test"):
         images, labels = load_images(config.data, split)
-        features[split] = extract(net, images)
+        features[split] = extract_all(net, "cifar-resnet", images)
         logits = features[split]["logits"]
         inception_score = isc_features_to_metric(logits)
         scores[split] = {"count": len(images), "accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
                          "IS-cifar-resnet": inception_score["inception_score_mean"],
                          "IS-cifar-resnet-std": inception_score["inception_score_std"]}
     facts = {"split": "cifar10 train", "count": scores["train"]["count"], "note": config.note,
-             "extractor": "cifar-resnet", "extractor_sha256": sha256(weights_path), "features": "pooled",
+             "extractor": "cifar-resnet", "extractor_sha256": sha256(weights_path), "features": "pooled, spatial",
              "IS-cifar-resnet": scores["train"]["IS-cifar-resnet"],
              "IS-cifar-resnet-std": scores["train"]["IS-cifar-resnet-std"],
              "pixels_sha256": features["train"]["sha256"], "tool": f"torch-fidelity {fidelity_version}"}
-    write_statistics(statistics_path, features["train"]["pooled"], facts)
-    test = fid_features_to_statistics(features["test"]["pooled"].double())
-    scores["test"]["FD-cifar-resnet"] = frechet_distance(test, read_statistics(statistics_path)[0])
+    write_statistics(statistics_path, features["train"], facts)
+    test, train = statistics_of(features["test"]), read_statistics(statistics_path)[0]
+    scores["test"]["FD-cifar-resnet"] = frechet_distance(test["pooled"], train["pooled"])
+    scores["test"]["sFD-cifar-resnet"] = frechet_distance(test["spatial"], train["spatial"])
     record["recipe"] = {key: value for key, value in record["recipe"].items() if key not in ("data", "out", "model")}
     record.update(hardware=config.hardware, note=config.note, seed=record["recipe"]["seed"], scores=scores,
                   test_accuracy=scores["test"]["accuracy"], weights_sha256=facts["extractor_sha256"],

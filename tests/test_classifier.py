@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from evaluation.classifier import build_classifier
 from evaluation.features import WEIGHTS, load_classifier, sha256
-from evaluation.reference import (STATISTICS, PackageConfig, frechet_distance, package, read_statistics,
+from evaluation.reference import (STATISTICS, PackageConfig, frechet_distance, package, read_statistics, statistics_of,
                                   write_statistics)
 from quant.config import read_yaml
+from quant.files import load_tensors
 
 TINY = {"stem_width": 4, "widths": [4, 8, 6], "depth": 2}
 
@@ -37,8 +38,9 @@ def test_shipped_files_fit_together():
     assert WEIGHTS.stat().st_size < 2e6 and record["test_accuracy"] >= 0.9
     assert record["weights_sha256"] == facts["extractor_sha256"] == sha256(WEIGHTS)
     assert record["statistics_sha256"] == sha256(STATISTICS) and facts["count"] == 50000
-    assert statistics["mu"].shape == (136,) and statistics["sigma"].shape == (136, 136)
-    assert np.linalg.eigvalsh(statistics["sigma"]).min() > 0
+    for kind, size in (("pooled", 136), ("spatial", 8 * 8 * 7)):
+        assert statistics[kind]["mu"].shape == (size,) and statistics[kind]["sigma"].shape == (size, size)
+        assert np.linalg.eigvalsh(statistics[kind]["sigma"]).min() > 0
 
 
 def test_package_of_a_tiny_run(tmp_path):
@@ -68,11 +70,26 @@ def test_package_of_a_tiny_run(tmp_path):
 
 def test_statistics_come_back_as_mean_and_covariance(tmp_path):
     features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
-    write_statistics(tmp_path / "s.safetensors", features, {"count": 4})
+    write_statistics(tmp_path / "s.safetensors", {"pooled": features, "spatial": features[:, :1] + 3}, {"count": 4})
     statistics, facts = read_statistics(tmp_path / "s.safetensors")
-    np.testing.assert_allclose(statistics["mu"], [1, 1])
-    np.testing.assert_allclose(statistics["sigma"], np.eye(2) * 4 / 3)
-    assert facts == {"count": 4} and statistics["sigma"].dtype == np.float64
+    np.testing.assert_allclose(statistics["pooled"]["mu"], [1, 1])
+    np.testing.assert_allclose(statistics["pooled"]["sigma"], np.eye(2) * 4 / 3)
+    np.testing.assert_allclose(statistics["spatial"]["mu"], [4])
+    np.testing.assert_allclose(statistics["spatial"]["sigma"], [[4 / 3]])
+    assert facts == {"count": 4} and all(value.dtype == np.float64 for part in statistics.values()
+                                         for value in part.values())
+    assert load_tensors(tmp_path / "s.safetensors")[0].keys() == {"mu", "sigma", "mu_s", "sigma_s"}
+
+
+def test_single_precision_of_the_covariance_does_not_move_the_distance(tmp_path):
+    """Correlated features with standard deviations from 0.01 to 1, two sets that differ little."""
+    rng = torch.Generator().manual_seed(0)
+    mix = torch.randn(448, 448, generator=rng) * torch.logspace(-2, 0, 448)
+    a, b = ({kind: torch.randn(2000, 448, generator=rng) @ mix for kind in ("pooled", "spatial")} for _ in range(2))
+    write_statistics(tmp_path / "s.safetensors", a, {"count": 2000})
+    stored, exact, other = (found["spatial"] for found in (
+        read_statistics(tmp_path / "s.safetensors")[0], statistics_of(a), statistics_of(b)))
+    assert frechet_distance(other, stored) == pytest.approx(frechet_distance(other, exact), rel=1e-4)
 
 
 def test_frechet_distance_of_two_gaussians():

@@ -10,10 +10,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from evaluation import features, metrics
 from evaluation.classifier import MEAN, STD
-from evaluation.features import build_extractor, load_classifier
-from evaluation.metrics import (LPIPS, bit_operations, distribution_scores, extract_all, lpips, paired_scores, psnr_db,
-                                sqnr_db, ssim)
-from evaluation.reference import STATISTICS
+from evaluation.features import build_extractor, extract_all, load_classifier
+from evaluation.metrics import LPIPS, bit_operations, distribution_scores, lpips, paired_scores, psnr_db, sqnr_db, ssim
+from evaluation.reference import STATISTICS, frechet_distance, read_statistics, statistics_of
 
 
 def write_images(folder, num, seed=0, size=32):
@@ -61,6 +60,18 @@ def test_without_a_reference_the_shipped_statistics_serve(folders):
     assert protocol["count"] == 200 and protocol["reference_count"] == 50000
     assert protocol["reference"].startswith(STATISTICS.name) and protocol["image_format"] == "png"
     assert protocol["tool"].startswith("torch-fidelity ") and "KID, precision, recall" in protocol["left_out"]
+    assert "200 images cannot give a covariance of 448 features full rank" in protocol["left_out"]["sFD"]
+
+
+def test_more_images_than_spatial_features_get_both_distances(tmp_path):
+    """In the field's order, and each from its own features and statistics."""
+    folder = write_images(tmp_path / "many", 449)
+    scores = distribution_scores(folder, extractor="cifar-resnet")["scores"]
+    assert list(scores) == [f"{word}-cifar-resnet" for word in ("FD", "sFD", "IS")] + ["IS-cifar-resnet-std"]
+    net = build_extractor("cifar-resnet", features.WEIGHTS)
+    ours, real = statistics_of(extract_all(net, "cifar-resnet", sorted(folder.iterdir()))), read_statistics()[0]
+    for name, kind in (("FD", "pooled"), ("sFD", "spatial")):
+        assert scores[f"{name}-cifar-resnet"] == pytest.approx(frechet_distance(ours[kind], real[kind]))
 
 
 def test_spatial_features_are_seven_channels_of_a_middle_layer():
@@ -76,7 +87,7 @@ def test_spatial_features_are_seven_channels_of_a_middle_layer():
 
 def test_spatial_distance_sees_the_layout(tmp_path, monkeypatch):
     """Images and the same turned upside down: the places differ. Equal sets are 0 apart."""
-    monkeypatch.setattr(metrics, "SPATIAL_CHANNELS", 1)                # 64 features, for which 100 images will do
+    monkeypatch.setattr(features, "SPATIAL_CHANNELS", 1)                # 64 features, for which 100 images will do
     a, b = write_images(tmp_path / "a", 100), tmp_path / "b"
     b.mkdir()
     for path in a.iterdir():
