@@ -1,4 +1,11 @@
-"""Passes: functions (job, **options) -> facts, run in the order of the method's YAML."""
+"""Passes: functions (job, **options) -> facts, run in the order of the method's YAML.
+
+The YAML names a pass by its key in PASSES or, which needs no key here, as module.function: any function that Python can
+import, so quant.shrink.shrink for the function shrink of a new quant/shrink.py. Such a module is imported only where
+passes run, by scripts/quantize.py: to open, sample or score a run folder from elsewhere runs no code that it names;
+before quantizing by a recipe from elsewhere, read its passes.
+"""
+import importlib
 import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,30 +101,47 @@ PASSES = {"fit_ranges": fit_ranges, "reconstruct": reconstruct, "balance": balan
           "finetune": finetune, "correct_noise": correct_noise}
 
 
-def check_passes(passes):
-    """Raises ValueError for an unknown pass or option; returns [(name, options)]."""
+def find_pass(name):
+    """The function behind a name in the YAML."""
+    module, _, function = name.rpartition(".")
+    if not module:
+        if name not in PASSES:
+            raise ValueError(unknown_word(f"pass '{name}' is unknown", name, PASSES))
+        return PASSES[name]
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"pass '{name}' cannot be imported ({error}); is its folder in PYTHONPATH?") from None
+    if not inspect.isfunction(found) or next(iter(inspect.signature(found).parameters), None) != "job":
+        raise ValueError(f"'{name}' is no pass; write it as a function (job, **options) -> facts")
+    return found
+
+
+def check_passes(passes, *, importing=False):
+    """Raises ValueError for an unknown pass or option; returns [(name, options)]. Passes named module.function are
+    taken as they are unless `importing`."""
     checked = []
     for entry in passes:
         if isinstance(entry, dict) and len(entry) != 1:
             raise ValueError(f"pass entry {entry} must be one name with its options, for example {{fit_ranges: {{}}}}")
         (name, options), = entry.items() if isinstance(entry, dict) else ((entry, {}),)
-        if name not in PASSES:
-            raise ValueError(unknown_word(f"pass '{name}' is unknown", name, PASSES))
-        known = [k for k in inspect.signature(PASSES[name]).parameters if k != "job"]
-        for key in options or {}:
-            if key not in known:
-                raise ValueError(unknown_word(f"pass '{name}' has no option '{key}'", key, known))
-        check_passes((options or {}).get("passes", []))
-        checked.append((name, options or {}))
+        options = options or {}
+        if importing or "." not in name:
+            known = [k for k in inspect.signature(find_pass(name)).parameters if k != "job"]
+            for key in options:
+                if key not in known:
+                    raise ValueError(unknown_word(f"pass '{name}' has no option '{key}'", key, known))
+        check_passes(options.get("passes", []), importing=importing)
+        checked.append((name, options))
     return checked
 
 
 def run_passes(job, passes):
     """Run them in order, then harden what is still soft; returns all facts."""
     facts, write = [], job.note
-    for name, options in check_passes(passes):
+    for name, options in check_passes(passes, importing=True):
         job.note = lambda new: write(facts + new)
-        facts += PASSES[name](job, **options)
+        facts += find_pass(name)(job, **options)
         write(facts)
     for layer in quant_layers(job.net).values():
         layer.harden()
