@@ -14,7 +14,11 @@ from models.diffusion import DiffusionModel, sample
 from models.training import Training
 from models.weights import PREFIXES, averaged_name
 from models.zoo import build_network
+from quant.calibration import CalibrationSet
+from quant.convert import convert
+from quant.qat import SMALLEST, prepare, scales_of
 
+DRAWN_BY = ("sampler", "steps", "skip", "eta")    # what of a model's sampling decides about a picture of its samples
 DROPPED = 0.1                              # share of labels that are replaced by the null class, for guidance
 DIVERGENCE_WEIGHT = 1e-6                   # of AutoencoderKL, as in latent diffusion
 CODES_FROM = 1024                          # images whose latents show which codes are unused
@@ -50,19 +54,30 @@ class Conditional(nn.Module):
 class DiffusionTraining(Training):
     """Epsilon prediction, t uniform, images flipped at random; classes, where the model takes them, dropped at times.
 
-    Batches are images (N, 3, H, W) uint8, or with a `first_stage` latents as made by `encode_images`.
+    Batches are images (N, 3, H, W) uint8, or with a `first_stage` latents as made by `encode_images`. `net` is a
+    Conditional; without it a new one is built.
     """
 
-    def __init__(self, model_config, config, first_stage=None, scale_factor=1.0):
-        unet = build_network(**model_config["network"]).to(memory_format=torch.channels_last)
-        cond_stage = build_network(**model_config["cond_stage"]) if model_config.get("cond_stage") else None
-        super().__init__(Conditional(unet, cond_stage), config)
-        self.schedule, self.sampling = make_schedule(**model_config["schedule"]), model_config["sampling"]
+    def __init__(self, model_config, config, first_stage=None, scale_factor=1.0, net=None):
+        if net is None:
+            net = Conditional(*(build_network(**model_config[part]) if model_config.get(part) else None
+                                for part in ("network", "cond_stage")))
+        super().__init__(net.to(memory_format=torch.channels_last), config)
+        self.schedule = make_schedule(**model_config["schedule"])
+        self.sampling = {key: value for key, value in model_config["sampling"].items() if key in DRAWN_BY}
         self.guidance = model_config.get("guidance") or {}
         self.register_buffer("abar", self.schedule.abar.float(), persistent=False)
         self.__dict__["first_stage"], self.scale_factor = first_stage, scale_factor     # no part of the checkpoints
 
     def training_step(self, batch, _):
+        x, t, labels, noise = self.noised(batch)
+        loss = multiscale(self.forward_net(x, t, labels).float() - noise)
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def noised(self, batch):
+        """Images or latents and their labels -> what the network is asked, x (N, C, H, W), network times t (N,) and
+        labels (N,), and the noise (N, C, H, W) that it should answer."""
         x, labels = (part.to(self.device) for part in batch)
         if self.first_stage is None:
             x = random_flip(x.float() / 127.5 - 1)
@@ -75,10 +90,7 @@ class DiffusionTraining(Training):
         t = ((torch.arange(len(x), device=self.device) + torch.rand(len(x), device=self.device))
              / len(x) * len(self.abar)).long()
         level, noise = self.abar[t][:, None, None, None], torch.randn_like(x)
-        eps = self.forward_net(level.sqrt() * x + (1 - level).sqrt() * noise, t, labels).float()
-        loss = multiscale(eps - noise)
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        return loss
+        return level.sqrt() * x + (1 - level).sqrt() * noise, t * self.schedule.time_scale, labels, noise
 
     def model(self):
         """The averaged weights as a DiffusionModel; classes in turn."""
@@ -111,16 +123,54 @@ class DiffusionTraining(Training):
         return weights | {"scale_factor": torch.tensor(self.scale_factor)}
 
 
+class QuantizedTraining(DiffusionTraining):
+    """Quantization-aware training (quant/qat.py) of a pretrained `model`, whose network it takes over: the same loss
+    on the network converted by `rules`, `dynamic` or not. Ranges are those of one `batch` at random t.
+
+    AdamW, scales at a tenth of the rate and without weight decay (TDQ's groups). First and condition stage stay as they
+    are; the average begins at the quantized network.
+    """
+
+    def __init__(self, model_config, config, model, rules, dynamic, batch):
+        def encode(labels):
+            return model.condition.encode(labels.tolist())
+        net = Conditional(convert(model.net, rules), encode if model.condition is not None else None)
+        super().__init__(model_config, config, model.first_stage, model.scale_factor, net)
+        x, t, labels, _ = self.noised(batch)
+        cond, which = (encode(labels), torch.arange(len(x))) if model.condition is not None else (None, None)
+        net.functions = prepare(net.unet, CalibrationSet(x, t, cond, which), dynamic)
+        net.train()
+        self.pretrained, self.scales = model, scales_of(net.unet)
+        self.restart_average()
+
+    def build_optimizer(self):
+        own = {id(scale) for scale in self.scales}
+        others = [p for p in self.net.parameters() if p.requires_grad and id(p) not in own]
+        groups = [{"params": others}, {"params": self.scales, "lr": self.config.lr / 10, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=(0.9, self.config.beta2),
+                                 weight_decay=self.config.weight_decay)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        for scale in self.scales:
+            scale.clamp_(min=SMALLEST)
+        super().on_train_batch_end()
+
+    def model(self):
+        """The model around the averaged network, its quantization simulated."""
+        return self.pretrained.with_net(self.ema.module.unet.eval())
+
+
 @torch.no_grad()
-def encode_images(first_stage, images, batch_size=250):
-    """Images (N, 3, H, W) uint8 -> latents (N, 2, D, h, w) of each and of its mirror image, and the factor that gives
-    them unit variance, which they are multiplied by."""
-    latents = []
+def encode_images(first_stage, images, batch_size=250, scale_factor=None):
+    """Images (N, 3, H, W) uint8 -> latents (N, 2, D, h, w) of each and of its mirror image, and the factor that they
+    are multiplied by: without a given one that which makes their variance 1."""
+    latents, device = [], next(first_stage.parameters()).device
     for part in images.split(batch_size):
-        x = (part.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        latents.append(torch.stack([first_stage.encode(x), first_stage.encode(x.flip(3))], dim=1))
+        x = (part.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        latents.append(torch.stack([first_stage.encode(x), first_stage.encode(x.flip(3))], dim=1).cpu())
     latents = torch.cat(latents)
-    scale_factor = float(1 / latents.std())
+    scale_factor = scale_factor or float(1 / latents.std())
     return latents * scale_factor, scale_factor
 
 

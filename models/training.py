@@ -53,7 +53,7 @@ class Data(pl.LightningDataModule):
 
 
 class Training(pl.LightningModule):
-    """What both trainings share: linear warm-up, cosine to zero, an exponential moving average of weights.
+    """What all trainings share: linear warm-up, cosine to zero, an exponential moving average of weights.
 
     The average starts short and grows to `ema_decay`: min(decay, (1 + n)/(10 + n)) after n updates.
     """
@@ -62,13 +62,16 @@ class Training(pl.LightningModule):
         super().__init__()
         self.net, self.config = net, config
         self.num_steps = config.num_images // config.batch_size
-
-        def average(mean, value, n):
-            decay = min(config.ema_decay, (1 + float(n)) / (10 + float(n)))
-            return value + (mean - value) * decay
-        self.ema = AveragedModel(net, avg_fn=average, use_buffers=True)
+        self.restart_average()
         # Not a submodule: a checkpoint holds the weights once, and does not depend on `compile`.
         self.__dict__["forward_net"] = torch.compile(net) if config.compile else net
+
+    def restart_average(self):
+        """Begin the average at the network as it is now."""
+        def average(mean, value, n):
+            decay = min(self.config.ema_decay, (1 + float(n)) / (10 + float(n)))
+            return value + (mean - value) * decay
+        self.ema = AveragedModel(self.net, avg_fn=average, use_buffers=True)
 
     def configure_optimizers(self):
         optimizer = self.build_optimizer()

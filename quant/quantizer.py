@@ -98,6 +98,7 @@ class Quantizer(nn.Module):
         self.__dict__["made_by"] = None          # afterwards: what gave it
         self.drop = None                         # while a pass learns: x -> which elements stay unquantized
         self.observed, self.samples_to_come = None, 0
+        self.num_values = 0                      # of a sample that share a scale, once observed
 
     def unfitted(self, timeline, **changes):
         """A fresh one for trials on another timeline, `changes` made to its specification; of the nominal width in every
@@ -186,7 +187,8 @@ class Quantizer(nn.Module):
         flat, groups = x.detach().flatten(1), self.scale.shape[1]
         index = self.group_of.expand(x.shape[1:]).flatten()
         order, counts = index.argsort(stable=True), index.bincount(minlength=groups)
-        picks = max(1, min(int(counts.max()), VALUES_PER_GROUP // self.samples_to_come))
+        self.num_values = int(counts.max())
+        picks = max(1, min(self.num_values, VALUES_PER_GROUP // self.samples_to_come))
         position = torch.arange(picks, device=x.device) * (counts[:, None] - 1) // max(picks - 1, 1)
         values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position]]
         shape, target = (len(x), groups), index.expand(len(x), -1)

@@ -18,8 +18,9 @@ EMBEDDING = 128                            # width of gamma(t)
 
 
 class DynamicScale(SoftScale):
-    """MLP of `depth` linear layers, He-initialised, for `times` (segments,). Without dropout (the released code has
-    it, and draws random scales while training). The last layer starts at zero weight: s(t) = `start` for every t."""
+    """MLP of `depth` linear layers, He-initialised, for `times`: (segments,), or (N,) when each sample of a batch has a
+    row of its own (quant/qat.py). Without dropout (the released code has it, and draws random scales while training).
+    The last layer starts at zero weight: s(t) = `start` (groups,) for every t."""
 
     def __init__(self, times, start, hidden=64, depth=4):
         super().__init__()
@@ -30,14 +31,16 @@ class DynamicScale(SoftScale):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.layers[-1].weight)
         self.layers[-1].bias.data = start.double().expm1().log().float()          # softplus^-1
-        self.register_buffer("times", times)
+        self.times = times                 # no buffer: a batch is no state, and is not averaged or saved
 
     def at(self, times):
-        """times (S,) -> scales (S, groups)."""
-        h = timestep_embedding(times, EMBEDDING, cos_first=True)
-        for layer in self.layers[:-1]:
-            h = F.relu(layer(h))
-        return F.softplus(self.layers[-1](h))
+        """times (S,) -> scales (S, groups), in float32 under autocast too."""
+        device = self.layers[-1].bias.device
+        with torch.autocast(device.type, enabled=False):
+            h = timestep_embedding(times.to(device), EMBEDDING, cos_first=True)
+            for layer in self.layers[:-1]:
+                h = F.relu(layer(h))
+            return F.softplus(self.layers[-1](h))
 
     def forward(self):
         return self.at(self.times)
@@ -92,7 +95,7 @@ def retabulated(net, functions, times):
         if own:
             widths = [v.shape[0] for key, v in own.items() if key.endswith("bias")]
             soft = DynamicScale(times, torch.ones(widths[-1]), widths[0], len(widths))
-            soft.load_state_dict(own | {"times": times})
+            soft.load_state_dict(own)
             table = soft()
         q.scale, q.zero_point = nn.Parameter(table, requires_grad=False), q.zero_point[nearest]
         q.bits = [q.bits[i] for i in nearest.tolist()]
