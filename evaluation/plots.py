@@ -1,6 +1,8 @@
-"""Pictures of what quant/analysis.py measures, as PNG files: ranges over channels and time, and errors over layers and
-time. Axes: S steps, C channels, L layers.
+"""Pictures as PNG files: ranges over channels and time and errors over layers and time, as quant/analysis.py measures
+them, and the scores of a comparison. Axes: S steps, C channels, L layers.
 """
+import statistics
+
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -10,6 +12,8 @@ from quant.files import write_atomically
 
 RANGE = "max |x| over images and positions"
 SMALLEST = 1e-8                            # below it a range has no place on a logarithmic scale
+DOT_COLOUR = "#b4441c"                     # that of quantized networks in the report
+ERRORS = {"mse": "MSE of the layer's output (log scale)", "mae": "MAE (log scale)", "sqnr_db": "SQNR, dB"}
 MOST = 256                                 # rows or columns of a picture; more share one, by their maximum
 
 
@@ -69,18 +73,42 @@ def range_surface(path, r_abs, t, title):
 
 
 def error_map(path, rows, title):
-    """Heat map of the SQNR of every layer (down) at every step (across) from rows of `quant.analysis.layer_errors`.
-    Layers without error, those that are not quantized, are grey."""
+    """Heat maps of MSE, MAE and SQNR of every layer (down) at every step (across) from rows of
+    `quant.analysis.layer_errors`, bright where the error is large. Layers without error, those that are not quantized,
+    are grey."""
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     t = [row["t"] for row in rows if row["layer"] == layers[0]]
-    sqnr = np.array([row["sqnr_db"] if row["mse"] else np.nan for row in rows]).reshape(len(layers), len(t))
-    figure = Figure(figsize=(8, max(3, 1.6 + 0.15 * len(layers))), layout="constrained")
-    axes = figure.subplots()
-    axes.set_facecolor("lightgrey")
-    picture = axes.imshow(sqnr, aspect="auto", interpolation="nearest", cmap="viridis")
-    axes.set(xlabel="network timestep t", title=title)
-    axes.set_yticks(range(len(layers)), layers, fontsize=7)
-    label_steps(axes.xaxis, t)
-    if np.isfinite(sqnr).any():
-        figure.colorbar(picture, label="SQNR of the layer's output, dB")
+    figure = Figure(figsize=(13, max(3, 2.2 + 0.15 * len(layers))), layout="constrained")
+    figure.suptitle(title)
+    for axes, (key, label) in zip(figure.subplots(1, len(ERRORS), sharey=True), ERRORS.items()):
+        error = np.array([row[key] if row["mse"] else np.nan for row in rows]).reshape(len(layers), len(t))
+        found, log = np.isfinite(error).any(), key != "sqnr_db"
+        axes.set_facecolor("lightgrey")
+        picture = axes.imshow(error, aspect="auto", interpolation="nearest", cmap="viridis" if log else "viridis_r",
+                              norm=LogNorm() if found and log else None)
+        axes.set(xlabel="network timestep t")
+        axes.set_yticks(range(len(layers)), layers, fontsize=7)
+        label_steps(axes.xaxis, t)
+        if found:
+            figure.colorbar(picture, label=label, location="bottom", pad=0.01, aspect=30)
+    save_png(figure, path)
+
+
+def score_chart(path, labels, panels):
+    """A row for each of `labels`, a panel for each of `panels`: {name: [(numbers of the seeds, that of full precision
+    or None) for each row]}. Shows mean and sample deviation, and a grey line for full precision."""
+    size = 1 + 0.09 * max(map(len, labels)) + 4 * len(panels), 1.5 + 0.28 * len(labels)
+    figure, marks = Figure(figsize=size, layout="constrained"), {}
+    for axes, (name, rows) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        for place, (values, full) in enumerate(rows):
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                marks["mean ± sample deviation over seeds"] = axes.errorbar(
+                    statistics.mean(values), place, xerr=spread, fmt="o", capsize=3, color=DOT_COLOUR)
+            if full is not None:
+                marks["full precision"] = axes.vlines(full, place - 0.5, place + 0.5, color="grey")
+        axes.set(xlabel=name, ylim=(len(labels) - 0.5, -0.5))
+        axes.set_yticks(range(len(labels)), labels)
+        axes.grid(axis="x", alpha=0.3)
+    figure.legend(marks.values(), marks.keys(), loc="outside upper right", ncols=2, frameon=False)
     save_png(figure, path)

@@ -131,11 +131,25 @@ def pick(batches, t, pairs, *, cond=None, null=None, made):
 def uniform(num_steps, num_images, num_samples, rng, features):
     """Q-Diffusion's set (arXiv:2302.04304): N / images evenly spaced steps (every so many-th where that divides S), the
     same images at each. Raises ValueError if there are fewer steps."""
+    asked = steps_asked(num_steps, num_images, num_samples)
+    return at_each(torch.arange(asked) * num_steps // asked, num_images)
+
+
+def quad(num_steps, num_images, num_samples, rng, features):
+    """As `uniform`, but denser towards the image, as the quad sequence of DDIM (Song et al. 2021, D.3): its i-th step
+    from the image end is (i / (N / images - 1))^2 (S - 1), or i where that is more, so that no step occurs twice."""
+    asked = steps_asked(num_steps, num_images, num_samples)
+    place = torch.linspace(0, (num_steps - 1) ** 0.5, asked, dtype=torch.float64).square().round().long()
+    return at_each(num_steps - 1 - place.maximum(torch.arange(asked)).flip(0), num_images)
+
+
+def steps_asked(num_steps, num_images, num_samples):
+    """N / images, the number of steps that all images are used at. Raises ValueError if there are fewer."""
     asked = num_samples // num_images
     if not 1 <= asked <= num_steps:
         raise ValueError(f"{asked} calibration steps asked for, the trajectory has {num_steps}; set calibration.steps "
                          f"to 1 to {num_steps}")
-    return at_each(torch.arange(asked) * num_steps // asked, num_images)
+    return asked
 
 
 def segments(num_steps, num_images, num_samples, rng, features, *, first=0.0, last=1.0, stride=2):
@@ -201,8 +215,8 @@ def in_turn(num_samples, num_images):
     return torch.arange(num_samples) % num_images
 
 
-BUILDERS = {"uniform": uniform, "segments": segments, "random": random, "linspace": linspace, "normal": normal,
-            "half_normal": half_normal, "tdac": tdac}
+BUILDERS = {"uniform": uniform, "quad": quad, "segments": segments, "random": random, "linspace": linspace,
+            "normal": normal, "half_normal": half_normal, "tdac": tdac}
 
 
 def check_builder(name, options):

@@ -2,15 +2,17 @@
 
     python scripts/compare.py configs/compare/FILE.yaml [FILE.yaml ...] [--jobs N] [key=value ...]
 
-Every model x bits x method x seed of a YAML is a run folder OUT/MODEL/METHOD-BITS-SEED. Those of a model share
-its full-precision images and trajectories, which are made first. Writes OUT/table.md, OUT/table.csv, OUT/report.html.
-Started again it continues; finished runs are skipped. A stage that fails ends its own run and is told in the table, as
-is a checkpoint that is not there. `--jobs N` makes N runs at a time; key=value are keys of the YAML.
+Every model x bits x method x variant x seed of a YAML is a run folder OUT/MODEL/METHOD-BITS[-VARIANT]-SEED. Those of
+a model and sampler share its full-precision images and trajectories, which are made first. Writes OUT/table.md,
+OUT/table.csv, OUT/figure.png (PSNR and FD of every row) and OUT/report.html. Started again it continues; finished runs
+are skipped. A stage that fails ends its own run and is told in the table, as is a checkpoint that is not there.
+`--jobs N` makes N runs at a time; key=value are keys of the YAML.
 """
 import argparse
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,18 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+from evaluation.plots import score_chart  # noqa: E402
 from evaluation.report import write_report  # noqa: E402
 from models.diffusion import PROJECT, find_checkpoint  # noqa: E402
 from quant.config import load  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import RunConfig, check, differences, split_arguments  # noqa: E402
-from scripts.table import assemble, csv_text, empty_row, markdown, row_of, tables  # noqa: E402
+from scripts.table import assemble, columns_of, csv_text, empty_row, markdown, row_of, tables  # noqa: E402
 
 SHARED = [("calibrate",), ("sample", "precision=float")]       # stages that also write beside the run folder
 OWN = [("quantize",), ("sample",), ("evaluate",)]
@@ -37,10 +41,12 @@ OWN = [("quantize",), ("sample",), ("evaluate",)]
 
 @dataclass
 class CompareConfig:
-    """What is compared. Names are those of configs/model, bits, method and preset; a path ends in .yaml."""
+    """What is compared. Names are those of configs/model, bits, method and preset; a path ends in .yaml. Every variant
+    makes rows of its own of each model, bits and method, with what it says merged over these."""
     models: list[str] = field(default_factory=list)
     bits: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
+    variants: Any = None                                       # {name: [key=value or a name of configs/method, ...]}
     seeds: list[int] = field(default_factory=lambda: [1000])   # of the calibration data and of all else but the images
     preset: str = "demo"
     overrides: list[str] = field(default_factory=list)         # key=value of every run
@@ -53,6 +59,7 @@ class Cell:
     folder: Path
     arguments: list
     config: RunConfig
+    variant: str = ""
     note: str = ""
 
 
@@ -76,20 +83,35 @@ def cells_of(plan):
     for key in ("models", "bits", "methods", "seeds"):
         if not getattr(plan, key):
             raise ValueError(f"nothing to compare: {key} is empty; list at least one")
-    return [cell_of(plan, model, bits, method, seed) for model in plan.models for bits in plan.bits
-            for method in plan.methods for seed in plan.seeds]
+    check_variants(plan.variants)
+    variants = plan.variants or {"": []}
+    return [cell_of(plan, model, bits, method, seed, str(name), words) for model in plan.models for bits in plan.bits
+            for method in plan.methods for name, words in variants.items() for seed in plan.seeds]
 
 
-def cell_of(plan, model, bits, method, seed):
+def check_variants(variants):
+    """Raises ValueError for what is no list of words, or has a name that a folder cannot have."""
+    if not isinstance(variants or {}, dict):
+        raise ValueError(f"variants must be a mapping such as {{quad: [calibration.builder=quad]}}; found {variants}")
+    for name, words in (variants or {}).items():
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            raise ValueError(f"variant '{name}' cannot be part of a folder's name; use letters, digits, '.', '_', '-'")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"variant '{name}' must be a list of key=value or names of configs/method; found {words}")
+
+
+def cell_of(plan, model, bits, method, seed, variant, words):
+    names, changes = split_arguments(words)
     files = [yaml_path(*pair) for pair in (("model", model), ("bits", bits), ("method", method),
-                                           ("preset", plan.preset))]
-    folder = Path(plan.out) / Path(model).stem / f"{Path(method).stem}-{Path(bits).stem}-{seed}"
-    words = [*plan.overrides, f"calibration.seed={seed}", f"seed={seed}", f"out={folder}"]
+                                           ("preset", plan.preset), *(("method", name) for name in names))]
+    parts = Path(method).stem, Path(bits).stem, variant, str(seed)
+    folder = Path(plan.out) / Path(model).stem / "-".join(filter(None, parts))
+    words = [*plan.overrides, *changes, f"calibration.seed={seed}", f"seed={seed}", f"out={folder}"]
     config = load(RunConfig, files, words)
     check(config)
     if seed == config.sampling.seed:
         raise ValueError(f"seed {seed} is that of the images that are scored; calibrate with another one")
-    return Cell(folder, [*files, *words], config)
+    return Cell(folder, [*files, *words], config, variant)
 
 
 def yaml_path(kind, name):
@@ -131,12 +153,17 @@ def finished(cell):
     return all(asked[key] == asdict(cell.config)[key] for key in ("sampling", "evaluation"))
 
 
+def images_of(cell):
+    """What decides the full-precision images of a run."""
+    return cell.folder.parent, str((cell.config.sampling, cell.config.guidance))
+
+
 def shared_by(cell):
-    return cell.folder.parent, cell.config.seed
+    return *images_of(cell), cell.config.seed, cell.config.calibration.images
 
 
 def shared_run(cell):
-    """A run that only fills what the runs of its model and seed share, so that none of them is charged for it."""
+    """A run that only fills what the runs of `shared_by` share, so that none of them is charged for it."""
     folder = cell.folder.with_name(f"shared-{cell.folder.name}")
     return replace(cell, folder=folder, arguments=[*cell.arguments, f"out={folder}"])
 
@@ -176,17 +203,35 @@ def run_stages(cell, stages, threads, locks):
 
 
 def report(plan, cells):
-    """The tables as Markdown and CSV, and the page with the first run of every row."""
+    """The tables as Markdown and CSV, the figure, and the page with the first run of every row."""
     rows = [empty_row(cell.config, note=cell.note) if cell.note else row_of(cell.folder) for cell in cells]
-    protocol = {row.model: row.protocol for row in reversed(rows) if row.runs}
-    for row in rows:
-        row.protocol = row.protocol or protocol.get(row.model, "")
-    rows = assemble(rows)
-    out = Path(plan.out)
+    protocol = {images_of(cell): row.protocol for cell, row in zip(cells, rows) if row.runs}
+    for cell, row in zip(cells, rows):
+        row.protocol = row.protocol or protocol.get(images_of(cell), "")
+        row.method += f" ({cell.variant})" if cell.variant else ""
+    rows, out = assemble(rows), Path(plan.out)
     write_text(out / "table.md", markdown(rows))
     write_text(out / "table.csv", csv_text(rows))
+    draw(rows, out / "figure.png")
     write_report([row.runs[0] for row in rows if row.runs], out / "report.html", comparison=tables(rows))
-    print(f"{markdown(rows)}compare: {out}/table.md, {out}/table.csv, {out}/report.html")
+    print(f"{markdown(rows)}compare: {out}/table.md, {out}/table.csv, {out}/figure.png, {out}/report.html")
+
+
+def draw(rows, path):
+    """PSNR and FD of every row with numbers, beside the FD of the full-precision model under the same protocol. Labels
+    say what tells the rows apart."""
+    done = [row for row in rows if row.runs]
+    if not done:
+        return
+    full = {row.protocol: row for row in rows if row.numbers and not row.runs}
+    facts = [(row.model, "W{}A{}".format(*row.bits.split("/")), row.method) for row in done]
+    varied = [i for i, values in enumerate(zip(*facts)) if len(set(values)) > 1] or [2]
+    panels = {}
+    for column in columns_of(done):
+        if column.startswith(("PSNR", "FID", "FD")):
+            title = "PSNR to full precision, dB" if column == "PSNR dB" else f"{column} (lower is better)"
+            panels[title] = [(row.values(column), full[row.protocol].mean(column)) for row in done]
+    score_chart(path, [", ".join(row[i] for i in varied) for row in facts], panels)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,20 @@ def test_uniform_takes_every_so_many_steps_and_the_same_images(total, asked, pic
     torch.testing.assert_close(found.x, expected[:, None, None, None].expand(-1, *SHAPE))
 
 
+@pytest.mark.parametrize("total, asked, from_the_image", [
+    (10, 4, [0, 1, 4, 9]), (17, 3, [0, 4, 16]), (5, 1, [0]), (7, 7, list(range(7))), (10, 6, [0, 1, 2, 3, 6, 9]),
+    (50, 20, [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 16, 20, 23, 27, 31, 35, 39, 44, 49])])
+def test_quad_is_denser_towards_the_image_and_takes_no_step_twice(total, asked, from_the_image):
+    step, image = draw("quad", total, 3, 3 * asked)
+    assert step.tolist() == [total - 1 - place for place in reversed(from_the_image) for _ in range(3)]
+    assert image.tolist() == [0, 1, 2] * asked
+
+
+@pytest.mark.parametrize("name", ["uniform", "quad"])
 @pytest.mark.parametrize("asked", [0, 11])
-def test_impossible_number_of_steps(asked):
+def test_impossible_number_of_steps(name, asked):
     with pytest.raises(ValueError, match=f"{asked} calibration steps asked for, the trajectory has 10"):
-        draw("uniform", 10, 4, 4 * asked)
+        draw(name, 10, 4, 4 * asked)
 
 
 def test_segments_of_the_multi_model_set():

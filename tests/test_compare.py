@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from models.zoo import build_network
 from scripts import calibrate, compare, evaluate, quantize, sample
+from scripts.table import Row
 from test_pipeline import NETWORK, WORDS, kill_when, start
 
 STAGES = {"calibrate": calibrate, "quantize": quantize, "sample": sample, "evaluate": evaluate}
@@ -93,6 +94,7 @@ def test_rows_of_a_whole_a_broken_and_an_absent_model(models, tmp_path, stages):
     assert len(list((out / "tiny").glob("float-*/"))) == 1                       # made once, for both seeds
     assert len(list((out / "tiny").glob("trajectory-*/"))) == 2                  # recorded once for each
     assert "fill this row with" in (out / "table.md").read_text()
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.html").read_text()
     assert "<h2>Comparison</h2>" in page and "fill this row with" in page
 
@@ -154,7 +156,57 @@ def test_jobs_work_side_by_side_but_not_on_shared_files(models, tmp_path, monkey
     assert "evaluate of seed 5 ended with status 1: nothing" in (tmp_path / "jobs/table.md").read_text()
 
 
+def test_variants_are_rows_of_their_own_beside_the_images_of_their_sampler(models, tmp_path, stages, monkeypatch):
+    charts = []
+    monkeypatch.setattr(compare, "score_chart", lambda *drawn: charts.append(drawn))
+    out = tmp_path / "variants"
+    compare.run([plan_file(models, out, seeds=[1], variants={
+        "all": [], "dpm": ["sampling.sampler=dpm_solver_pp_2m"], "few": ["calibration.steps=2"],
+        "plms": ["sampling.sampler=plms"], "qdrop.1": ["qdrop"]})])      # dpm cannot take the step 0 of uniform steps
+    names = {"minmax (all)": "all", "minmax (few)": "few", "minmax (plms)": "plms", "qdrop (qdrop.1)": "qdrop.1"}
+    rows = {row["Method"]: row for row in csv_rows(out) if row["Method"] != "full precision"}
+    assert set(rows) == {*names, "minmax (dpm)"}
+    metrics = {name: json.loads((out / f"tiny/minmax-w4a8-{variant}-1/metrics.json").read_text())
+               for name, variant in names.items()}
+    assert {float(rows[name]["PSNR dB"]) for name in names} == {m["paired"]["psnr_db"] for m in metrics.values()}
+    assert len({metrics[name]["float_samples"] for name in names}) == 2
+    assert metrics["minmax (plms)"]["float_samples"] != metrics["minmax (all)"]["float_samples"]
+    assert "plms 4 uniform" in rows["minmax (plms)"]["Protocol"]
+    assert "ddim 4 uniform" in rows["minmax (few)"]["Protocol"]
+    assert "skip: time_uniform" in rows["minmax (dpm)"]["Note"] and rows["minmax (dpm)"]["Protocol"] == ""
+    assert [Path(words[1]).name for words in stages if words[0] == "sample" and "shared" in words[1]] == [
+        "shared-minmax-w4a8-all-1", "shared-minmax-w4a8-plms-1"]
+
+    (path, labels, panels), = charts
+    assert path == out / "figure.png" and labels == list(names)
+    assert panels == {"PSNR to full precision, dB": [([m["paired"]["psnr_db"]], None) for m in metrics.values()]}
+
+
+def test_the_figure_has_each_row_beside_its_own_full_precision(tmp_path, monkeypatch):
+    def row(bits, method, protocol, *numbers):
+        found = [{"Size MB": 1.0, "FD-net": fd} | ({"PSNR dB": psnr} if psnr else {}) for fd, psnr in numbers]
+        return Row("tiny", 20, bits, method, protocol, runs=["run"] * (bits != "32/32"), numbers=found)
+    rows = [row("32/32", "full precision", "a", (2.0, None)), row("32/32", "full precision", "b", (5.0, None)),
+            row("4/8", "m (x)", "a", (3.0, 30.0), (4.0, 31.0)), row("8/8", "m (x)", "b", (6.0, 40.0)),
+            Row("tiny", 20, "8/8", "m (y)", "b", note="failed")]
+    charts = []
+    monkeypatch.setattr(compare, "score_chart", lambda *drawn: charts.append(drawn))
+    compare.draw(rows, "a.png")
+    assert charts == [("a.png", ["W4A8", "W8A8"], {
+        "FD-net (lower is better)": [([3.0, 4.0], 2.0), ([6.0], 5.0)],
+        "PSNR to full precision, dB": [([30.0, 31.0], None), ([40.0], None)]})]
+    compare.draw(rows[:3], "b.png")
+    assert charts[1][1] == ["m (x)"]
+    compare.draw(rows[-1:], "c.png")
+    assert len(charts) == 2
+
+
 @pytest.mark.parametrize("words, sentence", [
+    (["variants=[quad]"], "variants must be a mapping .*; found \\['quad'\\]"),
+    (["variants={a/b: []}"], "variant 'a/b' cannot be part of a folder's name"),
+    (["variants={quad: sampling.skip=quad}"], "variant 'quad' must be a list .*; found sampling.skip=quad"),
+    (["variants={quad: [quad]}"], "method/quad.yaml does not exist"),
+    (["variants={quad: [sampling.skp=quad]}"], "did you mean 'skip'"),
     (["methods=[minmaxx]"], "minmaxx.yaml does not exist; did you mean minmax.yaml"),
     (["models=[]"], "nothing to compare: models is empty"),
     (["seeds=[1,0]"], "seed 0 is that of the images that are scored"),

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 from PIL import Image
 
-from evaluation.plots import MOST, error_map, pooled, range_map, range_surface
+from evaluation.plots import DOT_COLOUR, MOST, error_map, pooled, range_map, range_surface, score_chart
 from tiny import normal
 
 
@@ -16,12 +17,16 @@ def planted(num_steps, num_channels):
     return r_abs, list(range(num_steps))[::-1]
 
 
-def count(path, colour):
-    """Pixels of a picture that have the colour (r, g, b) in 0..1."""
+def where(path, colour):
+    """Which pixels of a picture (height, width) have the colour (r, g, b) in 0..1."""
     picture = Image.open(path)
     picture.verify()
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    return int((abs(pixels - np.round(255 * np.array(colour[:3]))).max(axis=2) <= 1).sum())
+    return abs(pixels - np.round(255 * np.array(colour[:3]))).max(axis=2) <= 1
+
+
+def count(path, colour):
+    return int(where(path, colour).sum())
 
 
 @pytest.mark.parametrize("draw", [range_map, range_surface])
@@ -59,6 +64,32 @@ def test_layers_without_error_are_grey(tmp_path):
         error_map(tmp_path / f"{name}.png", rows(*errors), name)
     found = [count(tmp_path / f"{name}.png", grey) for name in ("none", "half", "all")]
     assert found[1] > 10000 and found[0] < 0.02 * found[1] and found[2] > 1.8 * found[1]
+
+
+def test_every_measure_of_error_has_its_panel(tmp_path):
+    """From left to right MSE, MAE and SQNR are worst, and brightest, in the first, second and third layer."""
+    layers = [{"mse": 1, "mae": 1e-3, "sqnr_db": 30}, {"mse": 1e-3, "mae": 1, "sqnr_db": 30},
+              {"mse": 1e-3, "mae": 1e-3, "sqnr_db": 10}]
+    error_map(tmp_path / "a.png", [{"layer": str(i), "t": 5.0 - step} | layer for i, layer in enumerate(layers)
+                                   for step in range(5)], "planted")
+    found = where(tmp_path / "a.png", colormaps["viridis"](1.0))
+    found = found[:round(0.7 * len(found))]                           # below are the colour bars
+    heights = [part.nonzero()[0].mean() for part in np.array_split(found, 3, axis=1)]
+    assert heights[0] < heights[1] - 20 < heights[2] - 40
+
+
+def test_scores_lie_at_their_mean_between_the_full_precision_lines(tmp_path):
+    """Rows with means 2 and 8, lines at 0 and 10, one row without a number."""
+    rows = [([1.0, 3.0], 0.0), ([], None), ([8.0], 10.0)]
+    score_chart(tmp_path / "a.png", ["first", "second", "third"], {"score, dB": rows})
+    dots, lines = (where(tmp_path / "a.png", colour) for colour in (to_rgb(DOT_COLOUR), to_rgb("grey")))
+    top = round(0.2 * len(dots))                                      # above is the legend
+    y, x = dots[top:].nonzero()
+    first, last = x[y < y.mean()], x[y > y.mean()]
+    left, right = (lines[top:].sum(axis=0) > 40).nonzero()[0][[0, -1]]
+    assert (first.min() + first.max()) / 2 == pytest.approx(left + 0.2 * (right - left), abs=3)
+    assert np.ptp(first) == pytest.approx(2 * 2 ** 0.5 * (right - left) / 10, abs=6)        # a deviation to each side
+    assert (last.min() + last.max()) / 2 == pytest.approx(left + 0.8 * (right - left), abs=3) and np.ptp(last) < 20
 
 
 def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
