@@ -1,7 +1,7 @@
 """Turn a float network into a quantized one: ordered rules over module names and roles, modules replaced by name.
 
-A rule is a dict: `match` (glob on the module's name) and `role` say what it applies to, `kind` (layer | matmul)
-narrows it; `weight`, `input` (keys of QuantSpec), `split` and `balance` say how. Later rules win, key by key; bits 32
+A rule is a dict: `match` (glob on the module's name) and `role` (one or a list) say what it applies to, `kind` (layer |
+matmul) narrows it; `weight`, `input` (keys of QuantSpec), `split` and `balance` say how. Later rules win, key by key; bits 32
 leaves a tensor alone. Parameterless attention products follow the `input` of rules that match their name and operand role.
 """
 import copy
@@ -39,9 +39,10 @@ def check_rules(rules):
             if key not in RULE_KEYS:
                 raise ValueError(unknown_word(f"rule {dict(rule)} has an unknown key '{key}'", key, RULE_KEYS))
         for key, words in (("role", ROLES), ("kind", ("layer", "matmul"))):
-            if rule.get(key, words[0]) not in words:
-                complaint = f"rule {dict(rule)} has an unknown {key} '{rule[key]}'"
-                raise ValueError(unknown_word(complaint, rule[key], words))
+            for word in listed(rule.get(key, words[0])):
+                if word not in words:
+                    complaint = f"rule {dict(rule)} has an unknown {key} '{word}'"
+                    raise ValueError(unknown_word(complaint, str(word), words))
         for part in ("weight", "input"):
             facts = rule.get(part, {})
             for key, words in (("range", RANGES), ("grid", GRIDS)):
@@ -54,12 +55,16 @@ def check_rules(rules):
             check_bits(rule.get(part, {}).get("bits", 32), part)
 
 
+def listed(value):
+    return value if isinstance(value, list) else [value]
+
+
 def resolve(rules, name, role, kind):
     """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec, "split": bool, "balance":
     bool}."""
     merged = {"weight": {}, "input": {}, "split": True, "balance": False}
     for rule in rules:
-        if fnmatchcase(name, rule.get("match", "*")) and rule.get("role", role) == role \
+        if fnmatchcase(name, rule.get("match", "*")) and role in listed(rule.get("role", role)) \
                 and rule.get("kind", kind) == kind:
             merged["weight"] |= rule.get("weight", {})
             merged["input"] |= rule.get("input", {})

@@ -48,7 +48,7 @@ def plan(config):
     check(config)
     with torch.device("meta"):
         net = build_network(**config.network)
-    quantized, graph = convert(net, config.rules, Timeline(boundaries(config))), trace(
+    quantized, graph = convert(net, config.all_rules, Timeline(boundaries(config))), trace(
         net, example_arguments(asdict(config), net))
     c, facts = config.calibration, quantization_map(net, quantized, graph.macs)
     samples = c.steps * c.images * (2 if config.guidance.scale != 1 else 1)
@@ -69,11 +69,11 @@ def quantize(run):
     calibration = load_calibration(run.need("calibration.safetensors", "calibrate"))
     model = run.model
     with run.stage("quantize"):
-        net = convert(model.net, run.config.rules, Timeline(boundaries(run.config)))
+        net = convert(model.net, run.config.all_rules, Timeline(boundaries(run.config)))
         graph = trace(model.net, calibration.arguments(slice(0, 1)))
         print(write_map(run, net, graph))
         job = Job(model=model, net=net, calibration=calibration, graph=graph, resume_folder=run.path("resume/quantize"),
-                  rules=run.config.rules, seed=run.config.seed, trajectory=partial(trajectory, run),
+                  rules=run.config.all_rules, seed=run.config.seed, trajectory=partial(trajectory, run),
                   log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.passes)

@@ -109,6 +109,7 @@ class RunConfig:
     method: str = ""
     segments: Any = 1                        # of time: 1, a number, or per_step
     rules: list[Any] = field(default_factory=list)
+    exceptions: list[Any] = field(default_factory=list)          # rules on top of those of any method
     passes: list[Any] = field(default_factory=list)
     preset: str = "paper"
     effort: Effort = field(default_factory=Effort)
@@ -122,6 +123,10 @@ class RunConfig:
     memory_gb: float = 4.0                   # captured activations held in memory; the rest spills to disk
     force: bool = False                      # do a finished stage again
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_rules(self):
+        return [*self.rules, *self.exceptions]
 
 
 FREE = {"num", "out", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}   # change no artefact
@@ -200,7 +205,7 @@ def check(config):
     check_bits(config.bits.input, "input")
     check_bits(config.bits.softmax, "input")
     boundaries(config)
-    check_rules(config.rules)
+    check_rules(config.all_rules)
     check_passes(config.passes)
     check_builder(config.calibration.builder, config.calibration.options)
     check_start(config.calibration)

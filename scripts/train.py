@@ -112,7 +112,7 @@ def qat(config):
         images = encode_images(autoencoder, images, scale_factor=run.model.scale_factor)[0]
     rows = torch.randperm(len(images))[:config.batch_size]
     batch = images[rows], labels[rows]
-    module = QuantizedTraining(facts, config, run.model, run.config.rules, config.dynamic, batch)
+    module = QuantizedTraining(facts, config, run.model, run.config.all_rules, config.dynamic, batch)
     with run.stage("quantize"):
         record = learn(config, module, images, labels)
         fact = {"pass": "qat", "images": record["images_seen"], "loss": record["final_loss"]}
@@ -123,7 +123,7 @@ def qat(config):
         print(write_map(original, net, graph))
         if functions:
             save_tensors(run.path("dynamic.safetensors"), functions, {})
-        save_quantized(run.path("quantized.safetensors"), net, run.recipe())
+        save_quantized(run.path("quantized.safetensors"), net, run.recipe() | {"rules": run.config.all_rules})
     print(f"averaged network, quantized, in {run.path('quantized.safetensors')}; go on with: python scripts/sample.py "
           f"{run.folder}")
 
