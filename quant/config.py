@@ -39,14 +39,18 @@ def load(schema, files, overrides=()):
             raise ValueError(f"'{text}' is not key=value")
         sources.append((f"'{text}'", lambda text=text: OmegaConf.from_dotlist([text])))
     for source, read in sources:
-        content = read()
         try:
+            content = read()
             config = OmegaConf.merge(config, content)
         except ConfigKeyError as error:
             raise ValueError(_unknown_key(config, content, source, error)) from None
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{source}: key '{getattr(error, 'full_key', '') or '?'}': {reason}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{source} has a malformed value: {' '.join(str(error).split())}") from None
+        except TypeError:                                 # what OmegaConf says of a list in place of a mapping
+            raise ValueError(f"{source}: a list or a mapping stands where the other, or a plain value, belongs") from None
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:

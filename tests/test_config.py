@@ -18,6 +18,7 @@ class Schema:
     bits: Bits = field(default_factory=Bits)
     symmetric: bool = False
     rules: list = field(default_factory=list)
+    facts: dict = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -39,13 +40,15 @@ def test_later_files_and_overrides_win(write):
 MISTAKES = {
     "unknown key 'bits.wieght'; did you mean 'weight'?": ("bits: {wieght: 4}", ()),
     "unknown key 'nam'; did you mean 'name'?": ("nam: x", ()),
-    "unknown key 'zzz'; known: name, bits, symmetric, rules": ("zzz: x", ()),
+    "unknown key 'zzz'; known: name, bits, symmetric, rules, facts": ("zzz: x", ()),
     "'bits.inputt=4': unknown key 'bits.inputt'; did you mean 'input'?": ("name: x", ("bits.inputt=4",)),
     "key 'bits.weight': Value 'four'": ("bits: {weight: four}", ()),
     "key 'symmetric': Value 'perhaps'": ("name: x", ("symmetric=perhaps",)),
     "'force' is not key=value": ("name: x", ("force",)),
     "is not valid YAML": ("name: [1, 2", ()),
     "must hold keys and values": ("- 1\n- 2", ()),
+    "'name={a:[b}' has a malformed value": ("name: x", ("name={a:[b}",)),
+    "'facts=[1]': a list or a mapping stands where": ("name: x", ("facts=[1]",)),
 }
 
 

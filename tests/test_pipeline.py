@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.zoo import build_network
+from quant.checkpoint import load_quantized
 from scripts import calibrate, evaluate, quantize, report, run_folder, sample
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -138,6 +139,17 @@ def test_any_width_by_override(model, tmp_path):
     everything(model, tmp_path / "w5", "bits.weight=5", method="minmax")
     bits = {row["weight_bits"] for row in json.loads((tmp_path / "w5/map.json").read_text())["layers"]}
     assert bits == {5, None}
+
+
+def test_exceptions_come_on_top_of_the_methods_rules(model, tmp_path):
+    calibrate.run([*files(model, method="minmax"), *WORDS, f"out={tmp_path / 'run'}",
+                   "exceptions=[{role: [stem, out], weight: {bits: 8}}, {match: mid.*, input: {bits: 6}}]"])
+    quantize.run([str(tmp_path / "run")])
+    layers = {row["name"]: row for row in json.loads((tmp_path / "run/map.json").read_text())["layers"]}
+    assert {row["weight_bits"] for row in layers.values()} == {4, 8, None}
+    assert layers["conv_in"]["weight_bits"] == layers["conv_out"]["weight_bits"] == 8
+    assert layers["mid.block_1.conv1"]["input_bits"] == 6 and layers["conv_in"]["input_bits"] == 8
+    load_quantized(tmp_path / "run/quantized.safetensors", build_network)
 
 
 def test_folder_of_another_recipe_is_refused(model, done):
