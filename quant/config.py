@@ -50,7 +50,7 @@ def load(schema, files, overrides=()):
         except yaml.YAMLError as error:
             raise ValueError(f"{source} has a malformed value: {' '.join(str(error).split())}") from None
         except TypeError:                                 # what OmegaConf says of a list in place of a mapping
-            raise ValueError(f"{source}: a list or a mapping stands where the other, or a plain value, belongs") from None
+            raise ValueError(f"{source}: a list or mapping stands where the other, or a plain value, belongs") from None
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:

@@ -1,8 +1,9 @@
 """Turn a float network into a quantized one: ordered rules over module names and roles, modules replaced by name.
 
 A rule is a dict: `match` (glob on the module's name) and `role` (one or a list) say what it applies to, `kind` (layer |
-matmul) narrows it; `weight`, `input` (keys of QuantSpec), `split` and `balance` say how. Later rules win, key by key; bits 32
-leaves a tensor alone. Parameterless attention products follow the `input` of rules that match their name and operand role.
+matmul) narrows it; `weight`, `input` (keys of QuantSpec), `split` and `balance` say how. Later rules win, key by key;
+bits 32 leaves a tensor alone. Parameterless attention products follow the `input` of rules that match their name and
+operand role.
 """
 import copy
 from dataclasses import fields

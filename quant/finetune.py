@@ -23,8 +23,9 @@ SAVED_EVERY = 50                           # steps
 
 
 def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bfloat16=False):
-    """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule. `scale_lr` is relative
-    to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. `bfloat16` computes under autocast.
+    """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule. `scale_lr` is
+    relative to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. `bfloat16` computes under
+    autocast.
 
     Weights are hardened first. If the error has not fallen in the end (that of 8 bits leaves little to learn), all is
     put back as it was. The state is saved in `job.resume_folder` on the way; a run that is killed and started again

@@ -185,6 +185,7 @@ def draw_rows(unit, target, generator, s):
     soft = [q.soft_scale for q in input_quantizers(unit.module).values() if q.soft_scale is not None]
     visits = unit.visits
     score = s["active"] / (visits + 1) + sum(m.entropy().detach().cpu() for m in soft) / max(len(soft), 1)
+    score[torch.bincount(unit.segments, minlength=len(score)) == 0] = -torch.inf     # no sample lies there
     segment = int(score.argmax())
     visits[segment] += 1
     rows = (unit.segments == segment).nonzero()[:, 0]

@@ -101,8 +101,8 @@ class Quantizer(nn.Module):
         self.num_values = 0                      # of a sample that share a scale, once observed
 
     def unfitted(self, timeline, **changes):
-        """A fresh one for trials on another timeline, `changes` made to its specification; of the nominal width in every
-        segment."""
+        """A fresh one for trials on another timeline, `changes` made to its specification; of the nominal width in
+        every segment."""
         return Quantizer(replace(self.spec, segment_bits=(), **changes), self.group_of.clone(), timeline)
 
     def extra_repr(self):

@@ -74,11 +74,11 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
         def entropy(self):
             return self.value
 
-    def visits(entropy, rounds, active):
+    def visits(entropy, rounds, active, segments=torch.arange(3).repeat(4)):
         module = torch.nn.Module()
         module.q = quantizer(TABLE[:3])
         module.q.__dict__["soft_scale"] = Soft(entropy)
-        unit = Unit("x", module, torch.device("cpu"), None, segments=torch.arange(3).repeat(4), visits=torch.zeros(3))
+        unit = Unit("x", module, torch.device("cpu"), None, segments=segments, visits=torch.zeros(3))
         order = []
         for _ in range(rounds):
             rows = draw_rows(unit, torch.zeros(12), torch.Generator().manual_seed(0),
@@ -90,6 +90,8 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
     assert counts.max() - counts.min() <= 1
     order, counts = visits([0.1, 0.9, 0.1], 10, 1.5)
     assert order[0] == 1 and set(order) == {0, 1, 2} and counts[1] == counts.max()
+    order, counts = visits([0.1, 0.9, 0.1], 10, 1.5, torch.tensor([0, 2]).repeat(6))     # no sample in segment 1
+    assert set(order) == {0, 2} and counts[1] == 0
 
 
 def test_the_pass_shares_few_scales_among_steps(tiny_net, tmp_path):

@@ -48,7 +48,7 @@ MISTAKES = {
     "is not valid YAML": ("name: [1, 2", ()),
     "must hold keys and values": ("- 1\n- 2", ()),
     "'name={a:[b}' has a malformed value": ("name: x", ("name={a:[b}",)),
-    "'facts=[1]': a list or a mapping stands where": ("name: x", ("facts=[1]",)),
+    "'facts=[1]': a list or mapping stands where": ("name: x", ("facts=[1]",)),
 }
 
 
