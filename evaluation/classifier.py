@@ -28,8 +28,8 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (N, 3, 32, 32) in [0, 1] -> features (N, widths[-1]) after the global mean, and class logits. In evaluation
-    mode both are the mean over an image and its mirror image."""
+    """Images (N, 3, 32, 32) in [0, 1] -> features (N, widths[-1]) after the global mean, and class logits. In
+    evaluation mode both are the mean over an image and its mirror image."""
 
     def __init__(self, stem_width=24, widths=(64, 128, 136), depth=2, num_classes=10):
         super().__init__()

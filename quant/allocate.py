@@ -56,9 +56,7 @@ def sensitivities(job, layers, choices, num_samples, batch_size):
 
 def rewidth(quantizer, bits):
     """A quantizer like this one with other bits."""
-    spec = copy.copy(quantizer.spec)
-    spec.bits = bits
-    return type(quantizer)(spec, quantizer.group_of.clone(), quantizer.timeline)
+    return quantizer.unfitted(quantizer.timeline, bits=bits)
 
 
 def solve(errors, sizes, budget_bits):

@@ -177,6 +177,8 @@ def layer_errors(net, quantized, batches_by_step):
     original, both fed the input that the full-precision `net` has there, so that no error of earlier layers counts. An
     attention block with balanced layers counts as one: exact folds (quant/balance.py) give its inside other scales.
 
+    What finetune or quantization-aware training changed on purpose, biases and norms, counts as error here.
+
     -> [{"layer", "step", "t", "mse", "mae", "sqnr_db"}] by layer in execution order, then step: means over all images
     and values, SQNR of their sums. A layer that is not quantized has errors of exactly 0.
     """

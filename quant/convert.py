@@ -36,6 +36,8 @@ def check_rules(rules):
     """Raises ValueError for an unknown key of a rule or of its specifications."""
     known = [f.name for f in fields(QuantSpec)]
     for rule in rules:
+        if not isinstance(rule, dict) or not all(isinstance(rule.get(p, {}), dict) for p in ("weight", "input")):
+            raise ValueError(f"rule {rule} must be a mapping such as {{role: stem, weight: {{bits: 8}}}}")
         for key in rule:
             if key not in RULE_KEYS:
                 raise ValueError(unknown_word(f"rule {dict(rule)} has an unknown key '{key}'", key, RULE_KEYS))
@@ -66,7 +68,7 @@ def resolve(rules, name, role, kind):
     merged = {"weight": {}, "input": {}, "split": True, "balance": False}
     for rule in rules:
         if fnmatchcase(name, rule.get("match", "*")) and role in listed(rule.get("role", role)) \
-                and rule.get("kind", kind) == kind:
+                and kind in listed(rule.get("kind", kind)):
             merged["weight"] |= rule.get("weight", {})
             merged["input"] |= rule.get("input", {})
             merged |= {key: rule[key] for key in ("split", "balance") if key in rule}

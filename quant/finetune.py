@@ -2,6 +2,8 @@
 
     minimise E ||eps_q(x, t) - eps(x, t)||^2   over calibration samples (x, t)
 
+where eps is all that the network answers, a learned variance included.
+
 Block reconstruction makes each unit right by itself; what is left of their errors adds up along the network. Here all
 that is not an integer is learned together against the network's answer: scales of activations and of weights, biases,
 and the affine parameters of norms (selective fine-tuning as in QuEST, Wang et al. 2024, arXiv:2402.03666; the error of
@@ -15,6 +17,7 @@ from torch import nn
 
 from quant.convert import input_quantizers, quant_layers
 from quant.files import load_tensors, save_tensors
+from quant.quantizer import Quantizer
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 ERROR_SAMPLES = 256                        # on which the error before and after is measured
@@ -27,10 +30,14 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
     relative to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. `bfloat16` computes under
     autocast.
 
-    Weights are hardened first. If the error has not fallen in the end (that of 8 bits leaves little to learn), all is
+    Weights are hardened first. Tables of scales that a function of time or groups gave (dynamic_scales, group_scales)
+    stay as these gave them. If the error has not fallen in the end (that of 8 bits leaves little to learn), all is
     put back as it was. The state is saved in `job.resume_folder` on the way; a run that is killed and started again
     ends in the same bytes. Returns one fact: mean square of eps_q - eps before and after, on calibration samples.
+    Raises ValueError for a network without scales, or with own weights for every time segment.
     """
+    options = {key: value for key, value in locals().items() if key != "job"}
+    check(job.net)
     for module in [*quant_layers(job.net).values(), *input_quantizers(job.net).values()]:
         module.harden()
     before, started = error(job, batch_size), time.monotonic()
@@ -39,7 +46,8 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
     scales, parameters = ([p for g in gs for p in g["params"]] for gs in (groups[1:], groups))
     original = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(job.seed)
-    done = load_state(path, parameters, optimizer, generator) if path.is_file() else 0
+    begun = {"options": options, "error": before}          # what a saved state must have begun with to be this one's
+    done = load_state(path, begun, parameters, optimizer, generator)
     for step in range(done + 1, iters + 1):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (1 + math.cos(math.pi * (step - 1) / iters)) / 2
@@ -50,24 +58,33 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
         with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
             found = job.net(*arguments)
         loss = (found.float() - target).square().mean()
-        # A step of the timeline that no sample of the batch has, gets no gradient.
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
             parameter.grad = grad
         optimizer.step()
         for scale in scales:
             scale.data.clamp_(min=SMALLEST)
         if step % SAVED_EVERY == 0 or step == iters:
-            save_state(path, step, parameters, optimizer, generator)
+            save_state(path, begun | {"step": step}, parameters, optimizer, generator)
             left = (time.monotonic() - started) * (iters - step) / (step - done)
             job.log(f"finetune: step {step} of {iters}, error {loss.item():.2e}, about {left:.0f} s left")
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
     after = error(job, batch_size)
-    if after >= before:
+    if not after < before:                                 # nor where it has become NaN
+        after = before
         for parameter, value in zip(parameters, original):
             parameter.copy_(value)
-    return [{"pass": "finetune", "unit": "whole network", "error_before": before, "error_after": min(before, after)}]
+    return [{"pass": "finetune", "unit": "whole network", "error_before": before, "error_after": after}]
+
+
+def check(net):
+    layers = quant_layers(net).values()
+    if not all(q.is_fitted for q in net.modules() if isinstance(q, Quantizer)):
+        raise ValueError("finetune needs scales to begin with; list it after fit_ranges")
+    if any(layer.has_segments for layer in layers):
+        raise ValueError("finetune learns one network for all steps, this one has own weights for every time segment; "
+                         "leave out finetune, or segment_models and per_segment")
 
 
 def learned(net, scale_lr, bias_lr):
@@ -80,23 +97,25 @@ def learned(net, scale_lr, bias_lr):
             if getattr(module, name) is not None:
                 setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
                 own.append(getattr(module, name))
-    quantizers = [q for q in input_quantizers(net).values() if q.learnable]
+    quantizers = [q for q in input_quantizers(net).values() if q.learnable and q.made_by is None]
     quantizers += [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
     return [{"params": own, "lr": bias_lr}, *({"params": [q.scale.requires_grad_(True)],
                                                "lr": scale_lr * q.scale.mean().item()} for q in quantizers)]
 
 
-def save_state(path, step, parameters, optimizer, generator):
+def save_state(path, facts, parameters, optimizer, generator):
     tensors = {"generator": generator.get_state()}
     for i, parameter in enumerate(parameters):
         tensors[f"{i}"] = parameter.data
         tensors |= {f"{i}.{key}": value for key, value in optimizer.state[parameter].items()}
-    save_tensors(path, tensors, {"step": step})
+    save_tensors(path, tensors, facts)
 
 
-def load_state(path, parameters, optimizer, generator):
-    """Continue from `save_state`; returns the steps done."""
-    tensors, facts = load_tensors(path)
+def load_state(path, begun, parameters, optimizer, generator):
+    """Continue from `save_state`, if that was of a run that began alike; returns the steps done."""
+    tensors, facts = load_tensors(path) if path.is_file() else ({}, {})
+    if {key: facts.get(key) for key in begun} != begun:
+        return 0
     generator.set_state(tensors.pop("generator"))
     for i, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"{i}"])

@@ -113,7 +113,7 @@ def find_pass(name):
     except ModuleNotFoundError as error:
         raise ValueError(f"pass '{name}' cannot be imported ({error}); is its folder in PYTHONPATH?") from None
     if not inspect.isfunction(found) or next(iter(inspect.signature(found).parameters), None) != "job":
-        raise ValueError(f"'{name}' is no pass; write it as a function (job, **options) -> facts")
+        raise ValueError(f"'{name}' is no pass; write it as a function (job, *, option=default) -> facts")
     return found
 
 

@@ -103,7 +103,8 @@ class Quantizer(nn.Module):
     def unfitted(self, timeline, **changes):
         """A fresh one for trials on another timeline, `changes` made to its specification; of the nominal width in
         every segment."""
-        return Quantizer(replace(self.spec, segment_bits=(), **changes), self.group_of.clone(), timeline)
+        spec = replace(self.spec, segment_bits=(), **changes)
+        return Quantizer(spec, self.group_of.clone(), timeline).to(self.scale.device)
 
     def extra_repr(self):
         return f"bits={self.spec.bits}, shape={tuple(self.scale.shape)}, range={self.spec.range}"

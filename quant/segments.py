@@ -15,6 +15,8 @@ def segment_models(job, *, passes):
     """
     from quant.passes import run_passes                    # this is itself one of the passes
     timeline, facts, parts = job.net.timeline, [], []
+    if any("finetune" in (entry if isinstance(entry, dict) else [entry]) for entry in passes):
+        raise ValueError("finetune changes norms and biases, which the segments of segment_models share; leave it out")
     if timeline.num_segments < 2:
         raise ValueError("segment_models needs several time segments; set segments: 3 or more")
     segments = timeline.segments_of(job.calibration.t)

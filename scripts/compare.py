@@ -32,7 +32,7 @@ from models.diffusion import PROJECT, find_checkpoint  # noqa: E402
 from quant.config import load  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import RunConfig, check, differences, split_arguments  # noqa: E402
+from scripts.run_folder import RunConfig, check, differences, split_arguments, without_free  # noqa: E402
 from scripts.table import assemble, columns_of, csv_text, empty_row, markdown, row_of, tables  # noqa: E402
 
 SHARED = [("calibrate",), ("sample", "precision=float")]       # stages that also write beside the run folder
@@ -85,8 +85,14 @@ def cells_of(plan):
             raise ValueError(f"nothing to compare: {key} is empty; list at least one")
     check_variants(plan.variants)
     variants = plan.variants or {"": []}
-    return [cell_of(plan, model, bits, method, seed, str(name), words) for model in plan.models for bits in plan.bits
-            for method in plan.methods for name, words in variants.items() for seed in plan.seeds]
+    cells = [cell_of(plan, model, bits, method, seed, str(name), words) for model in plan.models for bits in plan.bits
+             for method in plan.methods for name, words in variants.items() for seed in plan.seeds]
+    by_recipe = {}
+    for cell in cells:
+        other = by_recipe.setdefault(json.dumps(without_free(asdict(cell.config)), sort_keys=True), cell)
+        if other is not cell:
+            raise ValueError(f"{other.folder.name} and {cell.folder.name} are the same recipe; leave one out")
+    return cells
 
 
 def check_variants(variants):
@@ -155,7 +161,8 @@ def finished(cell):
 
 def images_of(cell):
     """What decides the full-precision images of a run."""
-    return cell.folder.parent, str((cell.config.sampling, cell.config.guidance))
+    c = cell.config
+    return cell.folder.parent, str((c.sampling, c.guidance, c.weights, c.checkpoint, c.schedule, c.scale_factor))
 
 
 def shared_by(cell):

@@ -254,17 +254,17 @@ def flatten(tree, prefix=""):
 
 def differences(a, b):
     """Keys on which two configurations disagree, those that change no artefact left out."""
-    a, b = (flatten(_without_free(asdict(c))) for c in (a, b))
+    a, b = (flatten(without_free(asdict(c))) for c in (a, b))
     return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in sorted(a.keys() | b.keys())
             if a.get(key) != b.get(key)]
 
 
-def _without_free(tree):
+def without_free(tree):
     if isinstance(tree, list):
-        return [_without_free(item) for item in tree]
+        return [without_free(item) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    return {k: _without_free(v) for k, v in tree.items() if k not in FREE}
+    return {k: without_free(v) for k, v in tree.items() if k not in FREE}
 
 
 def create(files, overrides):

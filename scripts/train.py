@@ -7,6 +7,7 @@ Started again with the same folder it goes on from the last checkpoint. A run fo
 method: scripts/sample.py, evaluate.py and report.py go on from it. It also knows the flags of TDQ's released code:
 --base RECIPE, --n_bit_w BITS, --n_bit_a BITS, --use_dynamic (dynamic=true), --ckpt FILE (checkpoint=FILE).
 """
+import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -68,6 +69,9 @@ class TrainConfig:
     threads: int = 0                         # CPU threads; 0 = PyTorch's choice
 
 
+ELSEWHERE = ("out", "device", "threads", "sample_every")     # keys that do not change what is learned
+
+
 # ---- tasks: TrainConfig -> None
 
 def first_stage(config):
@@ -103,6 +107,9 @@ def qat(config):
     if run.model.schedule.variance == "learned" or (run.model.condition is not None and not num_classes):
         raise ValueError(f"{config.model} answers its variance too, or is asked by prompts; only networks that answer "
                          "eps alone, without a condition or by classes, can be trained here")
+    if any(rule.get("weight", {}).get("per_segment") for rule in run.config.all_rules):
+        raise ValueError(f"the rules of {config.rules} give every time segment its own weights; training learns one "
+                         "network, name another method's rules")
     autoencoder, size = run.model.first_stage, run.model.shape[-1]
     images, labels = load_images(config.data, size=size * (autoencoder.downsampling if autoencoder else 1))
     if num_classes and int(labels.max()) >= num_classes:
@@ -165,9 +172,11 @@ def open_folder(config):
     training. What sets trainings apart stands in the name of the preset."""
     words = [f"bits.{part}={bits}" for part, bits in asdict(config.bits).items()]
     own = load(RunConfig, [config.model, *([config.rules] if config.rules else [])], words)
+    told = {key: value for key, value in asdict(config).items() if key not in ELSEWHERE}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     own = replace(own, method="tdq-qat" if config.dynamic else "lsq-qat", segments=PER_STEP if config.dynamic else 1,
                   passes=[], calibration=Calibration(steps=1), checkpoint=config.checkpoint or own.checkpoint,
-                  preset=f"{config.num_images} images, batches of {config.batch_size}, lr {config.lr:g}",
+                  preset=f"{config.num_images} images, batches of {config.batch_size}, lr {config.lr:g} ({digest})",
                   seed=config.seed, out=config.out, device=config.device, threads=config.threads)
     check(own)
     if not own.rules:
@@ -219,9 +228,10 @@ def run(arguments):
         raise ValueError("say where the run lives: out=FOLDER")
     if config.task not in TASKS:
         raise ValueError(unknown_word(f"task '{config.task}' is unknown", config.task, TASKS))
-    if config.task != "qat" and any(word.startswith(("bits.", "dynamic=", "rules=")) for word in words):
-        raise ValueError(f"bits, dynamic and rules are of quantization-aware training, this recipe is of task "
-                         f"'{config.task}'; name one of configs/train/qat-*.yaml")
+    if config.task != "qat" and any(word.startswith(("bits.", "dynamic=", "rules=", "checkpoint=")) for word in words):
+        raise ValueError("bits, dynamic, rules and checkpoint are of quantization-aware training, this recipe is of "
+                         f"task '{config.task}'; name one of configs/train/qat-*.yaml, or say init=FILE for weights to "
+                         "start from")
     if config.task == "qat" and (config.init or config.first_stage):
         raise ValueError("quantization-aware training starts from a whole pretrained model; name another one than that "
                          "of the model YAML with checkpoint=FILE, not with init or first_stage")

@@ -78,6 +78,7 @@ def test_later_rules_win_key_by_key():
     ({"role": "probs"}, "mid.attn_1.av_matmul", "v", "matmul", False),
     ({"role": ["k", "v"]}, "mid.attn_1.v", "v", "layer", True),
     ({"role": ["k", "v"]}, "mid.attn_1.q", "q", "layer", False),
+    ({"kind": ["layer", "matmul"]}, "mid.attn_1.qk_matmul", "q", "matmul", True),
     ({"kind": "matmul"}, "mid.attn_1.q", "q", "layer", False),
     ({"kind": "layer", "role": "q"}, "mid.attn_1.q", "q", "layer", True),
     ({"kind": "layer", "role": "q"}, "mid.attn_1.qk_matmul", "q", "matmul", False),
@@ -174,6 +175,8 @@ def test_more_bits_come_closer(tiny_net, tmp_path):
 @pytest.mark.parametrize("rule, sentence", [
     ({"role": "stemm"}, "unknown role 'stemm'; did you mean 'stem'"),
     ({"role": ["out", "stemm"]}, "unknown role 'stemm'; did you mean 'stem'"),
+    ({"role": "stem", "weight": 8}, "must be a mapping such as"),
+    ("stem", "must be a mapping such as"),
     ({"kind": "matmuls"}, "unknown kind 'matmuls'; did you mean 'matmul'"),
     ({"match": "conv_im"}, "no layer matches 'conv_im'; did you mean 'conv_in'"),
     ({"weight": {"range": "minmix"}}, "'minmix' is unknown; did you mean 'minmax'"),

@@ -61,10 +61,11 @@ def test_a_planted_shift_of_a_bias_is_found(tiny_net, tmp_path):
     assert (layer.bias - tiny_net.conv_out.bias).abs().max() < 0.01 and error(job, 8) < 2 * clean
 
 
-def test_what_does_not_help_is_put_back(tiny_net, tmp_path):
+@pytest.mark.parametrize("rate", [10.0, float("nan")])
+def test_what_does_not_help_is_put_back(rate, tiny_net, tmp_path):
     job = fitted(tiny_net, tmp_path, bits=8)
     before = {name: value.clone() for name, value in job.net.state_dict().items()}
-    fact, = finetune(job, iters=2, scale_lr=10.0, bias_lr=10.0)
+    fact, = finetune(job, iters=2, scale_lr=rate, bias_lr=rate)
     assert fact["error_after"] == fact["error_before"]
     assert all(torch.equal(value, before[name]) for name, value in job.net.state_dict().items())
 
@@ -101,3 +102,29 @@ def test_a_killed_run_goes_on_where_it_was_saved(tiny_net, tmp_path):
         finetune(job, **options)
         states.append(job.net.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_second_pass_begins_anew(tiny_net, tmp_path):
+    job = fitted(tiny_net, tmp_path, num=32)
+    first, = finetune(job, iters=20, batch_size=8)
+    second, = finetune(job, iters=20, batch_size=8)
+    assert second["error_before"] == first["error_after"] > second["error_after"]
+
+
+def test_scales_of_groups_stay_what_the_groups_gave(tiny_net, tmp_path):
+    job = make_job(tiny_net.requires_grad_(False), tmp_path, rules(4, 4), num=20, boundaries=[200, 400, 600, 800])
+    run_passes(job, [*FIT, {"group_scales": {"groups": 2}}, {"finetune": {"iters": 5}}])
+    for q in input_quantizers(job.net).values():
+        assert all(len(column.unique()) <= 2 for column in q.scale.T)
+
+
+def test_what_cannot_be_fine_tuned(tiny_net, tmp_path):
+    with pytest.raises(ValueError, match="list it after fit_ranges"):
+        finetune(make_job(tiny_net.requires_grad_(False), tmp_path, rules(4, 4)))
+    own = rules(4, 4)
+    own[0]["weight"]["per_segment"] = True
+    job = make_job(tiny_net, tmp_path, own, boundaries=[500])
+    with pytest.raises(ValueError, match="which the segments of segment_models share"):
+        run_passes(job, [{"segment_models": {"passes": [*FIT, "finetune"]}}])
+    with pytest.raises(ValueError, match="own weights for every time segment"):
+        run_passes(job, [{"segment_models": {"passes": FIT}}, "finetune"])
