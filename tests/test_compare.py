@@ -207,6 +207,7 @@ def test_the_figure_has_each_row_beside_its_own_full_precision(tmp_path, monkeyp
     (["variants={quad: sampling.skip=quad}"], "variant 'quad' must be a list .*; found sampling.skip=quad"),
     (["variants={quad: [quad]}"], "method/quad.yaml does not exist"),
     (["variants={quad: [sampling.skp=quad]}"], "did you mean 'skip'"),
+    (["variants={a: [], b: []}"], "are the same recipe; leave one out"),
     (["methods=[minmaxx]"], "minmaxx.yaml does not exist; did you mean minmax.yaml"),
     (["models=[]"], "nothing to compare: models is empty"),
     (["seeds=[1,0]"], "seed 0 is that of the images that are scored"),
