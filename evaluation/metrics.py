@@ -26,17 +26,17 @@ DISTANCES = {"FD": "pooled", "sFD": "spatial"}          # Frechet distances and 
 KID_SUBSET_SIZE = 1000                      # torch-fidelity's default; smaller sets are used whole (see the protocol)
 
 
-def distribution_scores(samples_dir, *,
+def distribution_scores(samples_dir, *, count=None,
                         extractor="auto",          # auto | inception | cifar-resnet
                         inception_path="",         # file of the Inception weights; "" = torch hub's cache
                         fetch=False,               # may the Inception weights be downloaded?
                         reference="",              # image folder | cifar10-train[:FOLDER] | "" = shipped statistics
                         batch_size=256, device="cpu"):
-    """-> {"scores": {name: number}, "protocol": {...}} of the images in a folder."""
+    """-> {"scores": {name: number}, "protocol": {...}} of the images in a folder, or the first `count` of them."""
     name, weights_path, notice = choose_extractor(extractor, inception_path, fetch=fetch)
     if notice:
         print(notice, flush=True)
-    files = image_files(samples_dir)
+    files = image_files(samples_dir)[:count]
     if len(files) < MIN_IMAGES:
         raise ValueError(f"{samples_dir} holds {len(files)} images but scores of a distribution need at least "
                          f"{MIN_IMAGES}; sample more of them")
@@ -168,11 +168,12 @@ def sqnr_db(reference, approximation):
     return (10 * torch.log10(reference.square().sum() / (reference - approximation).square().sum())).item()
 
 
-def paired_scores(dir_a, dir_b, *, batch_size=256):
-    """Means over the PNGs with the same name in both folders. Equal pairs have no finite PSNR: they are counted as
+def paired_scores(dir_a, dir_b, *, count=None, batch_size=256):
+    """Means over the PNGs with the same name in both folders, among the first `count` of each. Equal pairs have no finite PSNR: they are counted as
     `identical` and left out of the mean of `psnr_db`, which is None if no pair differs. LPIPS is None for images of
     another size than the 32x32 that its network was trained on."""
-    names_a, names_b = ({path.name for path in Path(folder).glob("*.png")} for folder in (dir_a, dir_b))
+    names_a, names_b = (set(sorted(path.name for path in Path(folder).glob("*.png"))[:count])
+                        for folder in (dir_a, dir_b))
     names = sorted(names_a & names_b)
     if not names:
         raise ValueError(f"no PNG has the same name in {dir_a} and {dir_b}; sample both from the same seeds")

@@ -43,7 +43,8 @@ def evaluate(run):
         metrics = {"protocol": {"asked": protocol, "scores": results["quantized"]["protocol"]},
                    "float": {"scores": results["float"]["scores"]},
                    "quantized": {"scores": results["quantized"]["scores"]},
-                   "paired": paired_scores(*folders.values()), "sqnr_db_per_step": sqnr(run),
+                   "paired": paired_scores(*folders.values(), count=config.sampling.num),
+                   "sqnr_db_per_step": sqnr(run),
                    "sizes": {"float_bytes": run.model.float_bytes,
                              "quantized_bytes": run.path("quantized.safetensors").stat().st_size},
                    "bit_operations": bit_operations(json.loads(run.need("map.json", "quantize").read_text())["layers"]),
@@ -69,7 +70,8 @@ def scores_of(run, folder):
         reason = f"{num} images are too few for scores of a distribution (at least {MIN_IMAGES})"
         print(f"evaluate: {reason}; PSNR, SSIM and SQNR only")
         return {"scores": {}, "protocol": {"count": num, "left_out": reason}}
-    return distribution_scores(folder, extractor=e.extractor, inception_path=e.inception_path, fetch=e.fetch,
+    # A folder may hold more: full-precision images are shared with runs that asked for more of them.
+    return distribution_scores(folder, count=num, extractor=e.extractor, inception_path=e.inception_path, fetch=e.fetch,
                                reference=e.reference, device=run.model.device)
 
 

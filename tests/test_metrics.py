@@ -63,6 +63,17 @@ def test_without_a_reference_the_shipped_statistics_serve(folders):
     assert "200 images cannot give a covariance of 448 features full rank" in protocol["left_out"]["sFD"]
 
 
+def test_of_a_larger_folder_the_first_images_count(folders, tmp_path):
+    first = tmp_path / "first"
+    first.mkdir()
+    for path in sorted(folders[0].iterdir())[:150]:
+        (first / path.name).symlink_to(path)
+    found, alone = (distribution_scores(*given, extractor="cifar-resnet", count=150) for given in ([folders[0]], [first]))
+    assert found == alone and found["protocol"]["count"] == 150
+    pairs = paired_scores(folders[0], first, count=150)
+    assert (pairs["count"], pairs["unpaired"], pairs["identical"]) == (150, 0, 150)
+
+
 def test_more_images_than_spatial_features_get_both_distances(tmp_path):
     """In the field's order, and each from its own features and statistics."""
     folder = write_images(tmp_path / "many", 449)
