@@ -68,7 +68,7 @@ def test_of_a_larger_folder_the_first_images_count(folders, tmp_path):
     first.mkdir()
     for path in sorted(folders[0].iterdir())[:150]:
         (first / path.name).symlink_to(path)
-    found, alone = (distribution_scores(*given, extractor="cifar-resnet", count=150) for given in ([folders[0]], [first]))
+    found, alone = (distribution_scores(a, extractor="cifar-resnet", count=150) for a in (folders[0], first))
     assert found == alone and found["protocol"]["count"] == 150
     pairs = paired_scores(folders[0], first, count=150)
     assert (pairs["count"], pairs["unpaired"], pairs["identical"]) == (150, 0, 150)
