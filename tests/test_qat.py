@@ -233,7 +233,10 @@ def test_latent_models_keep_their_first_stage_scale_and_classes(kind, data, tmp_
             (many / str(i)).mkdir(parents=True)
             Image.new("RGB", (16, 16)).save(many / f"{i}/0.png")
         with pytest.raises(ValueError, match="has 5 class folders, .* knows 4 classes"):
-            train.run([recipe, f"out={tmp_path / 'run'}", f"data={many}", "dynamic=true", *WORDS, "num_images=8"])
+            train.run([recipe, f"out={tmp_path / 'other'}", f"data={many}", "dynamic=true", *WORDS, "num_images=8"])
+        with pytest.raises(ValueError, match="belongs to another recipe"):
+            train.run([recipe, f"out={tmp_path / 'run'}", f"data={data}", "dynamic=true", *WORDS, "num_images=8",
+                       "weight_decay=0.5"])
 
 
 def test_flags_are_other_words_for_keys():
