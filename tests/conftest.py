@@ -1,6 +1,7 @@
 """What the tests share: recorded fixtures, a tiny network, a tiny model on disk, comparison in words."""
 import gzip
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,32 @@ import torch
 from safetensors.torch import save_file
 
 from models.diffusion import load_model
+from models.tasks import DiffusionTraining
 from models.zoo import build_network
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINTS = json.loads(gzip.decompress((FIXTURES / "ddim_checkpoints.json.gz").read_bytes()))   # public ones: shapes
 TINY = {"family": "ddim-unet", "image_size": 8, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
         "attn_resolutions": [4], "norm_groups": 4}
+
+
+class Killed(Exception):
+    pass
+
+
+@contextmanager
+def killed_training(after):
+    """While inside, a diffusion training dies when `after` optimizer steps are done; that it does is checked."""
+    count, step = [0], DiffusionTraining.training_step
+
+    def dying_step(self, *arguments):
+        if count[0] == after:
+            raise Killed
+        count[0] += 1
+        return step(self, *arguments)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DiffusionTraining, "training_step", dying_step)
+        yield
 
 
 def read_fixture(name):

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from conftest import TINY, deviation, randomize
+from conftest import TINY, deviation, killed_training, randomize
 from models.diffusion import PROJECT
 from models.tasks import DiffusionTraining
 from models.weights import PREFIXES
@@ -134,10 +134,6 @@ def test_functions_of_time_need_quantized_activations(tiny_net):
 WORDS = ["num_images=20", "batch_size=4", "steps_per_epoch=2", "warmup_steps=2", "device=cpu", "sample_every=100"]
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.fixture
 def quiet(monkeypatch):
     monkeypatch.setattr(DiffusionTraining, "draw_samples", lambda self, path: None)
@@ -192,21 +188,11 @@ def test_a_run_folder_like_any_other(recipe, data, tmp_path):
 
 
 @pytest.mark.parametrize("killed_at, dynamic", [(3, True), (2, False)])
-def test_killed_and_resumed_training_ends_in_the_same_bytes(recipe, data, tmp_path, monkeypatch, quiet, killed_at,
-                                                            dynamic):
+def test_killed_and_resumed_training_ends_in_the_same_bytes(recipe, data, tmp_path, quiet, killed_at, dynamic):
     words = [recipe, f"data={data}", f"dynamic={dynamic}", *WORDS]
     train.run([*words, f"out={tmp_path / 'whole'}"])
-    count, step = [0], DiffusionTraining.training_step
-
-    def dying_step(self, *arguments):
-        if count[0] == killed_at:
-            raise Killed
-        count[0] += 1
-        return step(self, *arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionTraining, "training_step", dying_step)
-        with pytest.raises(Killed):
-            train.run([*words, f"out={tmp_path / 'resumed'}"])
+    with killed_training(killed_at):
+        train.run([*words, f"out={tmp_path / 'resumed'}"])
     assert not (tmp_path / "resumed/quantized.safetensors").exists()
     train.run([*words, f"out={tmp_path / 'resumed'}"])
     names = ["quantized.safetensors"] + ["dynamic.safetensors"] * dynamic

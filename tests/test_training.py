@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from conftest import TINY
+from conftest import TINY, killed_training
 from models.tasks import DiffusionTraining, multiscale
 from models.training import ImageBatches, fit
 
@@ -43,10 +43,6 @@ def images(num=10):
         torch.arange(num)
 
 
-class Killed(Exception):
-    """Stands for the end of the process: nothing is saved on the way out."""
-
-
 @pytest.fixture
 def quiet(monkeypatch):
     """Sample grids want a larger image than the tiny network draws usefully; the loss curve is enough."""
@@ -54,20 +50,11 @@ def quiet(monkeypatch):
 
 
 @pytest.mark.parametrize("killed_at", [STEPS - 1, STEPS + 2, 2 * STEPS])
-def test_killed_and_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, quiet, killed_at):
+def test_killed_and_resumed_run_ends_in_the_same_weights(tmp_path, quiet, killed_at):
     straight = make()
     rows = fit(straight, *images(), tmp_path / "straight")
-    count, step = [0], DiffusionTraining.training_step
-
-    def dying_step(self, *arguments):
-        if count[0] == killed_at:
-            raise Killed
-        count[0] += 1
-        return step(self, *arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionTraining, "training_step", dying_step)
-        with pytest.raises(Killed):
-            fit(make(), *images(), tmp_path / "resumed")
+    with killed_training(killed_at):
+        fit(make(), *images(), tmp_path / "resumed")
     resumed = make()
     assert fit(resumed, *images(), tmp_path / "resumed") == rows
     assert [n for n, _ in rows] == [16, 32, 44]
