@@ -32,7 +32,8 @@ def distribution_scores(samples_dir, *, count=None,
                         fetch=False,               # may the Inception weights be downloaded?
                         reference="",              # image folder | cifar10-train[:FOLDER] | "" = shipped statistics
                         batch_size=256, device="cpu"):
-    """-> {"scores": {name: number}, "protocol": {...}} of the images in a folder, or the first `count` of them."""
+    """-> {"scores": {name: number}, "protocol": {...}, "features": pooled ones (N, D)} of the images in a folder, or the
+    first `count` of them."""
     name, weights_path, notice = choose_extractor(extractor, inception_path, fetch=fetch)
     if notice:
         print(notice, flush=True)
@@ -49,7 +50,17 @@ def distribution_scores(samples_dir, *, count=None,
                 "samples_sha256": samples["sha256"], "extractor": name, "extractor_sha256": sha256(weights_path),
                 **described, "tool": f"torch-fidelity {fidelity_version}", "is_splits": 10,
                 "kid_subset_size": kid_subset_size, "notice": notice, "left_out": left_out}
-    return {"scores": {_named(score, name): value for score, value in scores.items()}, "protocol": protocol}
+    return {"scores": {_named(score, name): value for score, value in scores.items()}, "protocol": protocol,
+            "features": samples["pooled"]}
+
+
+def distance_to_float(quantized, full_precision):
+    """-> {"FID to FP32": number}, or of whichever Frechet distance the two results of `distribution_scores` hold: that
+    between the images themselves. It needs no reference and is 0 for equal images, where the FD to a reference can fall
+    by an error that happens to please it. Nothing where there are too few images."""
+    names = [name for name in quantized["scores"] if name.split("-")[0] in ("FID", "FD")]
+    return {f"{name} to FP32": frechet_distance(*(fid_features_to_statistics(found["features"].double())
+                                                  for found in (quantized, full_precision))) for name in names}
 
 
 def _named(score, extractor):
@@ -169,9 +180,9 @@ def sqnr_db(reference, approximation):
 
 
 def paired_scores(dir_a, dir_b, *, count=None, batch_size=256):
-    """Means over the PNGs with the same name in both folders, among the first `count` of each. Equal pairs have no finite PSNR: they are counted as
-    `identical` and left out of the mean of `psnr_db`, which is None if no pair differs. LPIPS is None for images of
-    another size than the 32x32 that its network was trained on."""
+    """Means over the PNGs with the same name in both folders, among the first `count` of each. Equal pairs have no
+    finite PSNR: they are counted as `identical` and left out of the mean of `psnr_db`, which is None if no pair differs.
+    LPIPS is None for images of another size than the 32x32 that its network was trained on."""
     names_a, names_b = (set(sorted(path.name for path in Path(folder).glob("*.png"))[:count])
                         for folder in (dir_a, dir_b))
     names = sorted(names_a & names_b)

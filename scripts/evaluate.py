@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.metrics import MIN_IMAGES, bit_operations, distribution_scores, paired_scores  # noqa: E402
+from evaluation.metrics import (MIN_IMAGES, bit_operations, distance_to_float, distribution_scores,  # noqa: E402
+                                paired_scores)
 from models.diffusion import sample  # noqa: E402
 from quant.analysis import step_sqnr  # noqa: E402
 from quant.files import write_text  # noqa: E402
@@ -43,7 +44,8 @@ def evaluate(run):
         metrics = {"protocol": {"asked": protocol, "scores": results["quantized"]["protocol"]},
                    "float": {"scores": results["float"]["scores"]},
                    "quantized": {"scores": results["quantized"]["scores"]},
-                   "paired": paired_scores(*folders.values(), count=config.sampling.num),
+                   "paired": paired_scores(*folders.values(), count=config.sampling.num)
+                   | distance_to_float(results["quantized"], results["float"]),
                    "sqnr_db_per_step": sqnr(run),
                    "sizes": {"float_bytes": run.model.float_bytes,
                              "quantized_bytes": run.path("quantized.safetensors").stat().st_size},

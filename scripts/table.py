@@ -18,8 +18,8 @@ from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import FREE, RunConfig, open_run, split_arguments  # noqa: E402
 
-LEGEND = """MB = 1e6 bytes. PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds; SQNR is that
-of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and step, the sum over layers of
+LEGEND = """MB = 1e6 bytes. FD to FP32, PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds;
+SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and step, the sum over layers of
 multiply-adds x weight bits x input bits (full precision: 32 x 32). Calibration s: the stages calibrate and quantize;
 peak MB: the larger of their two peaks, of GPU memory where a GPU was used, else of the process. Several calibration
 seeds: mean ± sample standard deviation."""
@@ -112,6 +112,7 @@ def quantized_numbers(metrics, stages_path):
     stages = [row for row in map(json.loads, stages_path.read_text().splitlines()) if row["stage"] in CALIBRATION]
     peaks = [row.get("peak_cuda_bytes", row.get("peak_rss_bytes", 0)) for row in stages]
     return {"Size MB": metrics["sizes"]["quantized_bytes"] / 1e6, **scores(metrics["quantized"]["scores"]),
+            **{name: value for name, value in paired.items() if name.endswith(" to FP32")},
             "PSNR dB": paired["psnr_db"], "SSIM": paired["ssim"],
             **{name: value for name, value in paired.items() if name.startswith("LPIPS")},
             "SQNR dB": statistics.mean(sqnr), "GBOPs": metrics["bit_operations"]["quantized"] / 1e9,

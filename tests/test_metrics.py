@@ -11,7 +11,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from evaluation import features, metrics
 from evaluation.classifier import MEAN, STD
 from evaluation.features import build_extractor, extract_all, load_classifier
-from evaluation.metrics import LPIPS, bit_operations, distribution_scores, lpips, paired_scores, psnr_db, sqnr_db, ssim
+from evaluation.metrics import (LPIPS, bit_operations, distance_to_float, distribution_scores, lpips, paired_scores,
+                                psnr_db, sqnr_db, ssim)
 from evaluation.reference import STATISTICS, frechet_distance, read_statistics, statistics_of
 
 
@@ -38,6 +39,16 @@ def test_equal_folders(folders):
     assert scores["precision-cifar-resnet"] == scores["recall-cifar-resnet"] == 1
     assert scores["KID-cifar-resnet"] <= 0 and found["protocol"]["kid_subset_size"] == 200
     assert found["protocol"]["samples_sha256"] == found["protocol"]["reference_sha256"]
+
+
+def test_the_distance_to_float_is_that_to_its_images_as_a_reference(folders):
+    quantized, full = (distribution_scores(folder, extractor="cifar-resnet") for folder in folders)
+    wanted = distribution_scores(folders[0], extractor="cifar-resnet", reference=str(folders[1]))["scores"]
+    assert distance_to_float(quantized, full) == {
+        "FD-cifar-resnet to FP32": pytest.approx(wanted["FD-cifar-resnet"], rel=1e-9)}
+    assert distance_to_float(full, full)["FD-cifar-resnet to FP32"] == pytest.approx(0, abs=1e-4)
+    assert distance_to_float({"scores": {"FID": 3.0}, "features": full["features"]}, full).keys() == {"FID to FP32"}
+    assert distance_to_float({"scores": {}}, {"scores": {}}) == {}
 
 
 def test_agreement_with_torch_fidelity(folders):
@@ -69,6 +80,7 @@ def test_of_a_larger_folder_the_first_images_count(folders, tmp_path):
     for path in sorted(folders[0].iterdir())[:150]:
         (first / path.name).symlink_to(path)
     found, alone = (distribution_scores(a, extractor="cifar-resnet", count=150) for a in (folders[0], first))
+    assert found.pop("features").equal(alone.pop("features"))
     assert found == alone and found["protocol"]["count"] == 150
     pairs = paired_scores(folders[0], first, count=150)
     assert (pairs["count"], pairs["unpaired"], pairs["identical"]) == (150, 0, 150)

@@ -17,7 +17,8 @@ METRICS = {
                  "scores": {"count": 500, "reference": "photos", "extractor": "cifar-resnet", "tool": "tool 1"}},
     "float": {"scores": {"IS-cifar-resnet": 5.0, "IS-cifar-resnet-std": 0.1, "FD-cifar-resnet": 2.0}},
     "quantized": {"scores": {"IS-cifar-resnet": 4.0, "IS-cifar-resnet-std": 0.1, "FD-cifar-resnet": 3.0}},
-    "paired": {"psnr_db": 30.0, "ssim": 0.9, "LPIPS-cifar-resnet": None, "count": 500},
+    "paired": {"psnr_db": 30.0, "ssim": 0.9, "LPIPS-cifar-resnet": None, "count": 500,
+               "FD-cifar-resnet to FP32": 0.25},
     "sqnr_db_per_step": [{"step": 0, "sqnr_db": 10.0}, {"step": 1, "sqnr_db": 20.0}],
     "bit_operations": {"float": 4.0e12, "quantized": 1.25e11},
     "sizes": {"float_bytes": 8_000_000, "quantized_bytes": 1_500_000}}
@@ -50,7 +51,8 @@ def test_a_row_has_the_columns_of_the_field(tmp_path):
     head, full, row = cells(markdown(assemble([row_of(make_run(tmp_path / "a"))])))
     assert dict(zip(head, row)) == {
         "Model": "tiny", "Timesteps": "20", "Bit-width W/A": "4/8", "Method": "minmax", "Seeds": "1",
-        "Size MB": "1.50", "FD-cifar-resnet": "3.00", "IS-cifar-resnet": "4.00", "PSNR dB": "30.00", "SSIM": "0.900",
+        "Size MB": "1.50", "FD-cifar-resnet": "3.00", "IS-cifar-resnet": "4.00", "FD-cifar-resnet to FP32": "0.25",
+        "PSNR dB": "30.00", "SSIM": "0.900",
         "LPIPS-cifar-resnet": "–", "SQNR dB": "15.0", "GBOPs": "125.00", "calibration s": "7", "peak MB": "7"}
     assert full[2:5] == ["32/32", "full precision", ""]
     assert dict(zip(head, full)) | {"Size MB": "8.00", "FD-cifar-resnet": "2.00", "GBOPs": "4,000.00",
