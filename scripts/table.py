@@ -25,7 +25,7 @@ peak MB: the larger of their two peaks, of GPU memory where a GPU was used, else
 seeds: mean ± sample standard deviation."""
 FIXED = ["Model", "Timesteps", "Bit-width W/A", "Method", "Seeds"]
 SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]               # columns in the field's order
-DIGITS = {"precision": 3, "recall": 3, "KID": 4, "SSIM": 3, "LPIPS": 4, "SQNR": 1, "calibration": 0, "peak": 0}
+DIGITS = {"precision": 3, "recall": 3, "KID": 4, "SSIM": 3, "LPIPS": 4, "SQNR": 1, "calibration": 0, "peak": 0, "FP32": 4}
 CALIBRATION = ("calibrate", "quantize")
 
 
@@ -170,7 +170,9 @@ def columns_of(rows):
 
 def text(row, column):
     """Mean, and spread where there is one; a dash where nothing was measured."""
-    mean, spread, digits = row.mean(column), row.spread(column), DIGITS.get(column.split("-")[0].split(" ")[0], 2)
+    mean, spread = row.mean(column), row.spread(column)
+    word = column.split(" to ")[-1].split("-")[0].split(" ")[0]          # PSNR, LPIPS; FP32 of "FD-... to FP32"
+    digits = DIGITS.get(word, 2)
     if mean is None:
         return "–"
     return f"{mean:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread is not None else "")

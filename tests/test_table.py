@@ -51,7 +51,7 @@ def test_a_row_has_the_columns_of_the_field(tmp_path):
     head, full, row = cells(markdown(assemble([row_of(make_run(tmp_path / "a"))])))
     assert dict(zip(head, row)) == {
         "Model": "tiny", "Timesteps": "20", "Bit-width W/A": "4/8", "Method": "minmax", "Seeds": "1",
-        "Size MB": "1.50", "FD-cifar-resnet": "3.00", "IS-cifar-resnet": "4.00", "FD-cifar-resnet to FP32": "0.25",
+        "Size MB": "1.50", "FD-cifar-resnet": "3.00", "IS-cifar-resnet": "4.00", "FD-cifar-resnet to FP32": "0.2500",
         "PSNR dB": "30.00", "SSIM": "0.900",
         "LPIPS-cifar-resnet": "–", "SQNR dB": "15.0", "GBOPs": "125.00", "calibration s": "7", "peak MB": "7"}
     assert full[2:5] == ["32/32", "full precision", ""]
