@@ -14,6 +14,7 @@ RANGE = "max |x| over images and positions"
 SMALLEST = 1e-8                            # below it a range has no place on a logarithmic scale
 DOT_COLOUR = "#b4441c"                     # that of quantized networks in the report
 ERRORS = {"mse": "MSE of the layer's output (log scale)", "mae": "MAE (log scale)", "sqnr_db": "SQNR, dB"}
+LOG_FROM = 30                              # ratio of scores
 MOST = 256                                 # rows or columns of a picture; more share one, by their maximum
 
 
@@ -96,7 +97,8 @@ def error_map(path, rows, title):
 
 def score_chart(path, labels, panels):
     """A row for each of `labels`, a panel for each of `panels`: {name: [(numbers of the seeds, that of full precision
-    or None) for each row]}. Shows mean and sample deviation, and a grey line for full precision."""
+    or None) for each row]}. Shows mean and sample deviation, and a grey line for full precision. Numbers that differ by
+    more than LOG_FROM are on a logarithmic axis."""
     size = 1 + 0.09 * max(map(len, labels)) + 4 * len(panels), 1.5 + 0.28 * len(labels)
     figure, marks = Figure(figsize=size, layout="constrained"), {}
     for axes, (name, rows) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
@@ -107,7 +109,9 @@ def score_chart(path, labels, panels):
                     statistics.mean(values), place, xerr=spread, fmt="o", capsize=3, color=DOT_COLOUR)
             if full is not None:
                 marks["full precision"] = axes.vlines(full, place - 0.5, place + 0.5, color="grey")
-        axes.set(xlabel=name, ylim=(len(labels) - 0.5, -0.5))
+        shown = [number for values, _ in rows for number in values]
+        scale = "log" if shown and 0 < LOG_FROM * min(shown) < max(shown) else "linear"
+        axes.set(xlabel=name, ylim=(len(labels) - 0.5, -0.5), xscale=scale)
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(axis="x", alpha=0.3)
     figure.legend(marks.values(), marks.keys(), loc="outside upper right", ncols=2, frameon=False)

@@ -92,6 +92,14 @@ def test_scores_lie_at_their_mean_between_the_full_precision_lines(tmp_path):
     assert (last.min() + last.max()) / 2 == pytest.approx(left + 0.8 * (right - left), abs=3) and np.ptp(last) < 20
 
 
+def test_scores_of_different_magnitude_are_on_a_logarithmic_axis(tmp_path):
+    score_chart(tmp_path / "a.png", ["first", "second", "third"], {"FD": [([value], None) for value in (0.01, 0.1, 1)]})
+    dots = where(tmp_path / "a.png", to_rgb(DOT_COLOUR))
+    dots = dots[round(0.2 * len(dots)):].any(axis=0).nonzero()[0]     # above is the legend
+    first, second, third = (part.mean() for part in np.split(dots, (np.diff(dots) > 20).nonzero()[0] + 1))
+    assert second - first == pytest.approx(third - second, abs=2)
+
+
 def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
     range_map(tmp_path / "a.png", *planted(3, 3), "planted")
     before = (tmp_path / "a.png").read_bytes()
