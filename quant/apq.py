@@ -67,5 +67,6 @@ def group_scales(job, *, groups=8, axis="timestep", entropy_weight=0.8):
     if axis == "timestep" and not 1 <= groups <= job.net.timeline.num_segments:
         raise ValueError(f"{groups} groups of time segments asked for, there are {job.net.timeline.num_segments}; "
                          "choose at most that many")
+    job.need_ranges("group_scales")
     count = attach(job.net, lambda q: GroupedScale(q.scale.detach(), groups, axis, entropy_weight))
     return [{"pass": "group_scales", "inputs": count, "groups": groups}]

@@ -47,8 +47,12 @@ def balance(job, *, num_samples=64, num_alphas=11, batch_size=32):
     norm -> q, k, v, q <-> k and v -> proj where these are such layers. `num_samples` calibration samples, spread over
     the time segments; `num_alphas` candidates from 0 to 1 beside the identity.
 
-    Facts: per group of layers the chosen alpha (None: identity) and the squared error before and after.
+    Facts: per group of layers the chosen alpha (None: identity) and the squared error before and after. Raises
+    ValueError where scales or rounding were there before.
     """
+    job.need_float_weights("balance")
+    if any(q.is_fitted for q in input_quantizers(job.net).values()):
+        raise ValueError("balance changes what scales are fitted to; list it before fit_ranges")
     sample = job.calibration.spread(num_samples, job.net.timeline, job.seed)
     layers = {name: m for name, m in quant_layers(job.net).items()
               if m.inverse_balance is not None and m.weight_quantizer is not None and m.input_quantizer is not None}

@@ -17,7 +17,6 @@ from torch import nn
 
 from quant.convert import input_quantizers, quant_layers
 from quant.files import load_tensors, save_tensors
-from quant.quantizer import Quantizer
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 ERROR_SAMPLES = 256                        # on which the error before and after is measured
@@ -34,10 +33,13 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
     stay as these gave them. If the error has not fallen in the end (that of 8 bits leaves little to learn), all is
     put back as it was. The state is saved in `job.resume_folder` on the way; a run that is killed and started again
     ends in the same bytes. Returns one fact: mean square of eps_q - eps before and after, on calibration samples.
-    Raises ValueError for a network without scales, or with own weights for every time segment.
+    Raises ValueError before fit_ranges, and for a network with own weights for every time segment.
     """
     options = {key: value for key, value in locals().items() if key != "job"}
-    check(job.net)
+    job.need_ranges("finetune")
+    if any(layer.has_segments for layer in quant_layers(job.net).values()):
+        raise ValueError("finetune learns one network for all steps, this one has own weights for every time segment; "
+                         "leave out finetune, or segment_models and per_segment")
     for module in [*quant_layers(job.net).values(), *input_quantizers(job.net).values()]:
         module.harden()
     before, started = error(job, batch_size), time.monotonic()
@@ -76,15 +78,6 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
         for parameter, value in zip(parameters, original):
             parameter.copy_(value)
     return [{"pass": "finetune", "unit": "whole network", "error_before": before, "error_after": after}]
-
-
-def check(net):
-    layers = quant_layers(net).values()
-    if not all(q.is_fitted for q in net.modules() if isinstance(q, Quantizer)):
-        raise ValueError("finetune needs scales to begin with; list it after fit_ranges")
-    if any(layer.has_segments for layer in layers):
-        raise ValueError("finetune learns one network for all steps, this one has own weights for every time segment; "
-                         "leave out finetune, or segment_models and per_segment")
 
 
 def learned(net, scale_lr, bias_lr):

@@ -22,6 +22,7 @@ from quant.convert import convert, input_quantizers, quant_layers, set_input_qua
 from quant.correction import correct_noise
 from quant.finetune import finetune
 from quant.graph import Graph
+from quant.quantizer import Quantizer
 from quant.reconstruct import reconstruct
 from quant.segments import segment_models
 from quant.softmax import softmax_grid
@@ -38,7 +39,7 @@ class Job:
     net: torch.nn.Module
     calibration: CalibrationSet
     graph: Graph                           # of the float network
-    resume_folder: Path                    # finished parts of long passes
+    resume_folder: Path                    # finished parts of the running pass
     rules: list = ()                       # that `net` was converted by; passes may add to them
     seed: int = 0
     log: Callable = print                  # one line of progress
@@ -54,6 +55,17 @@ class Job:
                              "balance, fit or reconstruct")
         self.rules = [*self.rules, *rules]
         self.net = convert(self.model.net, self.rules, timeline or Timeline(self.net.timeline.boundaries.tolist()))
+
+    def need_ranges(self, name):
+        """Raises ValueError unless every scale has been fitted, which the pass `name` begins with."""
+        if not all(q.is_fitted for q in self.net.modules() if isinstance(q, Quantizer)):
+            raise ValueError(f"{name} needs scales to begin with; list it after fit_ranges")
+
+    def need_float_weights(self, name):
+        """Raises ValueError where weights are integers already, which the pass `name` was to see before."""
+        if any(layer.weight_int is not None for layer in quant_layers(self.net).values()):
+            raise ValueError(f"weights are integers already when {name} begins; list it before the passes that learn "
+                             "or harden them")
 
     @property
     def device(self):
@@ -74,6 +86,7 @@ class Job:
 def fit_ranges(job, *, num_samples=256, batch_size=64):
     """Choose every scale and zero point: weights from the weights, activations from `num_samples` calibration samples
     through the full-precision network."""
+    job.need_float_weights("fit_ranges")
     layers = [m for m in quant_layers(job.net).values() if m.weight_quantizer is not None]
     for layer in layers:
         layer.fit_weight()
@@ -137,12 +150,15 @@ def check_passes(passes, *, importing=False):
 
 
 def run_passes(job, passes):
-    """Run them in order, then harden what is still soft; returns all facts."""
-    facts, write = [], job.note
-    for name, options in check_passes(passes, importing=True):
-        job.note = lambda new: write(facts + new)
+    """Run them in order, then harden what is still soft; returns all facts. Each has a resume folder of its own."""
+    facts, write, folder = [], job.note, job.resume_folder
+    for i, (name, options) in enumerate(check_passes(passes, importing=True)):
+        if getattr(job.net, "correction", None) is not None and name != "correct_noise":
+            raise ValueError(f"correct_noise measured the finished network, which {name} would change; list it last")
+        job.note, job.resume_folder = lambda new: write(facts + new), folder / f"{i}_{name}"
         facts += find_pass(name)(job, **options)
         write(facts)
+    job.resume_folder = folder
     for layer in quant_layers(job.net).values():
         layer.harden()
     for q in input_quantizers(job.net).values():

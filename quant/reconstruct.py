@@ -39,6 +39,7 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     Returns one fact per unit and stage: error before and after (relative to the mean square of the target), seconds.
     """
     settings = {k: v for k, v in locals().items() if k != "job"}
+    job.need_ranges("reconstruct")
     store, calibration = Store(memory_gb, job.resume_folder), job.calibration
     names, uses = job.graph.units, job.graph.last_use
     original, quantized = (Stream(net, names, uses, calibration, batch_size=capture_batch, store=store)

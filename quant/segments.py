@@ -6,6 +6,11 @@ import torch
 
 from quant.convert import convert, input_quantizers, quant_layers
 
+WHOLE = "it decides for the whole network; list it before segment_models"
+OUTSIDE = {"softmax_grid": WHOLE, "allocate_bits": WHOLE, "step_bits": WHOLE,
+           "finetune": "it changes norms and biases, which the segments share; leave it out",
+           "correct_noise": "it measures the finished network; list it after segment_models"}
+
 
 def segment_models(job, *, passes):
     """The pass: run `passes` on one copy of the network for each segment of the timeline, then put the copies' weights
@@ -15,8 +20,9 @@ def segment_models(job, *, passes):
     """
     from quant.passes import run_passes                    # this is itself one of the passes
     timeline, facts, parts = job.net.timeline, [], []
-    if any("finetune" in (entry if isinstance(entry, dict) else [entry]) for entry in passes):
-        raise ValueError("finetune changes norms and biases, which the segments of segment_models share; leave it out")
+    for name in (next(iter(entry)) if isinstance(entry, dict) else entry for entry in passes):
+        if name in OUTSIDE:
+            raise ValueError(f"{name} cannot be inside segment_models: {OUTSIDE[name]}")
     if timeline.num_segments < 2:
         raise ValueError("segment_models needs several time segments; set segments: 3 or more")
     segments = timeline.segments_of(job.calibration.t)

@@ -50,6 +50,7 @@ def dynamic_scales(job, *, hidden=64, depth=4, warm_steps=300, warm_lr=1e-3):
     """The pass: replace the fitted table of every activation quantizer by an MLP that follows it, by regression of
     ln s(t) on the table, `warm_steps` Adam steps; what comes after (reconstruct) learns the MLP. Scales must have been
     fitted, on a timeline of several segments."""
+    job.need_ranges("dynamic_scales")
     times = job.net.timeline.segment_times(job.calibration.t)
     errors = []
 

@@ -39,6 +39,8 @@ def reconstruct_temporal(job, *, iters=20000, lr=1e-3, batch_size=32, round_weig
     layers = {n: m for n, m in quant_layers(job.net).items() if m.role in ROLES and m.weight_quantizer is not None}
     if not layers:
         raise ValueError("no quantized layer has the role temb or emb_proj; leave reconstruct_temporal out")
+    job.need_ranges("reconstruct_temporal")
+    job.need_float_weights("reconstruct_temporal")
     holder = torch.nn.ModuleDict({name.replace(".", "|"): m for name, m in layers.items()})
     if path.is_file():
         return load_unit(holder, path)

@@ -124,7 +124,7 @@ def test_what_cannot_be_fine_tuned(tiny_net, tmp_path):
     own = rules(4, 4)
     own[0]["weight"]["per_segment"] = True
     job = make_job(tiny_net, tmp_path, own, boundaries=[500])
-    with pytest.raises(ValueError, match="which the segments of segment_models share"):
+    with pytest.raises(ValueError, match="finetune cannot be inside segment_models: .* leave it out"):
         run_passes(job, [{"segment_models": {"passes": [*FIT, "finetune"]}}])
     with pytest.raises(ValueError, match="own weights for every time segment"):
         run_passes(job, [{"segment_models": {"passes": FIT}}, "finetune"])

@@ -38,6 +38,47 @@ def test_passes_run_in_order_and_facts_add_up(tiny_net, tmp_path, monkeypatch):
     assert all(layer.weight_int is not None and layer.weight is None for layer in quant_layers(job.net).values())
 
 
+def test_a_pass_listed_twice_runs_twice(tiny_net, tmp_path):
+    """What the first has finished is not what the second resumes from."""
+    job = make_job(tiny_net, tmp_path, rules(4, 8))
+    weights, inputs = ({"reconstruct": {"weight_iters": w, "input_iters": i, "batch_size": 4}} for w, i in ((2, 0), (0, 2)))
+    facts = run_passes(job, ["fit_ranges", weights, inputs])[1:]
+    units = [name for name in job.graph.units if quant_layers(job.net.get_submodule(name))]
+    assert [(f["unit"], f["stage"]) for f in facts if f["stage"] == "weight"] == [(name, "weight") for name in units]
+    half = len(facts) // 2
+    assert {f["stage"] for f in facts[half:]} <= {"input"} | {f["stage"] for f in facts[:half]}
+    assert facts[half:] != facts[:half] and job.resume_folder == tmp_path
+
+
+QUICK = {"reconstruct": {"weight_iters": 1, "input_iters": 0, "batch_size": 2}}
+
+
+@pytest.mark.parametrize("order, sentence", [
+    (["reconstruct"], "reconstruct needs scales to begin with; list it after fit_ranges"),
+    ([{"group_scales": {"groups": 2}}], "group_scales needs scales"),
+    (["dynamic_scales"], "dynamic_scales needs scales"),
+    (["reconstruct_temporal"], "reconstruct_temporal needs scales"),
+    (["finetune"], "finetune needs scales"),
+    (["fit_ranges", "balance"], "balance changes what scales are fitted to; list it before fit_ranges"),
+    (["fit_ranges", "softmax_grid"], "begins with the network as it was"),
+    (["fit_ranges", QUICK, "reconstruct_temporal"], "weights are integers already when reconstruct_temporal begins"),
+    (["fit_ranges", QUICK, "fit_ranges"], "weights are integers already when fit_ranges begins"),
+    (["fit_ranges", {"group_scales": {"groups": 2}}, "dynamic_scales"], "scales are already given by an earlier pass"),
+    ([{"segment_models": {"passes": ["softmax_grid", "fit_ranges"]}}], "softmax_grid cannot be inside segment_models"),
+    ([{"segment_models": {"passes": ["allocate_bits"]}}], "allocate_bits cannot be inside .* list it before"),
+    ([{"segment_models": {"passes": ["step_bits"]}}], "step_bits cannot be inside"),
+    ([{"segment_models": {"passes": ["fit_ranges", "correct_noise"]}}], "correct_noise cannot be .* list it after"),
+    ([{"segment_models": {"passes": ["fit_ranges", {"group_scales": {"groups": 1}}]}}], "need more than one time segm"),
+    ([{"segment_models": {"passes": [{"segment_models": {"passes": []}}]}}], "needs several time segments"),
+    (["correct", "fit_ranges"], "correct_noise measured the finished network, which fit_ranges would change"),
+])
+def test_an_order_that_cannot_be_composed_is_refused_in_words(order, sentence, tiny_net, tmp_path, monkeypatch):
+    monkeypatch.setitem(passes.PASSES, "correct", lambda job: job.net.__setattr__("correction", object()) or [])
+    job = make_job(tiny_net, tmp_path, rules(4, 8), num=12, boundaries=[300, 700])
+    with pytest.raises(ValueError, match=sentence):
+        run_passes(job, order)
+
+
 @pytest.mark.parametrize("batch_size", [3, 10, 64])
 def test_ranges_are_those_of_the_full_precision_network(tiny_net, tmp_path, batch_size):
     """With samples to spare for all values, min-max does not depend on batches or on other quantizers."""

@@ -259,9 +259,9 @@ def test_killed_in_every_stage_the_run_ends_in_the_same_bytes(model, done, tmp_p
     kill_when(start("calibrate", *files(model), *WORDS, f"out={out}"),
               lambda: list(tmp_path.glob("trajectory-*/*.safetensors")))
     calibrate.run([*files(model), *WORDS, f"out={out}"])
-    kill_when(start("quantize", out), lambda: len(list(out.glob("resume/quantize/*.safetensors"))) >= 3)
+    kill_when(start("quantize", out), lambda: len(list(out.glob("resume/quantize/*/*.safetensors"))) >= 3)
     assert not (out / "quantized.safetensors").exists()
-    kept = {p: p.stat().st_mtime_ns for p in out.glob("resume/quantize/*.safetensors")}
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("resume/quantize/*/*.safetensors")}
     assert len(kept) >= 3
     quantize.run([str(out)])
     kill_when(start("sample", out), lambda: list(out.glob("samples/*.png")))
