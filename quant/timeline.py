@@ -8,19 +8,33 @@ PER_STEP = "per_step"
 
 def segment_boundaries(times, segments):
     """Boundaries that cut a sampler's network times (in any order) into `segments`: 1; k parts of as equal numbers of
-    steps as possible; or "per_step", one for each time. A boundary lies midway between the neighbouring times, so that
-    another step count finds the nearest segment. Raises ValueError for more segments than times."""
+    steps as possible; "per_step", one for each time; or a list of the boundaries themselves, as network times. Boundaries
+    that are chosen here lie midway between the neighbouring times, so that another step count finds the nearest segment.
+    Raises ValueError for a segment without any time."""
     times = sorted(set(map(float, times)))
+    if isinstance(segments, (list, tuple)):
+        return checked_boundaries(times, segments)
     count = len(times) if segments == PER_STEP else segments
     if not isinstance(count, int) or isinstance(count, bool):
-        raise ValueError(unknown_word(f"segments '{segments}' is neither a number nor a known word", str(segments),
-                                      [PER_STEP]))
+        raise ValueError(unknown_word(f"segments '{segments}' is neither a number, a list nor a known word",
+                                      str(segments), [PER_STEP]))
     if not 1 <= count <= len(times):
         raise ValueError(f"{count} time segments asked for, the sampler has {len(times)} steps; choose 1 to "
                          f"{len(times)}")
     # Counted from the noisy end, as samplers do: 100 steps in 3 parts are 33, 33 and 34.
     cuts = [len(times) - i * len(times) // count for i in range(1, count)]
     return sorted((times[cut - 1] + times[cut]) / 2 for cut in cuts)
+
+
+def checked_boundaries(times, boundaries):
+    if any(isinstance(b, bool) or not isinstance(b, (int, float)) for b in boundaries):
+        raise ValueError(f"segments {list(boundaries)} must be network times, such as [300, 700]")
+    ends = [float("-inf"), *sorted(map(float, boundaries)), float("inf")]
+    for low, high in zip(ends, ends[1:]):
+        if not any(low <= t < high for t in times):
+            raise ValueError(f"segments {list(boundaries)}: no step of the sampler lies between {low:g} and {high:g}; its "
+                             f"network times are {times[0]:g} to {times[-1]:g}")
+    return ends[1:-1]
 
 
 class Timeline:

@@ -107,7 +107,7 @@ class RunConfig:
     schedule: dict[str, Any] = field(default_factory=dict)
     bits: Bits = field(default_factory=Bits)
     method: str = ""
-    segments: Any = 1                        # of time: 1, a number, or per_step
+    segments: Any = 1                        # of time: 1, a number, per_step, or [boundaries]
     rules: list[Any] = field(default_factory=list)
     exceptions: list[Any] = field(default_factory=list)          # rules on top of those of any method
     passes: list[Any] = field(default_factory=list)

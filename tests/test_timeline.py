@@ -59,6 +59,11 @@ def test_sampler_steps_are_shared_out_evenly_counted_from_the_noise(segments, si
     assert line.segments_of(torch.tensor(times)).bincount().tolist() == sizes
 
 
+def test_boundaries_can_be_given_as_network_times():
+    line = Timeline(segment_boundaries([0, 100, 300], [300, 50.5]))
+    assert line.segments_of(torch.tensor([0.0, 50, 51, 299, 300])).tolist() == [0, 0, 1, 1, 2]
+
+
 def test_another_step_count_finds_the_nearest_step():
     line = Timeline(segment_boundaries([0, 100, 300], "per_step"))
     assert line.segments_of(torch.tensor([20.0, 49, 51, 199, 201, 999])).tolist() == [0, 0, 1, 1, 2, 2]
@@ -66,7 +71,10 @@ def test_another_step_count_finds_the_nearest_step():
 
 @pytest.mark.parametrize("segments, sentence", [
     (4, "4 time segments asked for, the sampler has 3 steps; choose 1 to 3"), (0, "0 time segments asked for"),
-    ("per_stp", "segments 'per_stp' is neither a number nor a known word; did you mean 'per_step'?")])
+    ("per_stp", "segments 'per_stp' is neither a number, a list nor a known word; did you mean 'per_step'?"),
+    ([20, 50], "segments [20, 50]: no step of the sampler lies between 20 and 50; its network times are 0 to 300"),
+    ([301], "no step of the sampler lies between 301 and inf"), ([0], "no step of the sampler lies between -inf and 0"),
+    (["a"], "segments ['a'] must be network times, such as [300, 700]")])
 def test_impossible_segments(segments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         segment_boundaries([0, 100, 300], segments)
