@@ -32,8 +32,8 @@ def distribution_scores(samples_dir, *, count=None,
                         fetch=False,               # may the Inception weights be downloaded?
                         reference="",              # image folder | cifar10-train[:FOLDER] | "" = shipped statistics
                         batch_size=256, device="cpu"):
-    """-> {"scores": {name: number}, "protocol": {...}, "features": pooled ones (N, D)} of the images in a folder, or the
-    first `count` of them."""
+    """-> {"scores": {name: number}, "protocol": {...}, "features": (N, D) pooled ones} of the images in a folder, or
+    the first `count` of them."""
     name, weights_path, notice = choose_extractor(extractor, inception_path, fetch=fetch)
     if notice:
         print(notice, flush=True)
@@ -181,7 +181,7 @@ def sqnr_db(reference, approximation):
 
 def paired_scores(dir_a, dir_b, *, count=None, batch_size=256):
     """Means over the PNGs with the same name in both folders, among the first `count` of each. Equal pairs have no
-    finite PSNR: they are counted as `identical` and left out of the mean of `psnr_db`, which is None if no pair differs.
+    finite PSNR: they are counted as `identical` and left out of the mean of `psnr_db`, which is None if none differ.
     LPIPS is None for images of another size than the 32x32 that its network was trained on."""
     names_a, names_b = (set(sorted(path.name for path in Path(folder).glob("*.png"))[:count])
                         for folder in (dir_a, dir_b))

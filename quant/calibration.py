@@ -168,15 +168,19 @@ def random(num_steps, num_images, num_samples, rng, features):
 
 
 def linspace(num_steps, num_images, num_samples, rng, features):
-    """Uniform steps of the HKU project: N points evenly spaced over the chain, both ends included, shuffled."""
+    """Uniform steps of I2N and DI2N (repository iszry/HKU_2023_Summer_Research): N points evenly spaced over the chain,
+    both ends included, shuffled."""
     place = torch.arange(num_samples, dtype=torch.float64) * (num_steps - 1) / max(num_samples - 1, 1)
     step = num_steps - 1 - place.round().long()
     return step[torch.randperm(num_samples, generator=rng)], in_turn(num_samples, num_images)
 
 
 def normal(num_steps, num_images, num_samples, rng, features, *, mean=0.4, std=0.4, resample=False, pairing="correct"):
-    """Normally distributed time steps (PTQ4DM, arXiv:2211.15736, Algorithm 1): `mean` and `std` are fractions of the
-    chain counted from the image end. What falls off its ends is clipped to them, or with `resample` drawn again.
+    """Normally distributed time steps (PTQ4DM, Shang et al. 2023, arXiv:2211.15736, Algorithm 1):
+
+        i = clip(floor(n), 0, S - 1),  n ~ Normal(mean S, std S),  i the place in the chain from the image end
+
+    What falls off the ends is clipped to them, or with `resample` drawn again.
 
     `pairing: legacy` is the released code's mistake: the number drawn counts iterations from the noisy end, the sample
     is the state after that iteration, and the network is told that count instead of a step of the schedule.
@@ -192,7 +196,8 @@ def normal(num_steps, num_images, num_samples, rng, features, *, mean=0.4, std=0
 
 
 def half_normal(num_steps, num_images, num_samples, rng, features, *, std=0.3):
-    """|Normal(0, std)| as a fraction of the chain from the image end (HKU project), clipped to the noisy end."""
+    """|Normal(0, std)| as a fraction of the chain from the image end, clipped to the noisy end
+    (iszry/HKU_2023_Summer_Research)."""
     place = chain_index(std * between_quantiles(0.5, 1, num_samples, rng), num_steps)
     return num_steps - 1 - place, in_turn(num_samples, num_images)
 

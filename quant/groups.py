@@ -2,7 +2,8 @@
 
 A group map is an integer tensor that broadcasts against one sample of an activation, x[0], or against a whole
 weight; the scale in use is `scale[segment][group_of]`. Per tensor, per channel, per group of channels, per head and
-the split of concatenated inputs are all this one line.
+the split of concatenated inputs (Q-Diffusion, Li et al. 2023, arXiv:2302.04304: a shortcut's two parts, whose ranges
+differ, each with own scales) are all this one line.
 """
 import torch
 

@@ -1,10 +1,16 @@
 """Range searches: values (groups, K) -> the clipping interval (low, high) of each group, vectorised over groups.
 
+    minmax      the extremes           percentile  what leaves out a fraction `tail` at either end
+    mse, mse2d  argmin over candidates (low, high) of mean |x - Q(x; low, high)|^p; 1-D (both ends shrunk alike) or 2-D
+
+The searches are those of the code that the field shares: BRECQ (Li et al. 2021, arXiv:2102.05426), QDrop (Wei et al.
+2022, arXiv:2203.05740), Q-Diffusion (Li et al. 2023, arXiv:2302.04304).
+
 The interval always contains zero, so zero is exactly representable (convolutions pad with it).
 """
 import torch
 
-NORM = 2.4                    # exponent of the error |x - Q(x)|^p in the searches (Q-Diffusion, BRECQ, QDrop code)
+NORM = 2.4                    # p of the searches
 NUM_SHRINKS = 80              # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
 NUM_WIDTHS = 100              # candidate widths of the 2-D search
 CHUNK_ELEMENTS = 2 ** 22      # working set of one batch of candidates

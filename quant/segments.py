@@ -1,5 +1,9 @@
-"""Several models in one (segment-wise quantization, T-diffusion): every time segment has its own integer weights and
-scales, calibrated on the steps of that segment alone. Norms and biases are shared."""
+"""Several models in one (segment-wise quantization; repository yeefei13/T-diffusion, without a paper):
+
+    eps_q(x, t) = eps of the network with (W_k, s_k),  k = #{b : b <= t},  b the boundaries as network times
+
+Every time segment k has its own integer weights and scales, calibrated on the steps of that segment alone. Norms and
+biases are shared."""
 from dataclasses import replace
 
 import torch

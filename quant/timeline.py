@@ -1,4 +1,7 @@
-"""Time as an axis: which segment of the denoising trajectory a forward pass belongs to."""
+"""Time as an axis: which segment k(t) = #{b : b <= t} of the denoising trajectory a forward pass belongs to.
+
+With one segment for every sampled step, each activation has a scale of its own there: x_q = s[k(t)] (code - z[k(t)]),
+the finite-set calibration of TFMQ-DM (Huang et al. 2024, arXiv:2311.16503)."""
 import torch
 
 from quant.config import unknown_word
@@ -8,8 +11,8 @@ PER_STEP = "per_step"
 
 def segment_boundaries(times, segments):
     """Boundaries that cut a sampler's network times (in any order) into `segments`: 1; k parts of as equal numbers of
-    steps as possible; "per_step", one for each time; or a list of the boundaries themselves, as network times. Boundaries
-    that are chosen here lie midway between the neighbouring times, so that another step count finds the nearest segment.
+    steps as possible; "per_step", one for each time; or a list of the boundaries themselves, as network times. Those
+    that are chosen here lie midway between neighbouring times, so that another step count finds the nearest segment.
     Raises ValueError for a segment without any time."""
     times = sorted(set(map(float, times)))
     if isinstance(segments, (list, tuple)):
@@ -32,8 +35,8 @@ def checked_boundaries(times, boundaries):
     ends = [float("-inf"), *sorted(map(float, boundaries)), float("inf")]
     for low, high in zip(ends, ends[1:]):
         if not any(low <= t < high for t in times):
-            raise ValueError(f"segments {list(boundaries)}: no step of the sampler lies between {low:g} and {high:g}; its "
-                             f"network times are {times[0]:g} to {times[-1]:g}")
+            raise ValueError(f"segments {list(boundaries)}: no step of the sampler lies between {low:g} and {high:g}; "
+                             f"its network times are {times[0]:g} to {times[-1]:g}")
     return ends[1:-1]
 
 

@@ -19,13 +19,14 @@ from scripts.cli import main  # noqa: E402
 from scripts.run_folder import FREE, RunConfig, open_run, split_arguments  # noqa: E402
 
 LEGEND = """MB = 1e6 bytes. FD to FP32, PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds;
-SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and step, the sum over layers of
-multiply-adds x weight bits x input bits (full precision: 32 x 32). Calibration s: the stages calibrate and quantize;
-peak MB: the larger of their two peaks, of GPU memory where a GPU was used, else of the process. Several calibration
-seeds: mean ± sample standard deviation."""
+SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and step, the sum
+over layers of multiply-adds x weight bits x input bits (full precision: 32 x 32). Calibration s: the stages calibrate
+and quantize; peak MB: the larger of their two peaks, of GPU memory where a GPU was used, else of the process. Several
+calibration seeds: mean ± sample standard deviation."""
 FIXED = ["Model", "Timesteps", "Bit-width W/A", "Method", "Seeds"]
 SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]               # columns in the field's order
-DIGITS = {"precision": 3, "recall": 3, "KID": 4, "SSIM": 3, "LPIPS": 4, "SQNR": 1, "calibration": 0, "peak": 0, "FP32": 4}
+DIGITS = {"precision": 3, "recall": 3, "KID": 4, "FP32": 4, "SSIM": 3, "LPIPS": 4, "SQNR": 1, "calibration": 0,
+          "peak": 0}
 CALIBRATION = ("calibrate", "quantize")
 
 

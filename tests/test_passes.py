@@ -41,7 +41,8 @@ def test_passes_run_in_order_and_facts_add_up(tiny_net, tmp_path, monkeypatch):
 def test_a_pass_listed_twice_runs_twice(tiny_net, tmp_path):
     """What the first has finished is not what the second resumes from."""
     job = make_job(tiny_net, tmp_path, rules(4, 8))
-    weights, inputs = ({"reconstruct": {"weight_iters": w, "input_iters": i, "batch_size": 4}} for w, i in ((2, 0), (0, 2)))
+    weights, inputs = ({"reconstruct": {"weight_iters": w, "input_iters": i, "batch_size": 4}}
+                       for w, i in ((2, 0), (0, 2)))
     facts = run_passes(job, ["fit_ranges", weights, inputs])[1:]
     units = [name for name in job.graph.units if quant_layers(job.net.get_submodule(name))]
     assert [(f["unit"], f["stage"]) for f in facts if f["stage"] == "weight"] == [(name, "weight") for name in units]
