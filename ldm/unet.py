@@ -4,7 +4,7 @@ arXiv:2112.10752).
 
 Parameter names and options are those of the public checkpoints and configurations. Like ddim/unet.py it knows no bits
 but is written to be quantized: attention products are modules, layers carry their `role`, and a convolution that reads
-a concatenation knows where the halves meet (`input_splits`).
+a concatenation knows where the halves meet (`input_splits`). So does the embedding that scales and shifts, an Operand.
 
 Axes: N images, C channels, H x W pixels, E embedding features; M context tokens of D features.
 """
@@ -26,6 +26,11 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
+class Operand(nn.Identity):
+    """An activation (N, C), passed on as it is: a module so that it can be replaced by a quantized one. `input_splits`
+    are the channels of its parts."""
+
+
 class ResBlock(nn.Module):
     """norm, swish, resample, conv; norm, swish, dropout, conv; add the (resampled, projected) input.
 
@@ -40,6 +45,8 @@ class ResBlock(nn.Module):
         self.resample = resample or nn.Identity()
         emb_out = 2 * out_ch if scale_shift else out_ch
         self.emb_layers = nn.Sequential(nn.SiLU(), tag("emb_proj", nn.Linear(emb_ch, emb_out)))
+        if scale_shift:
+            self.emb_layers.append(tag("scale_shift", Operand(), input_splits=(out_ch, out_ch)))
         self.out_layers = nn.Sequential(GroupNorm(out_ch), nn.SiLU(), nn.Dropout(dropout),
                                         conv("conv2", out_ch, out_ch))
         same = in_ch == out_ch

@@ -3,7 +3,8 @@
 A rule is a dict: `match` (glob on the module's name) and `role` (one or a list) say what it applies to, `kind` (layer |
 matmul) narrows it; `weight`, `input` (keys of QuantSpec), `split` and `balance` say how. Later rules win, key by key;
 bits 32 leaves a tensor alone. Parameterless attention products follow the `input` of rules that match their name and
-operand role.
+operand role. What scales and shifts a norm (role scale_shift) stays in floating point unless a rule names that role;
+it has a scale for either half unless `split` is false.
 """
 import copy
 from dataclasses import fields
@@ -12,14 +13,16 @@ from fnmatch import fnmatchcase
 import torch
 
 from ddim.unet import Matmul
+from ldm.unet import Operand
 from quant.config import unknown_word
-from quant.layers import SWAP, QuantLayer, QuantMatmul
+from quant.layers import SWAP, QuantLayer, QuantMatmul, QuantOperand
 from quant.quantizer import GRIDS, Quantizer, QuantSpec
 from quant.ranges import RANGES
 from quant.timeline import Timeline
 
 ROLES = ("stem", "out", "temb", "emb_proj", "conv1", "conv2", "skip", "down", "up", "q", "k", "v", "qkv", "probs",
-         "proj", "proj_in", "ff")
+         "proj", "proj_in", "ff", "scale_shift")
+BY_NAME = ("scale_shift",)                 # roles that only rules which name them speak of
 RULE_KEYS = ("match", "role", "kind", "weight", "input", "split", "balance")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
@@ -62,13 +65,18 @@ def listed(value):
     return value if isinstance(value, list) else [value]
 
 
+def applies(rule, name, role, kind):
+    """Whether a rule speaks of this layer or operand."""
+    of_role = role in listed(rule["role"]) if "role" in rule else role not in BY_NAME
+    return of_role and fnmatchcase(name, rule.get("match", "*")) and kind in listed(rule.get("kind", kind))
+
+
 def resolve(rules, name, role, kind):
     """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec, "split": bool, "balance":
     bool}."""
     merged = {"weight": {}, "input": {}, "split": True, "balance": False}
     for rule in rules:
-        if fnmatchcase(name, rule.get("match", "*")) and role in listed(rule.get("role", role)) \
-                and kind in listed(rule.get("kind", kind)):
+        if applies(rule, name, role, kind):
             merged["weight"] |= rule.get("weight", {})
             merged["input"] |= rule.get("input", {})
             merged |= {key: rule[key] for key in ("split", "balance") if key in rule}
@@ -93,6 +101,10 @@ def convert(net, rules, timeline=None):
         if isinstance(module, Matmul):
             specs = [resolve(rules, name, role, "matmul")["input"] for role in module.roles]
             swapped = QuantMatmul(module, specs, timeline) if any(s.bits < 32 for s in specs) else module
+        elif isinstance(module, Operand):
+            facts = resolve(rules, name, module.role, "layer")
+            on = facts["input"].bits < 32
+            swapped = QuantOperand(module, facts["input"], timeline, facts["split"]) if on else module
         else:
             facts = resolve(rules, name, module.role, "layer")
             on = facts["weight"].bits < 32 or facts["input"].bits < 32
@@ -147,10 +159,10 @@ def quantization_map(net, quantized, macs):
 
 def format_map(facts):
     """The map as text."""
-    lines = [f"{'layer':32} {'role':10} {'W':>3} {'A':>6} {'params':>10} {'M mult-adds':>12}"]
+    lines = [f"{'layer':32} {'role':11} {'W':>3} {'A':>6} {'params':>10} {'M mult-adds':>12}"]
     for row in facts["layers"]:
         bits = row["input_bits"] if isinstance(row["input_bits"], int) else "/".join(map(str, row["input_bits"]))
-        lines.append(f"{row['name']:32} {row['role']:10} {row['weight_bits'] or '-':>3} {bits!s:>6} "
+        lines.append(f"{row['name']:32} {row['role']:11} {row['weight_bits'] if row['params'] else '-':>3} {bits!s:>6} "
                      f"{row['params']:>10,} {row['macs'] / 1e6:>12.2f}")
     lines.append(f"quantized: {facts['params_share']:.2%} of the parameters, {facts['macs_share']:.2%} of the "
                  "multiply-adds")

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddim.unet import AttnBlock, Matmul, ResnetBlock
 from ldm.attention import AttentionBlock, BasicTransformerBlock
-from ldm.unet import ResBlock
+from ldm.unet import Operand, ResBlock
 from quant.layers import SWAP
 
 # Blocks that are reconstructed as a whole; other layers are units themselves.
@@ -57,8 +57,7 @@ def trace(net, arguments):
 
     def count(name):
         def hook(module, inputs, out):
-            inner = inputs[0].shape[-1] if isinstance(module, Matmul) else module.weight[0].numel()
-            macs[name] = macs.get(name, 0) + out.numel() * inner
+            macs[name] = macs.get(name, 0) + out.numel() * products(module, inputs[0])
         return hook
     run_on_meta(net, arguments, {name: count(name) for name, m in modules.items() if type(m) in SWAP})
 
@@ -75,6 +74,13 @@ def trace(net, arguments):
     with origins:
         run_on_meta(net, arguments, {name: note(name) for name in units})
     return Graph(macs, units, {name: max(readers.get(name, [i])) for i, name in enumerate(units)}, sizes)
+
+
+def products(module, x):
+    """Multiply-adds for one value of what a module gives for x."""
+    if isinstance(module, Operand):
+        return 0
+    return x.shape[-1] if isinstance(module, Matmul) else module.weight[0].numel()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddim.unet import Matmul
+from ldm.unet import Operand
 from quant.groups import activation_groups, weight_groups
 from quant.quantizer import Quantizer
 from quant.rounding import Rounding
@@ -199,4 +200,20 @@ class QuantMatmul(nn.Module):
         return out
 
 
-SWAP = {nn.Conv1d: QuantLayer, nn.Conv2d: QuantLayer, nn.Linear: QuantLayer, Matmul: QuantMatmul}
+class QuantOperand(nn.Module):
+    """An activation (N, C) on its grid, (q_x - z_x) * s_x; where it has parts, each has its own s_x and z_x. Scale and
+    shift enter norm(h) * (1 + scale) + shift so."""
+
+    def __init__(self, operand, spec, timeline, split):
+        super().__init__()
+        self.role = operand.role
+        group_of = activation_groups(spec.per, sum(operand.input_splits), 0, group_size=spec.group_size,
+                                     splits=operand.input_splits if split else ())
+        self.input_quantizer = Quantizer(spec, group_of, timeline)
+
+    def forward(self, x):
+        return self.input_quantizer(x) if self.input_quantizer.active(x) else x
+
+
+SWAP = {nn.Conv1d: QuantLayer, nn.Conv2d: QuantLayer, nn.Linear: QuantLayer, Matmul: QuantMatmul,
+        Operand: QuantOperand}

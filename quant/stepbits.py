@@ -42,7 +42,8 @@ def input_rules(net, facts):
     for name in input_quantizers(net):
         owner, _, part = name.rpartition(".")
         if part == "input_quantizer":
-            rules.append({"match": owner, "kind": "layer", "input": facts})
+            role = net.get_submodule(owner).role
+            rules.append({"match": owner, "kind": "layer", "role": role, "input": facts})
             continue
         role = net.get_submodule(owner).roles["ab".index(part[0])]
         if role != "probs":

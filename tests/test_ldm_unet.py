@@ -8,7 +8,7 @@ import torch
 from conftest import FIXTURES, assert_close, below, randomize, read_fixture
 from ddim.unet import Matmul, Upsample, timestep_embedding
 from ldm.attention import AttentionBlock, CrossAttention, QKVAttention, SpatialTransformer
-from ldm.unet import Downsample, ResBlock
+from ldm.unet import Downsample, Operand, ResBlock
 from models.zoo import build_network
 
 LISTINGS = json.loads(gzip.decompress((FIXTURES / "latent_checkpoints.json.gz").read_bytes()))
@@ -106,11 +106,12 @@ def condition(options):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
-    """Every layer has a role and runs, every product is a module, the kept halves add up, gradients reach all."""
+    """Every layer and operand has a role and runs, every product is a module, the kept halves add up, gradients reach
+    all."""
     net, (x, t), cond = tiny(**OPTIONS[name]), inputs(), condition(OPTIONS[name])
     ran = []
     for path, module in net.named_modules():
-        if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Linear)):
+        if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Linear, Operand)):
             assert module.role
             module.register_forward_hook(lambda _, __, out, path=path: ran.append(path))
     out = net(x, t, cond)

@@ -4,15 +4,18 @@ import math
 import pytest
 import torch
 
+from conftest import TINY
 from ddim.schedule import make_schedule
 from models.diffusion import load_model
+from models.zoo import build_network
+from quant.checkpoint import load_quantized, save_quantized
 from quant.convert import convert, input_quantizers
 from quant.graph import trace
 from quant.passes import Job, run_passes
 from quant.quantizer import Quantizer, QuantSpec
-from quant.stepbits import forward_snr, input_rules, ranges_of
+from quant.stepbits import forward_snr, input_rules, ranges_of, step_bits
 from quant.timeline import Timeline
-from tiny import EXAMPLE, normal, rules, samples
+from tiny import EXAMPLE, SHAPE, make_job, normal, quantized, rules, samples
 
 
 def test_neighbours_of_one_width_share_a_range():
@@ -55,21 +58,54 @@ def test_rules_name_every_activation_but_softmax_outputs(tiny_net):
     assert {q.spec.bits for n, q in again.items() if n.endswith("av_matmul.b_quantizer")} == {8}
 
 
-def test_the_pass_gives_each_step_the_width_that_its_noise_allows(tiny_config, tmp_path):
-    model = load_model(tiny_config, device="cpu")
-    x, times = normal(4, 3, 8, 8), [10.0, 400.0, 990.0]
+TIMES = [10.0, 100.0, 700.0, 990.0]
+
+
+def stepped(config, folder):
+    """A job of the tiny model, full-precision trajectories of two images and two more; with facts, once run."""
+    model, x = load_model(config, device="cpu"), normal(4, *SHAPE)
 
     def trajectory(num_images, seed):
-        for step, t in enumerate(reversed(times)):
-            yield step, t, x, None, model.eps(x, torch.full((4,), t))
+        for part in x.split(2):
+            for step, t in enumerate(reversed(TIMES)):
+                yield step, t, part, None, model.eps(part, torch.full((2,), t))
     job = Job(model=model, net=convert(model.net, rules(8, 8)), calibration=samples(), graph=trace(model.net, EXAMPLE),
-              resume_folder=tmp_path, rules=rules(8, 8), log=lambda line: None, trajectory=trajectory)
-    facts = run_passes(job, [{"step_bits": {"choices": [8, 3]}}, {"fit_ranges": {"num_samples": 10}}])
-    rows = [f for f in facts if f["pass"] == "step_bits"]
-    assert [f["t"] for f in rows] == times
-    for f in rows:
-        assert f["bits"] == (3 if f["snr_quantized"][3] > f["snr_forward"] else 8)
-    assert rows[-1]["bits"] == 3 and rows[0]["bits"] == 8  # mostly noise; mostly image
-    q = input_quantizers(job.net)["conv_out.input_quantizer"]
-    assert q.bits == [8, 3] or q.bits == [8, 8, 3][:len(q.bits)]
-    assert job.net.timeline.num_segments == len(q.bits)
+              resume_folder=folder, rules=rules(8, 8), log=lambda line: None, trajectory=trajectory)
+    return job, run_passes(job, [{"step_bits": {"choices": [8, 3]}}, {"fit_ranges": {"num_samples": 10}}]), x
+
+
+def test_the_pass_gives_each_step_the_width_that_its_noise_allows(tiny_config, tmp_path):
+    """Of networks made here for each width, softmax outputs at 8 bits in both."""
+    job, facts, x = stepped(tiny_config, tmp_path)
+    nets = {bits: quantized(job.model.net, tmp_path, rules(8, bits) + [
+        {"kind": "matmul", "role": "probs", "input": {"bits": 8}}]) for bits in (3, 8)}
+    rows, expected = [f for f in facts if f["pass"] == "step_bits"], []
+    for t, row in zip(TIMES, rows):
+        steps = torch.full((4,), t)
+        eps = job.model.net(x, steps)
+        error = {bits: (net(x, steps) - eps).norm() for bits, net in nets.items()}
+        abar = math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(int(t) + 1))
+        fits = eps.norm() / error[3] > abar / (1 - abar)
+        expected.append((t, 3 if fits else 8))
+        assert row["snr_quantized"] == pytest.approx({b: float(eps.norm() / e) for b, e in error.items()}, rel=1e-3)
+        assert row["snr_forward"] == pytest.approx(abar / (1 - abar), rel=1e-3)
+    assert [(f["t"], f["bits"]) for f in rows] == expected
+    assert [bits for _, bits in expected] == [8, 8, 3, 3]                  # mostly image; mostly noise
+    q = input_quantizers(job.net)
+    assert q["conv_out.input_quantizer"].bits == [8, 3] and job.net.timeline.boundaries.tolist() == [400.0]
+    assert q["mid.attn_1.av_matmul.b_quantizer"].bits == [8, 8]
+
+
+def test_network_of_several_widths_is_the_same_from_its_file(tiny_config, tmp_path):
+    job, _, x = stepped(tiny_config, tmp_path)
+    save_quantized(tmp_path / "q.safetensors", job.net, {"name": "tiny", "network": TINY, "rules": job.rules,
+                                                         "weights_hash": ""})
+    loaded = load_quantized(tmp_path / "q.safetensors", build_network)
+    assert input_quantizers(loaded)["conv_out.input_quantizer"].bits == [8, 3]
+    steps = torch.tensor(TIMES)
+    assert torch.equal(loaded(x, steps), job.net(x, steps))
+
+
+def test_segments_made_before_are_refused(tiny_net, tmp_path):
+    with pytest.raises(ValueError, match="step_bits makes its own time segments; leave `segments` at 1"):
+        step_bits(make_job(tiny_net, tmp_path, rules(8, 8), boundaries=[500]))
