@@ -3,14 +3,18 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from ddim.unet import tag
 from quant.apq import GroupedScale, group_scales
 from quant.convert import input_quantizers
+from quant.layers import QuantLayer
 from quant.learn import Unit, draw_rows
-from quant.passes import run_passes
+from quant.passes import fit_ranges, run_passes
 from quant.quantizer import Quantizer, QuantSpec
 from quant.timeline import Timeline
-from tiny import make_job, normal, rules
+from tiny import SHAPE, make_job, normal, rules
 
 TABLE = torch.tensor([[0.1], [0.11], [0.4], [0.42], [1.0]])
 
@@ -59,6 +63,72 @@ def test_gradients_reach_assignments_and_scales_through_rounding():
     q(normal(3, 8)).square().sum().backward()
     assert soft.logits.grad[[0, 2, 4]].abs().sum() > 0 and soft.logits.grad[[1, 3]].abs().sum() == 0
     assert soft.log_scales.grad.abs().sum() > 0
+
+
+def clipped(ratio, straight):
+    """Codes -7 to 8; `straight`: with the gradient of the ratio where nothing is clipped."""
+    codes = ratio.round()
+    inside = (codes >= -7) & (codes <= 8)
+    return codes.clamp(-7, 8) + (torch.where(inside, ratio - ratio.detach(), 0.0) if straight else 0.0)
+
+
+def mixture(x, soft, segment, straight):
+    """sum_g sigma_g s_g clip(round(x / s_g)), for the zero point 7 of 4 bits."""
+    scales, shares = soft.log_scales[0, 0].exp(), soft.logits[segment, 0].softmax(0)
+    return sum(share * scale * clipped(x / scale, straight) for scale, share in zip(scales, shares))
+
+
+def test_gradient_of_the_lone_mixture_is_the_share_of_the_groups_it_does_not_clip():
+    q, x = quantizer(), torch.tensor([0.3, -0.3, 1.9, 5.0, 9.0], requires_grad=True)
+    q.timeline.segment = 2
+    q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
+    q(x).sum().backward()
+    scales, shares = (part[2, 0].tolist() for part in soft.options())
+    inside = [[-7 <= round(value / scale) <= 8 for scale in scales] for value in x.tolist()]
+    assert len(set(map(tuple, inside))) > 2                # none, some and all clipped
+    expected = [sum(share for share, on in zip(shares, row) if on) for row in inside]
+    assert torch.allclose(x.grad, torch.tensor(expected), atol=1e-6)
+
+
+def test_loss_reaches_the_first_convolutions_groups_through_the_seconds_rounding():
+    """As in the formula with a straight-through estimator; without it they get exactly nothing (released code)."""
+    torch.manual_seed(0)
+    timeline, layers, softs = Timeline([1.5, 2.5, 3.5, 4.5]), [], []
+    for name, shape in (("conv1", (3, 4)), ("conv2", (4, 2))):
+        layer = QuantLayer(tag(name, nn.Conv2d(*shape, 3, padding=1)), QuantSpec(bits=8, per="channel"),
+                           QuantSpec(bits=4), timeline, False).requires_grad_(False)
+        layer.fit_weight()
+        layer.harden()
+        layer.input_quantizer = quantizer()
+        layer.input_quantizer.timeline = timeline
+        softs.append(GroupedScale(TABLE, 3, "timestep", 0.8))
+        layer.input_quantizer.__dict__["soft_scale"] = softs[-1]
+        layers.append(layer)
+    timeline.segment, x, weights = 2, normal(2, 3, 5, 5), normal(2, 2, 5, 5, seed=1)
+
+    def by_hand(straight):
+        h = x
+        for layer, soft in zip(layers, softs):
+            weight = layer.weight_int * layer.weight_quantizer.scale[0].reshape(-1, 1, 1, 1)
+            h = F.conv2d(mixture(h, soft, 2, straight), weight, layer.bias, padding=1)
+        return h
+
+    def gradients(out):
+        return torch.autograd.grad((out * weights).sum(), [s.logits for s in softs] + [s.log_scales for s in softs])
+    found, expected = gradients(layers[1](layers[0](x))), gradients(by_hand(True))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, expected))
+    assert all(grad.abs().max() > 0.01 for grad in found)
+    assert gradients(by_hand(False))[0].abs().max() == 0
+
+
+def test_in_a_network_the_loss_reaches_the_groups_of_both_convolutions_of_every_block(tiny_net, tmp_path):
+    job = make_job(tiny_net.requires_grad_(False), tmp_path, rules(8, 4), num=12, boundaries=[300, 700])
+    fit_ranges(job)
+    group_scales(job, groups=2)
+    job.net(normal(2, *SHAPE), torch.tensor([100.0, 900.0])).square().sum().backward()
+    logits = {name: q.soft_scale.logits.grad[[0, 2]] for name, q in input_quantizers(job.net).items()
+              if name.split(".")[-2] in ("conv1", "conv2")}
+    assert len(logits) == 16 and all(bool((grad != 0).all()) for grad in logits.values())
 
 
 def test_channel_axis_has_groups_of_its_own_at_every_step():

@@ -4,16 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TINY, randomize
+from conftest import TINY, assert_close, randomize
 from ddim.unet import tag
 from models.zoo import build_network
-from quant.balance import PRODUCT_SAMPLES, balance, balance_group, balance_vector, channel_max, error_with
+from quant.attention import attention_parts
+from quant.balance import (PRODUCT_SAMPLES, balance, balance_group, balance_vector, channel_max, error_with,
+                           fold_into_norm, scale_rows)
+from quant.capture import inputs_of
 from quant.convert import quant_layers, set_input_quantization
 from quant.layers import QuantLayer
 from quant.passes import run_passes
 from quant.quantizer import QuantSpec
 from quant.timeline import Timeline
-from tiny import SHAPE, make_job, normal, samples
+from tiny import SHAPE, make_job, normal, rules, samples
 
 RULES = [{"weight": {"bits": 4, "per": "channel", "range": "mse"}, "input": {"bits": 4, "range": "mse"},
           "balance": True}]
@@ -72,6 +75,30 @@ def test_a_channel_large_in_the_data_alone_never_ends_worse_than_the_identity(ga
     assert facts["error_before"] == identity and facts["error_after"] == min([identity, *errors])
 
 
+def relative_errors(gain, in_weight):
+    """Of the identity, then of alpha = 0, 0.1, ..., 1."""
+    quant, x, target = planted(gain, in_weight)
+    weight_max = quant.weight.abs().amax((0, 2, 3))
+    vectors = [torch.ones(64), *(balance_vector(channel_max(x, 2), weight_max, a / 10) for a in range(11))]
+    power = float(target.square().mean())
+    return [error_with(quant, s, x, target, torch.zeros(8), Timeline()) / power for s in vectors]
+
+
+@pytest.mark.parametrize("gain, without", [(10, 0.35), (50, 1.0)])
+def test_the_channel_that_the_weight_makes_up_for_is_repaired_at_every_alpha(gain, without):
+    """s removes the gain whatever alpha is: it is in the data's maximum as much as in the weight's."""
+    identity, *errors = relative_errors(gain, True)
+    assert identity == pytest.approx(without, rel=0.1) and errors == pytest.approx([0.0245] * 11, rel=0.1)
+    assert 10 * max(errors) < identity
+
+
+def test_half_alpha_can_hurt_where_another_helps():
+    """The channel dominates the output, so the identity, which quantizes it best, is hard to beat."""
+    identity, *errors = relative_errors(50, False)
+    assert errors[5] > 1.5 * identity and min(errors) < 0.95 * identity
+    assert min(errors) == errors[10]
+
+
 def test_identity_wins_ties_and_leaves_the_layer_alone():
     quant, x, _ = planted(1, False)
     before = quant.weight.clone()
@@ -92,13 +119,55 @@ def test_balance_alone_leaves_the_networks_output(network, boundaries, tmp_path)
     facts = balance(job, num_samples=6, num_alphas=3)
     assert sum(f["alpha"] is not None for f in facts) > len(facts) / 2
     assert all(f["error_after"] <= f["error_before"] for f in facts)
-    set_input_quantization(job.net, False)
-    for layer in quant_layers(job.net).values():
-        layer.weight_quantizer.enabled = False
+    full_precision(job)
     arguments = (normal(3, *SHAPE, seed=5), torch.tensor([1.0, 450, 990]), *([normal(3, 4, 6)] if context else []))
     expected = net(*arguments)
     assert (job.net(*arguments) - expected).abs().max() <= 1e-5 * max(1, float(expected.abs().max()))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def full_precision(job):
+    """The job's network, its quantizers off."""
+    set_input_quantization(job.net, False)
+    for layer in quant_layers(job.net).values():
+        layer.weight_quantizer.enabled = False
+    return job.net
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_any_alpha_imposed_on_every_layer_leaves_the_networks_output(alpha, tiny_net, tmp_path):
+    job, uneven = make_job(tiny_net.requires_grad_(False), tmp_path, RULES), []
+    layers = quant_layers(job.net)
+    data = inputs_of(tiny_net, list(layers), job.calibration, 10)
+    for name, layer in layers.items():
+        weight_max = layer.weight.movedim(1, 0).flatten(1).abs().amax(1)
+        s = balance_vector(channel_max(data[name], layer.trailing), weight_max, alpha)
+        layer.balance(s)
+        uneven.append(float(s.max() / s.min()) > 1.2)
+    arguments = normal(3, *SHAPE, seed=5), torch.tensor([1.0, 450, 990])
+    assert sum(uneven) > len(layers) / 2
+    assert_close(full_precision(job)(*arguments), tiny_net(*arguments), 1e-5)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_balance_by_ones_is_bit_identical_to_none(enabled, tiny_net, tmp_path):
+    """Folded wherever there is a fold, with and without quantization."""
+    plain, job = (make_job(tiny_net.requires_grad_(False), tmp_path, [rules(4, 4)[0] | {"balance": on}])
+                  for on in (False, True))
+    for layer in quant_layers(job.net).values():
+        layer.balance(torch.ones(layer.shape[1]))
+    parts = attention_parts(job.net)
+    for part in parts:
+        fold_into_norm(job.net, part, [job.net.get_submodule(name) for name in part.readers])
+        for name, rows in ((part.q, part.q_rows), (part.k, part.k_rows), (part.v, part.v_rows)):
+            scale_rows(job.net.get_submodule(name), rows, torch.ones(len(rows)))
+    nets = []
+    for each in (plain, job):
+        if enabled:
+            run_passes(each, ["fit_ranges"])
+        nets.append(each.net if enabled else full_precision(each))
+    arguments = normal(3, *SHAPE, seed=5), torch.tensor([1.0, 450, 990])
+    assert parts and torch.equal(nets[1](*arguments), nets[0](*arguments))
 
 
 def test_what_a_norm_feeds_is_folded_and_what_silu_feeds_is_not(tiny_net, tmp_path):

@@ -72,6 +72,22 @@ VARIANTS = {
     "segments": dict(wanted=rules(8, 8), boundaries=[300, 600.5]),
     "mixed": dict(wanted=[{"weight": WEIGHT_8, "input": {"bits": 8, "per": "channel"}}, {"kind": "matmul", "input": {
         "bits": 8, "per": "tensor"}}, {"role": "stem", "weight": {"bits": 32}, "input": {"bits": 32}}]),
+    "balanced": dict(wanted=rules(4, 8) + [{"match": "mid.*", "kind": "layer", "balance": True}],
+                     passes=[{"balance": {"num_samples": 6, "num_alphas": 2}}, "fit_ranges"]),
+    "log2": dict(wanted=rules(4, 8) + [{"kind": "matmul", "role": "probs", "input": {"bits": 4, "grid": "log2"}}]),
+    "widths of segments": dict(wanted=rules(4, 8) + [{"input": {"segment_bits": [8, 6, 3]}}], boundaries=[300, 600.5]),
+    "shared scales": dict(wanted=rules(4, 8), boundaries=[200, 400, 600],
+                          passes=["fit_ranges", {"group_scales": {"groups": 2}}]),
+    "scales of an MLP": dict(wanted=rules(4, 8), boundaries=[300, 600.5],
+                             passes=["fit_ranges", {"dynamic_scales": {"warm_steps": 3}}]),
+}
+# What makes a variant one, of the loaded network: name of a quantized layer or an activation quantizer, what it shows.
+SHOWN = {
+    "balanced": ("mid.block_1.conv1", lambda layer: len(layer.inverse_balance.unique()) > 1),
+    "log2": ("mid.attn_1.av_matmul.b_quantizer", lambda q: q.spec.grid == "log2" and float(q.scale) == 2 ** -14),
+    "widths of segments": ("conv_out.input_quantizer", lambda q: q.bits == [8, 6, 3]),
+    "shared scales": ("conv_out.input_quantizer", lambda q: len(q.scale) == 4 and len(q.scale.unique()) == 2),
+    "scales of an MLP": ("conv_out.input_quantizer", lambda q: len(q.scale.unique()) == 3),
 }
 
 
@@ -80,6 +96,9 @@ def test_loaded_network_is_bit_identical(variant, tiny_net, tmp_path):
     net, x = saved(tiny_net, tmp_path / "q.safetensors", **VARIANTS[variant]), normal(2, *SHAPE)
     loaded = load_quantized(tmp_path / "q.safetensors", build_network, expected=HASH)
     assert torch.equal(loaded(x, T), net(x, T))
+    if variant in SHOWN:
+        name, shown = SHOWN[variant]
+        assert shown(loaded.get_submodule(name))
     before, after = net.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     save_quantized(tmp_path / "again.safetensors", loaded, read_recipe(tmp_path / "q.safetensors")[0])

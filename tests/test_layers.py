@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import assert_close
-from ddim.unet import Matmul, tag
-from quant.layers import QuantLayer, QuantMatmul
+from conftest import TINY, assert_close, randomize
+from ddim.unet import Downsample, Matmul, tag
+from models.zoo import build_network
+from quant.convert import quant_layers
+from quant.layers import SWAP, QuantLayer, QuantMatmul
+from quant.passes import run_passes
 from quant.quantizer import QuantSpec
 from quant.timeline import Timeline
-from tiny import fit, normal
+from tiny import SHAPE, fit, make_job, normal, rules
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (4, 6)),
@@ -23,15 +26,19 @@ LAYERS = {
     "conv2d strided": (lambda: nn.Conv2d(6, 5, (3, 2), stride=(2, 3), padding=(0, 1)), (4, 6, 7, 8)),
 }
 SPLIT = "conv2d", (2, 4)
+LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+       "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1], "num_heads": 2,
+       "use_spatial_transformer": True, "context_dim": 6}
 
 
-def build(case, weight, inputs, *, splits=None, timeline=None):
+def build(case, weight, inputs, *, splits=None, timeline=None, balanced=False):
     torch.manual_seed(0)
     layer = tag("x", LAYERS[case][0](), **({"input_splits": splits} if splits else {}))
     x = normal(*LAYERS[case][1])
     if splits:
         x[:, splits[0]:] *= 5
-    return layer, QuantLayer(layer, weight, inputs, timeline or Timeline(), bool(splits)).requires_grad_(False), x
+    quant = QuantLayer(layer, weight, inputs, timeline or Timeline(), bool(splits), balanced)
+    return layer, quant.requires_grad_(False), x
 
 
 def integer_layer(x, weight, layer):
@@ -100,6 +107,51 @@ def test_hardened_split_layer_is_a_sum_of_integer_products_bit_for_bit(per):
     assert_close(quant(x), layer(x).detach(), 0.03)
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["powers of two", "any balance"])
+@pytest.mark.parametrize("case", ["linear", "conv1d", "conv2d", "conv2d strided"])
+def test_balanced_layer_is_integer_arithmetic_with_one_merged_factor(case, exact):
+    """conv(clamp(round(x_c / (s_x * b_c)) + z_x) - z_x, w_int) * s_x * s_w + b, w_int made of w_c * b_c. By powers of
+    two the layer, which multiplies with 1/b_c first, gives these bits; by others it may fall otherwise at a tie."""
+    layer, quant, x = build(case, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), balanced=True)
+    b = 2.0 ** torch.arange(-2, 4) if exact else normal(6, seed=3).exp()
+    quant.balance(b)
+    fit(quant, x).harden()
+    column, rows = [-1, *[1] * quant.trailing], [-1, *[1] * (quant.trailing + 1)]
+    s_x, z_x = quant.input_quantizer.scale[0, 0], quant.input_quantizer.zero_point[0, 0].long()
+    s_w, z_w = quant.weight_quantizer.scale[0], quant.weight_quantizer.zero_point[0]
+    assert 0 < z_x < 255
+    merged = x * (1 / (s_x * b)).reshape(column)
+    codes = (merged.round().long() + z_x).clamp(0, 255) - z_x
+    if not exact:
+        own = integers(x * (1 / b).reshape(column), s_x, z_x, 8, False)
+        tie = (merged.double() - merged.double().floor() - 0.5).abs() < 1e-4
+        assert (own - codes).abs().max() <= 1 and bool(tie[own != codes].all())
+        codes = own
+    weight = integers(layer.weight.detach() * b.reshape(column), s_w.reshape(rows), z_w.reshape(rows), 8, False)
+    expected = integer_layer(codes, weight, layer).float() * s_x * s_w.reshape(column)
+    assert torch.equal(quant(x), expected + layer.bias.detach().reshape(column))
+    assert_close(quant(x), layer(x).detach(), 0.2)
+
+
+def test_own_weights_for_every_segment_are_integer_arithmetic_bit_for_bit():
+    """conv(q_x - z_x, w_int[s]) * s_x[s] * s_w[s] + b"""
+    timeline = Timeline([300, 600])
+    layer, quant, x = build("conv2d", QuantSpec(bits=4, per="channel", per_segment=True), QuantSpec(bits=8),
+                            timeline=timeline)
+    rng = torch.Generator().manual_seed(0)
+    codes, zeros = (torch.randint(16, shape, generator=rng) for shape in ((3, *layer.weight.shape), (3, 5)))
+    q, w = quant.input_quantizer, quant.weight_quantizer
+    w.scale.data, w.zero_point = torch.rand(3, 5, generator=rng) + 0.1, zeros.float()
+    quant.set_unsigned_codes(codes)
+    q.scale.data, q.zero_point = torch.tensor([[0.01], [0.02], [0.03]]), torch.tensor([[100.0], [128.0], [0.0]])
+    for s, t in enumerate((0.0, 500.0, 900.0)):
+        timeline.set_time(torch.tensor([t]))
+        product = integer_layer(integers(x, q.scale[s, 0], q.zero_point[s, 0], 8, False),
+                                codes[s] - zeros[s].reshape(-1, 1, 1, 1), layer).float()
+        expected = product * q.scale[s, 0] * w.scale[s].reshape(-1, 1, 1) + layer.bias.detach().reshape(-1, 1, 1)
+        assert torch.equal(quant(x), expected)
+
+
 @pytest.mark.parametrize("inputs", [dict(per="channel"), dict(per="group", group_size=2)], ids=["channel", "group"])
 def test_scales_that_vary_inside_the_sum_multiply_the_codes(inputs):
     """conv((q_x - z_x) * s_x, w_int) * s_w + b"""
@@ -153,6 +205,69 @@ def test_padding_is_an_exact_zero():
     inner = F.conv2d(F.pad(quant.input_quantizer(x), (1, 1, 1, 1)),
                      quant.weight_int * quant.weight_quantizer.scale[0, 0]) + layer.bias.detach()[:, None, None]
     assert_close(quant(x), inner, 1e-5)
+
+
+def test_padding_right_and_below_is_an_exact_zero_in_integers():
+    torch.manual_seed(0)
+    down, x = Downsample(6, True), normal(2, 6, 8, 6).abs() + 3                  # nowhere near zero
+    layer = down.conv
+    down.conv = quant = QuantLayer(layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False)
+    quant.fit_weight()
+    fit(down, x).conv.harden()
+    q, w = quant.input_quantizer, quant.weight_quantizer
+    codes = integers(x, q.scale[0, 0], q.zero_point[0, 0], 8, False)
+    padded = torch.zeros(2, 6, 9, 7, dtype=torch.long)
+    padded[:, :, :8, :6] = codes
+    z_w = w.zero_point[0].reshape(-1, 1, 1, 1)
+    weight = integers(layer.weight.detach(), w.scale[0].reshape(-1, 1, 1, 1), z_w, 8, False)
+    expected = integer_layer(padded, weight, layer).float() * q.scale[0, 0] * w.scale[0].reshape(-1, 1, 1)
+    assert codes.min() > 100 and expected.shape == (2, 6, 4, 3)
+    assert torch.equal(down(x), expected + layer.bias.detach().reshape(-1, 1, 1))
+
+
+def by_integers(m, layer, operands, segment):
+    """What a hardened layer or product gives of its float inputs, in int64 until the scales come."""
+    if isinstance(m, QuantMatmul):
+        scales = [q.scale[segment][q.group_of] for q in (m.a_quantizer, m.b_quantizer)]
+        codes = [integers(x, s, q.zero_point[segment][q.group_of], 6, False)
+                 for x, s, q in zip(operands, scales, (m.a_quantizer, m.b_quantizer))]
+        return (codes[0] @ codes[1]).float() * scales[0] * scales[1]
+    x, = operands
+    column, q, w, out, start = [-1, *[1] * m.trailing], m.input_quantizer, m.weight_quantizer, 0, 0
+    x = x * m.inverse_balance.reshape(column)
+    for part, width in enumerate(m.parts):
+        columns, rows = slice(start, start + width), slice(part * m.shape[0], (part + 1) * m.shape[0])
+        x_part = x[:, columns] if len(m.parts) > 1 else x
+        codes = integers(x_part, q.scale[segment, part], q.zero_point[segment, part], 6, False)
+        term = integer_layer(codes, m.weight_int[:, columns].long(), layer).float()
+        term = term * q.scale[segment, part] * w.scale[0, rows].reshape(column)
+        out, start = term if part == 0 else out + term, start + width
+    return out if m.bias is None else out + m.bias.detach().reshape(column)
+
+
+@pytest.mark.parametrize("network", [TINY, LDM])
+def test_every_layer_of_a_network_is_integer_arithmetic_bit_for_bit(network, tmp_path):
+    """Balanced, in several time segments: what each module of the running network read and gave."""
+    net = randomize(build_network(**network)).eval().requires_grad_(False)
+    context = 6 if "context_dim" in network else 0
+    job = make_job(net, tmp_path, [rules(4, 6)[0] | {"balance": True}], boundaries=[500], context=context)
+    for layer in quant_layers(job.net).values():
+        layer.balance((0.3 * normal(layer.shape[1], seed=1)).exp())
+    run_passes(job, ["fit_ranges"])
+    quant = job.net
+    modules = {name: m for name, m in quant.named_modules() if isinstance(m, (QuantLayer, QuantMatmul))}
+    assert modules.keys() == {name for name, m in net.named_modules() if type(m) in SWAP}
+    assert any(len(getattr(m, "parts", ())) > 1 for m in modules.values())
+    seen = {}
+    for name, m in modules.items():
+        m.register_forward_hook(lambda m, operands, out, name=name: seen.update({name: (operands, out)}))
+    for segment, t in enumerate((100.0, 900.0)):
+        seen.clear()
+        quant(normal(2, *SHAPE, seed=7), torch.full((2,), t), *([normal(2, 4, 6)] if context else []))
+        assert seen.keys() == modules.keys()
+        for name, (operands, out) in seen.items():
+            expected = by_integers(modules[name], net.get_submodule(name), operands, segment)
+            assert torch.equal(out, expected), name
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -1,4 +1,5 @@
 """The log2 grid and the choice between grids."""
+import pytest
 import torch
 
 from quant.passes import run_passes
@@ -48,6 +49,18 @@ def test_error_and_row_drift_of_a_map_on_the_grid_are_zero():
     assert grid_error(softmax_quantizer(), "log2", (probs, normal(1, 3, 5)), 0, Timeline(), torch.zeros(1)) == (0, 0)
     swapped = probs.transpose(1, 2)                                            # a right operand: (keys, queries)
     assert grid_error(softmax_quantizer(), "log2", (normal(1, 5, 3), swapped), 1, Timeline(), torch.zeros(1)) == (0, 0)
+
+
+def test_error_and_row_drift_by_hand():
+    """Rows that lose, keep and gain a quarter: drift counts both, and no row is rescaled."""
+    probs = torch.tensor([[[0.7, 0.3, 0.0], [0.6, 0.4, 0.0], [0.75, 0.25, 0.0]]])
+    # -log2 is 0.51, 1.74; 0.74, 1.32; 0.42, 2: on the grid (1/2, 1/4), (1/2, 1/2), (1, 1/4)
+    lost = (0.2 ** 2 + 0.05 ** 2) + (0.1 ** 2 + 0.1 ** 2) + 0.25 ** 2
+    power = (0.7 ** 2 + 0.3 ** 2) + (0.6 ** 2 + 0.4 ** 2) + (0.75 ** 2 + 0.25 ** 2)
+    wanted = pytest.approx((lost / power, (0.25 + 0 + 0.25) / 3), rel=1e-5)
+    v, t = torch.eye(3)[None], torch.zeros(1)
+    assert grid_error(softmax_quantizer(), "log2", (probs, v), 0, Timeline(), t) == wanted
+    assert grid_error(softmax_quantizer(), "log2", (v, probs.transpose(1, 2)), 1, Timeline(), t) == wanted
 
 
 def test_the_pass_adds_a_rule_for_each_log2_map(tiny_net, tmp_path):

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 
 from quant.convert import input_quantizers, quant_layers
 from quant.passes import run_passes
+from quant.quantizer import Quantizer, QuantSpec
 from quant.tdq import DynamicScale, dynamic_scales, functions_of, retabulated
+from quant.timeline import Timeline
 from tiny import SHAPE, make_job, normal, rules
 
 TIMES = torch.tensor([0.0, 250, 500, 999])
@@ -26,6 +28,27 @@ def test_the_mlp_is_the_formula():
         h = F.relu(layer.weight @ h + layer.bias)
     expected = F.softplus(soft.layers[-1].weight @ h + soft.layers[-1].bias)
     assert torch.allclose(soft()[1], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_every_code_is_used_and_none_beyond(bits, symmetric):
+    """Data that span the fitted range take all 2^b codes (2^b - 1 about zero); 4 bits are not 13 codes."""
+    torch.manual_seed(0)
+    q = Quantizer(QuantSpec(bits=bits, symmetric=symmetric), torch.tensor(0), Timeline([125, 375, 750]))
+    x = torch.linspace(-2, 2, 4096) if symmetric else torch.linspace(-1, 2, 4096)
+    for s in range(4):
+        q.fit([x[None]], s)
+    q.__dict__["soft_scale"] = soft = DynamicScale(TIMES, q.scale[0])
+    top = 2 ** (bits - 1) - 1 if symmetric else 2 ** bits - 1
+    for s in range(4):
+        q.timeline.segment = s
+        z = q.zero_point[s]
+        assert torch.equal((q.codes(x) + z).unique(), torch.arange(-top if symmetric else 0, top + 1).float())
+        torch.nn.init.normal_(soft.layers[-1].weight, std=0.01)          # any scale: never more than b bits hold
+        codes = (q.codes(100 * x) + z).detach()
+        assert (float(codes.min()), float(codes.max())) == (-top - 1 if symmetric else 0, top)
+        torch.nn.init.zeros_(soft.layers[-1].weight)
 
 
 def test_warm_start_follows_the_fitted_table_and_hardens_to_it(tiny_net, tmp_path):
