@@ -1,74 +1,119 @@
-"""Mixed precision of weights: bits for every layer by its measured sensitivity, under a budget of bytes.
+"""Mixed precision: bits for every layer by its measured sensitivity, under a budget of size or of bit operations.
 
-    minimise  sum_l e_l(b_l)   subject to  sum_l n_l b_l / 8 <= budget
+    minimise  sum_l e_l(w_l) [+ e_l(a_l)]   subject to  sum_l n_l w_l <= budget            (size: bits of weights)
+                                                   or   sum_l m_l w_l a_l <= budget        (bops: bit operations)
 
-e_l(b) is the squared error of eps when layer l alone has b-bit weights (rounded to nearest, with the layer's own range
-search), n_l its number of weights. An integer programme with one choice per layer, solved exactly (scipy's HiGHS).
+with one choice of weight bits w_l, and for bops of input bits a_l, for each layer of n_l weights and m_l multiply-adds:
+the integer programme of HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680), solved by scipy's HiGHS. HAWQ estimates e_l by
+Hessians; here it is measured, the squared error of eps when that weight or that input alone is rounded to nearest. The
+two of a layer are measured apart: for k widths that takes 2 k runs in place of k^2, and to add them up assumes no more
+than to add up layers, that errors of different roundings do not correlate.
 """
-import copy
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from math import prod
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from quant.convert import quant_layers
+from quant.config import unknown_word
+from quant.convert import quant_layers, set_input_quantization
+
+BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}           # what gets widths out of `choices`
+UNITS = {"size": "bits of weights", "bops": "bit operations"}
 
 
-def allocate_bits(job, *, average=4.0, choices=(2, 3, 4, 6, 8), num_samples=16, batch_size=16):
-    """The pass, before any that changes the network: choose weight bits out of `choices` so that they are `average`
-    bits per quantized weight or less, and add a rule for each layer. Facts: bits and errors of every layer."""
-    if not min(choices) <= average:
-        raise ValueError(f"an average of {average} bits cannot be reached with widths of {min(choices)} bits and more")
-    layers = {n: m for n, m in quant_layers(job.net).items() if m.weight_quantizer is not None}
-    errors = sensitivities(job, layers, choices, num_samples, batch_size)
-    sizes = {name: int(torch.Size(m.shape).numel()) for name, m in layers.items()}
-    bits = solve(errors, sizes, average * sum(sizes.values()))
-    job.add_rules([{"match": name, "kind": "layer", "weight": {"bits": b}} for name, b in bits.items()])
-    mean = sum(sizes[name] * b for name, b in bits.items()) / sum(sizes.values())
-    job.log(f"allocate_bits: {mean:.3f} bits per weight on average (at most {average})")
-    return [{"pass": "allocate_bits", "unit": name, "bits": b, "errors": errors[name]} for name, b in bits.items()]
+def allocate_bits(job, *, budget="size", average=None, choices=(2, 3, 4, 6, 8), num_samples=16, batch_size=16):
+    """The pass, before any that changes the network: choose bits out of `choices` and add a rule for each layer. All
+    layers together take no more than they would with `average` bits everywhere (None: with the widths that the rules
+    give them). Layers that the rules make an exception of, with other widths than most, keep theirs and do not count.
+
+    Facts: first the budget, what is used of it, and the rules, as they would stand in a YAML; then bits and errors of
+    every layer.
+    """
+    if budget not in BUDGETS:
+        raise ValueError(unknown_word(f"budget '{budget}' is unknown", budget, BUDGETS))
+    if not set(choices) <= set(range(2, 9)):
+        raise ValueError(f"allocate_bits chooses among widths of 2 to 8 bits, not {list(choices)}")
+    parts = BUDGETS[budget]
+    layers, usual = ordinary_layers(job.net, parts)
+    amounts = {name: prod(m.shape) if budget == "size" else job.graph.macs[name] for name, m in layers.items()}
+    costs = {name: {bits: n * prod(bits) for bits in product(choices, repeat=len(parts))}
+             for name, n in amounts.items()}
+    allowed = int(sum(amounts.values()) * (prod(usual) if average is None else average ** len(parts)))
+    least = sum(min(row.values()) for row in costs.values())
+    if least > allowed:
+        raise ValueError(f"the budget of {allowed:,} {UNITS[budget]} cannot be met: with {min(choices)} bits "
+                         f"everywhere it takes {least:,}")
+    apart = sensitivities(job, layers, parts, choices, num_samples, batch_size)
+    errors = {name: {bits: sum(apart[name][part][b] for part, b in zip(parts, bits)) for bits in row}
+              for name, row in costs.items()}
+    chosen = solve(errors, costs, allowed)
+    used = sum(costs[name][bits] for name, bits in chosen.items())
+    rules = [{"match": name, "kind": "layer", **{part: {"bits": b} for part, b in zip(parts, bits)}}
+             for name, bits in chosen.items()]
+    job.add_rules(rules)
+    job.log(f"allocate_bits: {used:,} {UNITS[budget]} in {len(layers)} layers, {allowed:,} allowed")
+    return [{"pass": "allocate_bits", "budget": budget, "allowed": allowed, "used": used, "rules": rules},
+            *({"pass": "allocate_bits", "unit": name, "bits": dict(zip(parts, bits)), "errors": apart[name]}
+              for name, bits in chosen.items())]
+
+
+def ordinary_layers(net, parts):
+    """-> (name -> layer whose `parts` have the widths that most layers have, those widths)"""
+    widths = {}
+    for name, layer in quant_layers(net).items():
+        quantizers = [getattr(layer, f"{part}_quantizer") for part in parts]
+        # An input of several widths, one for each range of steps, has found its bits already.
+        if all(q is not None and not q.spec.segment_bits for q in quantizers):
+            widths[name] = tuple(q.spec.bits for q in quantizers)
+    if not widths:
+        raise ValueError(f"no layer has a quantized {' and '.join(parts)} of one width, which this budget is about")
+    usual = Counter(widths.values()).most_common(1)[0][0]
+    return {name: net.get_submodule(name) for name, own in widths.items() if own == usual}, usual
 
 
 @torch.no_grad()
-def sensitivities(job, layers, choices, num_samples, batch_size):
-    """{layer: {bits: squared error of the network's output, mean over samples}}"""
-    sample, net, device = job.calibration.spread(num_samples, job.net.timeline, job.seed), job.model.net, job.device
-    batches = [tuple(a.to(device) for a in arguments) for arguments in sample.batches(batch_size)]
-    targets, errors = [net(*arguments) for arguments in batches], {}
-    for i, (name, layer) in enumerate(layers.items()):
-        original, errors[name] = net.get_submodule(name), {}
-        for bits in choices:
-            trial = copy.deepcopy(layer, {id(job.net.timeline): job.net.timeline, id(layer.weight): layer.weight})
-            trial.weight_quantizer = rewidth(trial.weight_quantizer, bits)
-            trial.input_quantizer = None
-            trial.fit_weight()
-            net.set_submodule(name, trial)
-            try:
-                found = [float((net(*arguments) - target).double().square().sum())
-                         for arguments, target in zip(batches, targets)]
-            finally:
-                net.set_submodule(name, original)
-            errors[name][bits] = sum(found) / len(sample)
-        if (i + 1) % 20 == 0 or i + 1 == len(layers):
-            job.log(f"allocate_bits: sensitivity of {i + 1} of {len(layers)} layers")
+def sensitivities(job, layers, parts, choices, num_samples, batch_size):
+    """{layer: {part: {bits: squared error of the network's output, mean over samples}}}, each part quantized alone."""
+    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed)
+    batches = [tuple(a.to(job.device) for a in arguments) for arguments in sample.batches(batch_size)]
+    targets = [job.model.net(*arguments) for arguments in batches]
+    errors = {name: {part: {} for part in parts} for name in layers}
+    for bits in choices:
+        rules = [{"match": name, "kind": "layer", **{part: {"bits": bits} for part in parts}} for name in layers]
+        net = replace(job, calibration=sample).fitted_copy(rules)
+        set_input_quantization(net, False)
+        for layer in quant_layers(net).values():
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.enabled = False
+        for name, part in product(layers, parts):
+            quantizer = getattr(net.get_submodule(name), f"{part}_quantizer")
+            quantizer.enabled = True
+            found = sum(float((net(*arguments) - target).double().square().sum())
+                        for arguments, target in zip(batches, targets))
+            quantizer.enabled = False
+            errors[name][part][bits] = found / len(sample)
+        job.log(f"allocate_bits: measured the errors of {bits} bits in {len(layers)} layers")
     return errors
 
 
-def rewidth(quantizer, bits):
-    """A quantizer like this one with other bits."""
-    return quantizer.unfitted(quantizer.timeline, bits=bits)
-
-
-def solve(errors, sizes, budget_bits):
-    """{name: {bits: error}}, {name: number of weights} -> {name: bits} of least total error within the budget."""
-    pairs = [(name, bits) for name, row in errors.items() for bits in row]
-    cost = np.array([errors[name][bits] for name, bits in pairs])
-    names = list(errors)
-    one_each = np.array([[float(name == own) for own, _ in pairs] for name in names])
-    size = np.array([[float(sizes[name] * bits) for name, bits in pairs]])
-    # Scaled to numbers of order one, as the solver's tolerances are absolute.
-    result = milp(cost / max(cost.max(), 1e-30), integrality=np.ones(len(pairs)), bounds=Bounds(0, 1),
-                  constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size / budget_bits, 0, 1)])
+def solve(errors, costs, budget):
+    """{name: {choice: error}}, {name: {choice: cost}} -> {name: choice} of least total error at no more cost than
+    `budget`, which the cheapest choices keep."""
+    pairs = [(name, choice) for name, row in errors.items() for choice in row]
+    error = np.array([errors[name][choice] for name, choice in pairs])
+    cost = np.array([[float(costs[name][choice]) for name, choice in pairs]])
+    one_each = np.array([[float(name == own) for own, _ in pairs] for name in errors])
+    # In units of the least that any choice leaves and of the budget: the solver's tolerances are absolute.
+    unit = max(sum(min(row.values()) for row in errors.values()), 1e-9 * error.max(), 1e-30)
+    result = milp(error / unit, integrality=np.ones(len(pairs)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0},
+                  constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost / budget, 0, 1)])
     if result.x is None:
-        raise ValueError(f"no choice of bits fits the budget of {budget_bits / 8:,.0f} bytes ({result.message})")
-    return {name: bits for (name, bits), chosen in zip(pairs, result.x) if chosen > 0.5}
+        raise ValueError(f"no choice of bits keeps the budget of {budget:,} ({result.message})")
+    chosen = {name: choice for (name, choice), on in zip(pairs, result.x) if on > 0.5}
+    if sum(costs[name][choice] for name, choice in chosen.items()) <= budget:
+        return chosen
+    return solve(errors, costs, budget * (1 - 1e-6))       # within the solver's tolerance is not within the budget
