@@ -83,9 +83,10 @@ class Job:
 
 
 @torch.no_grad()
-def fit_ranges(job, *, num_samples=256, batch_size=64):
+def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
     """Choose every scale and zero point: weights from the weights, activations from `num_samples` calibration samples
-    through the full-precision network."""
+    through the full-precision network. Where segments of time are short, each has few samples and misses outliers;
+    those of the `neighbours` segments on either side then help."""
     job.need_float_weights("fit_ranges")
     layers = [m for m in quant_layers(job.net).values() if m.weight_quantizer is not None]
     for layer in layers:
@@ -101,7 +102,7 @@ def fit_ranges(job, *, num_samples=256, batch_size=64):
         for arguments in sample.batches(batch_size):
             job.net(*(a.to(device) for a in arguments))
         for q in quantizers:
-            q.fit_observed()
+            q.fit_observed(neighbours)
     set_input_quantization(job.net, True)
     for layer in layers:
         layer.weight_quantizer.enabled = True

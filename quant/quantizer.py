@@ -204,12 +204,12 @@ class Quantizer(nn.Module):
         self.observed, self.samples_to_come = [], num_samples
 
     @torch.no_grad()
-    def fit_observed(self):
-        """Choose scale and zero point from what was observed, then forget it. Raises ValueError where a segment of
-        the timeline was never seen."""
+    def fit_observed(self, neighbours=0):
+        """Choose scale and zero point from what was observed, then forget it; for each segment also from the
+        `neighbours` before and after it. Raises ValueError where a segment, and these, were never seen."""
         batches, self.observed = self.observed, None
         for s in range(len(self.scale)):
-            seen = [v for v in (values[segment == s] for values, segment in batches) if len(v)]
+            seen = [v for v in (values[(segment - s).abs() <= neighbours] for values, segment in batches) if len(v)]
             if not seen:
                 raise ValueError(f"calibration data hold no sample in time segment {s} of {len(self.scale)}; "
                                  "add steps to the calibration set or use fewer segments")

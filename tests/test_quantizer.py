@@ -20,14 +20,14 @@ def with_range(low, high, *, bits=4, symmetric=False, group_of=torch.tensor(0), 
     return q
 
 
-def observed(q, *batches, steps=None):
+def observed(q, *batches, steps=None, neighbours=0):
     """`q` fitted by watching the batches pass."""
     q.begin_observing(sum(map(len, batches)))
     for i, x in enumerate(batches):
         if steps is not None:
             q.timeline.set_time(steps[i])
         q.active(x)
-    q.fit_observed()
+    q.fit_observed(neighbours)
     return q
 
 
@@ -168,6 +168,17 @@ def test_segments_are_fitted_as_static_quantizers_of_their_samples(per):
             observed(Quantizer(QuantSpec(bits=6, per=per), group_of), x[STEPS >= 600])
         timeline.set_time(t[None])
         assert torch.equal(q(x), alone(x))
+
+
+@pytest.mark.parametrize("neighbours, steps", [(1, ([0, 250], [0, 250, 500], [250, 500, 700, 999], [500, 700, 999])),
+                                               (2, ([0, 250, 500], None, None, [250, 500, 700, 999]))])
+def test_neighbouring_segments_lend_their_samples(neighbours, steps):
+    timeline, x = Timeline([200, 400, 600]), normal(8, 3) * (1 + STEPS[:, None])
+    q = observed(Quantizer(QuantSpec(bits=6), torch.tensor(0), timeline), x[:3], x[3:], steps=[STEPS[:3], STEPS[3:]],
+                 neighbours=neighbours)
+    for scale, known in zip(q.scale, steps):
+        seen = x if known is None else x[torch.isin(STEPS, torch.tensor(known))]
+        assert torch.equal(scale, observed(Quantizer(QuantSpec(bits=6), torch.tensor(0)), seen).scale[0])
 
 
 @pytest.mark.parametrize("per", ["tensor", "channel"])
