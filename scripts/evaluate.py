@@ -39,6 +39,10 @@ def evaluate(run):
         if missing:
             raise ValueError(f"{len(missing)} of {config.sampling.num} images are not in {folder} yet; make them with: "
                              f"python scripts/sample.py {run.folder} precision={precision}")
+    layers = json.loads(run.need("map.json", "quantize").read_text())["layers"]
+    if any("bit_product" not in row for row in layers):
+        raise ValueError(f"{run.path('map.json')} is of an earlier version; make it again with: python "
+                         f"scripts/quantize.py {run.folder} force=true")
     with run.stage("evaluate"):
         results = {name: scores_of(run, folder) for name, folder in folders.items()}
         metrics = {"protocol": {"asked": protocol, "scores": results["quantized"]["protocol"]},
@@ -49,7 +53,7 @@ def evaluate(run):
                    "sqnr_db_per_step": sqnr(run),
                    "sizes": {"float_bytes": run.model.float_bytes,
                              "quantized_bytes": run.path("quantized.safetensors").stat().st_size},
-                   "bit_operations": bit_operations(json.loads(run.need("map.json", "quantize").read_text())["layers"]),
+                   "bit_operations": bit_operations(layers),
                    "float_samples": f"../{folders['float'].name}"}
         write_text(path, json.dumps(metrics, indent=1))
     s = config.sampling

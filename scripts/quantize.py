@@ -29,7 +29,8 @@ from quant.passes import Job, run_passes  # noqa: E402
 from quant.tdq import functions_of  # noqa: E402
 from quant.timeline import Timeline  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import RunConfig, boundaries, check, one_folder, open_run, split_arguments  # noqa: E402
+from scripts.run_folder import (RunConfig, boundaries, check, network_times, one_folder, open_run,  # noqa: E402
+                                split_arguments)  # noqa: E402
 
 
 DRY_RUN = "dry_run=true"
@@ -89,7 +90,7 @@ def quantize(run):
 
 def write_map(run, net, graph):
     """Save what is quantized; returns it as text."""
-    facts = quantization_map(run.model.net, net, graph.macs)
+    facts = quantization_map(run.model.net, net, graph.macs, network_times(run.config))
     write_text(run.path("map.json"), json.dumps(facts, indent=1))
     write_text(run.path("map.txt"), format_map(facts) + "\n")
     return format_map(facts)

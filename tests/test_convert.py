@@ -11,6 +11,7 @@ from quant.convert import (BITS, check_bits, check_rules, convert, format_map, i
 from quant.graph import trace
 from quant.layers import QuantLayer, QuantMatmul
 from quant.passes import fit_ranges
+from quant.timeline import Timeline
 from tiny import EXAMPLE, SHAPE, WEIGHT_8, make_job, normal, quantized, rules
 
 T = torch.tensor([3.0, 700.0])
@@ -145,6 +146,19 @@ def test_map_shares(tiny_net):
     assert stem["params_share"] == 216 / total and stem["macs_share"] == macs["conv_in"] / sum(macs.values())
     nothing = facts({"weight": {"bits": 32}})
     assert nothing["params_share"] == nothing["macs_share"] == 0
+
+
+def test_widths_that_differ_by_time_count_by_the_steps_that_have_them(tiny_net):
+    """Steps 1 and 2 of three have 4 bits, the third 8: 16/3 bits; q and k together (16 + 16 + 64) / 3."""
+    wanted = rules(4, 8) + [{"input": {"segment_bits": [4, 8]}}, {"role": "probs", "input": {"segment_bits": []}}]
+    net = convert(tiny_net, wanted, Timeline([500]))
+    facts = quantization_map(tiny_net, net, trace(tiny_net, EXAMPLE).macs, [0.0, 499, 500])
+    rows = {row["name"]: row for row in facts["layers"]}
+    assert rows["conv_in"]["input_bits"] == pytest.approx(16 / 3)
+    assert rows["conv_in"]["bit_product"] == pytest.approx(64 / 3) and rows["conv_in"]["weight_bits"] == 4
+    assert rows["mid.attn_1.qk_matmul"]["bit_product"] == pytest.approx(32)
+    assert rows["mid.attn_1.av_matmul"]["input_bits"] == pytest.approx([16 / 3, 8])
+    assert next(line for line in format_map(facts).splitlines() if "av_matmul" in line).split()[3] == "5.33/8"
 
 
 def test_map_as_text(tiny_net):

@@ -208,9 +208,7 @@ def test_lpips_is_zero_for_equal_images_and_follows_its_formula():
 
 def test_bit_operations_by_hand():
     """10 multiply-adds of 4 x 8 bits, 3 of 8 x 16, 2 left alone."""
-    layers = [{"kind": "Conv2d", "weight_bits": 4, "input_bits": 8, "macs": 10},
-              {"kind": "matmul", "weight_bits": None, "input_bits": [8, 16], "macs": 3},
-              {"kind": "Linear", "weight_bits": 32, "input_bits": 32, "macs": 2}]
+    layers = [{"bit_product": 32, "macs": 10}, {"bit_product": 128, "macs": 3}, {"bit_product": 1024, "macs": 2}]
     assert bit_operations(layers) == {"float": 15 * 1024, "quantized": 10 * 32 + 3 * 128 + 2 * 1024}
 
 
