@@ -163,7 +163,7 @@ def quantization_map(net, quantized, macs, times=(0,)):
 def bits_at(quantizer, times):
     """Widths (T,) of a quantizer, or 32 for None, at network times (T,)."""
     widths = torch.tensor([32] if quantizer is None else quantizer.bits, dtype=torch.float64)
-    return widths[quantizer.timeline.segments_of(times) if len(widths) > 1 and quantizer.timeline else 0].expand(len(times))
+    return (widths[quantizer.timeline.segments_of(times)] if len(widths) > 1 else widths).expand(len(times))
 
 
 def mean(values):
