@@ -41,7 +41,7 @@ def load(schema, files, overrides=()):
     for source, read in sources:
         try:
             content = read()
-            config = OmegaConf.merge(config, content)
+            config = OmegaConf.unsafe_merge(config, content)     # in place: both are ours alone
         except ConfigKeyError as error:
             raise ValueError(_unknown_key(config, content, source, error)) from None
         except OmegaConfBaseException as error:

@@ -231,3 +231,15 @@ def test_the_files_that_ship_are_sound():
         plan = compare.load(compare.CompareConfig, [file])
         assert all(Path(compare.yaml_path("bits", bits)).exists() for bits in plan.bits)
         assert compare.cells_of(replace(plan, bits=["w4a4"], seeds=[1000]))
+
+
+@pytest.mark.parametrize("path", sorted((compare.PROJECT / "configs/compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_comparison_that_ships_says_what_can_be_run(path):
+    plan = compare.load(compare.CompareConfig, [path], ["seeds=[1000]"])
+    plan.bits = plan.bits[-1:]                             # the rest is alike, and a second's work for ten runs
+    cells = compare.cells_of(plan)
+    rows = len(plan.models) * len(plan.bits) * len(plan.methods) * len(plan.variants or [0])
+    assert len({cell.folder for cell in cells}) == len(cells) == rows
+    for cell in cells:
+        for rule in cell.config.exceptions:
+            assert rule.get("weight", {}).get("bits", 8) in (4, 8, cell.config.bits.weight)
