@@ -235,7 +235,8 @@ def test_method_files(model, data, method, builder, start):
     config = load(run_folder.RunConfig, [model.parent / "run/config.yaml"])
     assert (config.method, config.calibration.builder, config.calibration.start) == (method, builder, start)
     assert len(found) == 12 and [name for entry in config.passes for name in entry] == ["fit_ranges"]
-    first, probs = config.rules
+    first, probs, *embedding = config.rules
+    assert [rule["role"] for rule in embedding] == ([] if method == "ptq4dm" else ["scale_shift"])
     assert first["weight"] == {"bits": 8, "per": "channel", "range": "mse", "symmetric": True}
     assert first["input"] == {"bits": 8, "range": "mse", "symmetric": True, "ema": 0.9}
     assert probs == {"kind": "matmul", "role": "probs", "input": {"bits": 8, "symmetric": False}}

@@ -104,4 +104,4 @@ def test_retabulated_network_has_the_scales_of_its_functions_at_the_new_times(ti
 def test_one_segment_is_refused(tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, rules(32, 6))
     with pytest.raises(ValueError, match="need more than one time segment; set segments: per_step"):
-        dynamic_scales(job)
+        run_passes(job, ["fit_ranges", "dynamic_scales"])
