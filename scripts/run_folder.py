@@ -161,10 +161,12 @@ class Run:
         return self.folder / name
 
     def need(self, name, maker):
-        """Path of an artefact that another stage makes; ValueError that names the command if it is absent."""
+        """Path of an artefact that another stage makes; ValueError that names the command if it is absent. A recipe
+        without passes is that of a training."""
         if not self.path(name).exists():
-            raise ValueError(f"{self.path(name)} does not exist yet; make it with: python scripts/{maker}.py "
-                             f"{self.folder}")
+            trained = maker in ("calibrate", "quantize") and not self.config.passes
+            command = "train.py (as before) out=" if trained else f"{maker}.py "
+            raise ValueError(f"{self.path(name)} does not exist yet; make it with: python scripts/{command}{self.folder}")
         return self.path(name)
 
     @contextmanager
