@@ -18,7 +18,7 @@ from quant.config import unknown_word
 from quant.allocate import allocate_bits
 from quant.apq import group_scales
 from quant.balance import balance
-from quant.convert import convert, input_quantizers, quant_layers, set_input_quantization
+from quant.convert import convert, input_quantizers, quant_layers
 from quant.correction import correct_noise
 from quant.finetune import finetune
 from quant.graph import Graph
@@ -89,23 +89,23 @@ def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
     those of the `neighbours` segments on either side then help."""
     job.need_float_weights("fit_ranges")
     layers = [m for m in quant_layers(job.net).values() if m.weight_quantizer is not None]
+    quantizers = input_quantizers(job.net).values()
     for layer in layers:
         layer.fit_weight()
-        layer.weight_quantizer.enabled = False
-    quantizers = input_quantizers(job.net).values()
-    set_input_quantization(job.net, False)
-    if quantizers:
+    switched = [*quantizers, *(layer.weight_quantizer for layer in layers)]
+    for q in switched:
+        q.enabled = False
+    try:
         sample = job.calibration.subset(num_samples, job.seed)
         for q in quantizers:
             q.begin_observing(len(sample))
-        device = next(job.net.parameters()).device
-        for arguments in sample.batches(batch_size):
-            job.net(*(a.to(device) for a in arguments))
+        for arguments in sample.batches(batch_size) if quantizers else ():
+            job.net(*(a.to(job.device) for a in arguments))
         for q in quantizers:
             q.fit_observed(neighbours)
-    set_input_quantization(job.net, True)
-    for layer in layers:
-        layer.weight_quantizer.enabled = True
+    finally:
+        for q in switched:
+            q.enabled, q.observed = True, None
     return [{"pass": "fit_ranges", "weights": len(layers), "inputs": len(quantizers)}]
 
 

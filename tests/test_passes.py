@@ -80,6 +80,14 @@ def test_an_order_that_cannot_be_composed_is_refused_in_words(order, sentence, t
         run_passes(job, order)
 
 
+def test_ranges_that_cannot_be_fitted_leave_the_switches_on(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(4, 8), num=2, boundaries=[300, 700])
+    with pytest.raises(ValueError, match="hold no sample in time segment 1 of 3"):
+        fit_ranges(job)
+    assert all(q.enabled and q.observed is None for q in input_quantizers(job.net).values())
+    assert all(layer.weight_quantizer.enabled for layer in quant_layers(job.net).values())
+
+
 @pytest.mark.parametrize("batch_size", [3, 10, 64])
 def test_ranges_are_those_of_the_full_precision_network(tiny_net, tmp_path, batch_size):
     """With samples to spare for all values, min-max does not depend on batches or on other quantizers."""
