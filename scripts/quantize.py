@@ -30,7 +30,7 @@ from quant.tdq import functions_of  # noqa: E402
 from quant.timeline import Timeline  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import (RunConfig, boundaries, check, network_times, one_folder, open_run,  # noqa: E402
-                                split_arguments)  # noqa: E402
+                                split_arguments)
 
 
 DRY_RUN = "dry_run=true"

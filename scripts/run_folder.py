@@ -166,7 +166,8 @@ class Run:
         if not self.path(name).exists():
             trained = maker in ("calibrate", "quantize") and not self.config.passes
             command = "train.py (as before) out=" if trained else f"{maker}.py "
-            raise ValueError(f"{self.path(name)} does not exist yet; make it with: python scripts/{command}{self.folder}")
+            raise ValueError(f"{self.path(name)} does not exist yet; make it with: python "
+                             f"scripts/{command}{self.folder}")
         return self.path(name)
 
     @contextmanager
