@@ -20,6 +20,7 @@ from quant.apq import group_scales
 from quant.balance import balance
 from quant.convert import convert, input_quantizers, quant_layers
 from quant.correction import correct_noise
+from quant.decide import decide_by_ranges
 from quant.finetune import finetune
 from quant.graph import Graph
 from quant.quantizer import Quantizer
@@ -112,7 +113,7 @@ def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
 PASSES = {"fit_ranges": fit_ranges, "reconstruct": reconstruct, "balance": balance, "softmax_grid": softmax_grid,
           "allocate_bits": allocate_bits, "step_bits": step_bits, "dynamic_scales": dynamic_scales,
           "group_scales": group_scales, "reconstruct_temporal": reconstruct_temporal, "segment_models": segment_models,
-          "finetune": finetune, "correct_noise": correct_noise}
+          "finetune": finetune, "correct_noise": correct_noise, "decide_by_ranges": decide_by_ranges}
 
 
 def find_pass(name):

@@ -29,6 +29,7 @@ class QuantSpec:
     ema: float = 0.0                       # > 0: average the interval of successive batches, old weight `ema`
     per_segment: bool = False              # of a weight: an own one for every time segment
     segment_bits: tuple = ()               # of an input: bits in each time segment, in place of `bits`
+    static: bool = False                   # of an input: one scale for all time segments
 
     def options(self):
         return {"tail": self.tail} if self.range == "percentile" else {}
@@ -84,8 +85,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, spec, group_of, timeline=None):
         super().__init__()
-        self.spec, self.timeline = spec, timeline
-        shape = (timeline.num_segments if timeline else 1, num_groups(group_of))
+        self.spec, self.timeline = spec, None if spec.static else timeline
+        shape = (self.timeline.num_segments if self.timeline else 1, num_groups(group_of))
         self.bits = list(spec.segment_bits) or [spec.bits] * shape[0]
         if len(self.bits) != shape[0]:
             raise ValueError(f"segment_bits names {len(self.bits)} widths, the timeline has {shape[0]} segments")

@@ -11,7 +11,7 @@ import torch
 from quant.convert import convert, input_quantizers, quant_layers
 
 WHOLE = "it decides for the whole network; list it before segment_models"
-OUTSIDE = {"softmax_grid": WHOLE, "allocate_bits": WHOLE, "step_bits": WHOLE,
+OUTSIDE = {"softmax_grid": WHOLE, "allocate_bits": WHOLE, "step_bits": WHOLE, "decide_by_ranges": WHOLE,
            "finetune": "it changes norms and biases, which the segments share; leave it out",
            "correct_noise": "it measures the finished network; list it after segment_models"}
 
@@ -68,6 +68,8 @@ def merge(net, parts):
         own |= {f"{name}.weight_int", f"{name}.weight_quantizer.scale", f"{name}.weight_quantizer.zero_point"}
     scales = [input_quantizers(part) for part in parts]
     for name, q in input_quantizers(net).items():
+        if q.spec.static:
+            raise ValueError(f"{name} has one scale for all segments, which calibrate theirs apart; leave out static")
         q.scale.copy_(torch.cat([each[name].scale for each in scales]))
         q.zero_point.copy_(torch.cat([each[name].zero_point for each in scales]))
         own |= {f"{name}.scale", f"{name}.zero_point"}

@@ -22,11 +22,12 @@ class SoftScale(nn.Module):
 
 
 def attach(net, make):
-    """Give every learnable activation quantizer of `net` the soft scale make(quantizer); returns how many. Raises
-    ValueError on a timeline of one segment, where there is nothing to model, and where scales are modelled already."""
+    """Give every activation quantizer of `net` that is learnable and not static the soft scale make(quantizer); returns
+    how many. Raises ValueError on a timeline of one segment, where there is nothing to model, and where scales are
+    modelled already."""
     if net.timeline.num_segments == 1:
         raise ValueError("scales that depend on time need more than one time segment; set segments: per_step")
-    quantizers = [q for q in input_quantizers(net).values() if q.learnable]
+    quantizers = [q for q in input_quantizers(net).values() if q.learnable and not q.spec.static]
     if any(q.soft_scale is not None or q.made_by is not None for q in quantizers):
         raise ValueError("scales are already given by an earlier pass (dynamic_scales or group_scales); leave one out")
     for q in quantizers:

@@ -81,7 +81,7 @@ def functions_of(net):
 @torch.no_grad()
 def retabulated(net, functions, times):
     """The hardened network with tables for other network times (S,). Quantizers without a function, and all zero
-    points, take those of the nearest old step. Raises ValueError for functions of another network."""
+    points, take those of the nearest old step; static ones stay. Raises ValueError for functions of another network."""
     quantizers = input_quantizers(net)
     unknown = sorted({key.partition("|")[0] for key in functions} - quantizers.keys())
     if not functions or unknown:
@@ -91,6 +91,8 @@ def retabulated(net, functions, times):
     nearest = net.timeline.segments_of(times)
     net.timeline.boundaries = Timeline(segment_boundaries(times.tolist(), PER_STEP)).boundaries
     for name, q in quantizers.items():
+        if q.spec.static:
+            continue
         own = {key.partition("|")[2]: v for key, v in functions.items() if key.partition("|")[0] == name}
         table = q.scale[nearest]
         if own:
