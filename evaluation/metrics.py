@@ -171,13 +171,6 @@ def bit_operations(layers):
             "quantized": sum(row["macs"] * row["bit_product"] for row in layers)}
 
 
-def sqnr_db(reference, approximation):
-    """Power of `reference` over power of the error, of the whole tensor; infinite where there is no error."""
-    _check_pair(reference, approximation)
-    reference, approximation = reference.double(), approximation.double()
-    return (10 * torch.log10(reference.square().sum() / (reference - approximation).square().sum())).item()
-
-
 def paired_scores(dir_a, dir_b, *, count=None, batch_size=256):
     """Means over the PNGs with the same name in both folders, among the first `count` of each. Equal pairs have no
     finite PSNR: they are counted as `identical` and left out of the mean of `psnr_db`, which is None if none differ.

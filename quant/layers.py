@@ -154,8 +154,9 @@ class QuantLayer(nn.Module):
         """Choose the weight's scales from the weight; concatenated parts each from their own columns."""
         q = self.weight_quantizer
         if self.has_segments:
-            raise ValueError("own weights for every time segment (per_segment) are made by the pass segment_models; "
-                             "list the other passes inside it")
+            raise ValueError("own weights for every time segment (per_segment) are made by the pass segment_models, "
+                             "inside which fit_ranges and reconstruct belong; passes that fit ranges before it for "
+                             "trials, such as balance and allocate_bits, do not go with per_segment")
         for part, columns in enumerate(self.weight.detach().split(self.parts, dim=1)):
             values = columns.flatten(1) if q.spec.per == "channel" else columns.reshape(1, -1)
             q.fit([values], first=part * len(values))

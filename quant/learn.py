@@ -6,6 +6,7 @@
 `layer_weight` is the fine-grained block reconstruction of EDA-DM (Liu et al. 2024, arXiv:2401.04585), random dropping
 of quantization that of QDrop (Wei et al. 2022, arXiv:2203.05740). Positions may be weighted by their saliency.
 """
+import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -64,10 +65,12 @@ def lp(a, b, norm, weights=None):
 
 
 def learn_rounding(unit, layers, inputs, target, generator, s):
-    """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct."""
+    """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct. No scale is learned here whose
+    doubts could choose batches actively."""
     begin_rounding(layers)
-    groups = [{"params": rounding_parameters(layers), "lr": s["weight_lr"]}]
-    optimise(unit, groups, s["weight_iters"], False, lambda done: rounding_penalty(layers, done, s),
+    s = s | {"active": 0.0}
+    groups = [rounding_group(layers, s)]
+    optimise(unit, groups, s["weight_iters"], lambda done: rounding_penalty(layers, done, s),
              inputs, target, generator, s, s["weight_norm"])
     for layer in layers:
         layer.harden()
@@ -78,7 +81,7 @@ def learn_scales(unit, quantizers, inputs, target, generator, s):
     learned = [q for q in quantizers if q.learnable]
     groups = scale_groups(learned, s)
     if groups:
-        optimise(unit, groups, s["input_iters"], True, lambda done: scale_penalty(learned, s), inputs, target,
+        optimise(unit, groups, s["input_iters"], lambda done: scale_penalty(learned, s), inputs, target,
                  generator, s, s["input_norm"])
     end_scales(learned)
 
@@ -89,12 +92,12 @@ def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
     learned = [q for q in quantizers if q.learnable]
     groups = scale_groups(learned, s)
     if layers:
-        groups.insert(0, {"params": rounding_parameters(layers), "lr": s["weight_lr"]})
+        groups.insert(0, rounding_group(layers, s))
     for q in quantizers:
         q.drop = lambda x: torch.rand(x.shape, generator=generator).to(x.device) < s["drop"]
     try:
         if groups:
-            optimise(unit, groups, s["weight_iters"], True,
+            optimise(unit, groups, s["weight_iters"],
                      lambda done: rounding_penalty(layers, done, s) + scale_penalty(learned, s), inputs, target,
                      generator, s, s["weight_norm"])
     finally:
@@ -110,8 +113,8 @@ def begin_rounding(layers):
         layer.rounding = Rounding(layer.weight, layer.weight_quantizer)
 
 
-def rounding_parameters(layers):
-    return [layer.rounding.alpha for layer in layers]
+def rounding_group(layers, s):
+    return {"params": [layer.rounding.alpha for layer in layers], "lr": s["weight_lr"], "cosine": s["weight_cosine"]}
 
 
 def rounding_penalty(layers, done, s):
@@ -127,7 +130,8 @@ def scale_groups(quantizers, s):
     """Optimizer groups: tables of scales, and the parameters of whatever gives a table while it is learned."""
     free = [q.scale.requires_grad_(True) for q in quantizers if q.soft_scale is None]
     soft = [p for q in quantizers if q.soft_scale is not None for p in q.soft_scale.parameters()]
-    groups = [{"params": free, "lr": s["input_lr"]}, {"params": soft, "lr": s["soft_lr"]}]
+    groups = [{"params": free, "lr": s["input_lr"], "cosine": True},
+              {"params": soft, "lr": s["soft_lr"], "cosine": True}]
     return [group for group in groups if group["params"]]
 
 
@@ -145,19 +149,18 @@ def scale_penalty(quantizers, s):
     return penalty
 
 
-def optimise(unit, groups, iters, cosine, penalty, inputs, target, generator, s, norm):
+def optimise(unit, groups, iters, penalty, inputs, target, generator, s, norm):
     """`iters` Adam steps on `groups`; `penalty(share of the steps done)` is added to the loss of a batch."""
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iters, 1)) if cosine else None
+    optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     scales = {id(q.scale) for q in input_quantizers(unit.module).values()}
     for step in range(iters):
         loss = batch_loss(unit, inputs, target, generator, s, norm) + penalty(step / iters)
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = grad
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (1 + math.cos(math.pi * step / iters)) / 2 if group["cosine"] else rate
         optimizer.step()
-        if schedule:
-            schedule.step()
         for parameter in parameters:
             if id(parameter) in scales:
                 parameter.data.clamp_(min=1e-8)
@@ -168,13 +171,20 @@ def batch_loss(unit, inputs, target, generator, s, norm):
     with torch.autocast(unit.device.type, torch.bfloat16, enabled=s["bfloat16"]):
         if not s["layer_weight"]:
             return output_loss(unit, unit(inputs, rows), target, rows, norm)
-        names = list(quant_layers(unit.module))[:-1]
+        names = comparable(unit.module)
         with torch.no_grad(), outputs_of(unit.original, names) as wanted:
             unit.call(unit.original, unit.float_inputs, rows)
         with outputs_of(unit.module, names) as found:
             out = unit(inputs, rows)
         inner = sum(lp(found[name].float(), wanted[name].float(), norm) for name in names)
         return output_loss(unit, out, target, rows, norm) + s["layer_weight"] * inner
+
+
+def comparable(module):
+    """Names of a block's inner layers whose outputs are those of the full-precision layers: all but the last, and but
+    queries, keys and values of a balanced attention, whose scales moved between them (quant/balance.py)."""
+    return [name for name, layer in list(quant_layers(module).items())[:-1]
+            if layer.inverse_balance is None or layer.role not in ("q", "k", "v", "qkv")]
 
 
 def draw_rows(unit, target, generator, s):

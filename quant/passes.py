@@ -103,7 +103,7 @@ def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
         for arguments in sample.batches(batch_size) if quantizers else ():
             job.net(*(a.to(job.device) for a in arguments))
         for q in quantizers:
-            q.fit_observed(neighbours)
+            q.fit_observed(neighbours, batch_size)
     finally:
         for q in switched:
             q.enabled, q.observed = True, None

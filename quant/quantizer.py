@@ -205,16 +205,18 @@ class Quantizer(nn.Module):
         self.observed, self.samples_to_come = [], num_samples
 
     @torch.no_grad()
-    def fit_observed(self, neighbours=0):
+    def fit_observed(self, neighbours=0, batch_size=64):
         """Choose scale and zero point from what was observed, then forget it; for each segment also from the
-        `neighbours` before and after it. Raises ValueError where a segment, and these, were never seen."""
+        `neighbours` before and after it. With `ema` the intervals of successive `batch_size` samples of the segment
+        are averaged. Raises ValueError where a segment, and these, were never seen."""
         batches, self.observed = self.observed, None
         for s in range(len(self.scale)):
             seen = [v for v in (values[(segment - s).abs() <= neighbours] for values, segment in batches) if len(v)]
             if not seen:
                 raise ValueError(f"calibration data hold no sample in time segment {s} of {len(self.scale)}; "
                                  "add steps to the calibration set or use fewer segments")
-            self.fit([pooled(v) for v in (seen if self.spec.ema else [torch.cat(seen)])], s)
+            seen = torch.cat(seen)
+            self.fit([pooled(v) for v in (seen.split(batch_size) if self.spec.ema else [seen])], s)
 
     @torch.no_grad()
     def fit(self, batches, segment=0, first=0):

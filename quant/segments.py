@@ -12,6 +12,7 @@ from quant.convert import convert, input_quantizers, quant_layers
 
 WHOLE = "it decides for the whole network; list it before segment_models"
 OUTSIDE = {"softmax_grid": WHOLE, "allocate_bits": WHOLE, "step_bits": WHOLE, "decide_by_ranges": WHOLE,
+           "balance": "it changes what scales are fitted to, also of norms, which the segments share; leave it out",
            "finetune": "it changes norms and biases, which the segments share; leave it out",
            "correct_noise": "it measures the finished network; list it after segment_models"}
 

@@ -6,6 +6,8 @@ image is mostly noise, more where it is mostly signal.
 SNR_F(t) = abar_t / (1 - abar_t) of the forward process, SNR_Q^b(t) = ||eps|| / ||eps_b - eps|| of a network with b-bit
 activations, along full-precision trajectories. Neighbouring steps of the same width form one time segment.
 """
+from collections import Counter
+
 import torch
 
 from quant.convert import input_quantizers
@@ -37,9 +39,11 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
 
 
 def input_rules(net, facts):
-    """Rules that give `facts` to every quantized activation of `net` but softmax outputs."""
-    rules = []
-    for name in input_quantizers(net):
+    """Rules that give `facts` to the quantized activations of `net` but softmax outputs and exceptions, those of other
+    widths than most."""
+    rules, quantizers = [], input_quantizers(net)
+    usual = Counter(q.spec.bits for q in quantizers.values()).most_common(1)[0][0]
+    for name in (name for name, q in quantizers.items() if q.spec.bits == usual):
         owner, _, part = name.rpartition(".")
         if part == "input_quantizer":
             role = net.get_submodule(owner).role

@@ -88,7 +88,7 @@ def retabulated(net, functions, times):
         raise ValueError(f"the functions of time do not belong to this network ({', '.join(unknown[:3]) or 'none'}); "
                          "use the files of one run")
     times = torch.tensor(sorted(map(float, times)))
-    nearest = net.timeline.segments_of(times)
+    nearest = net.timeline.segments_of(times).tolist()
     net.timeline.boundaries = Timeline(segment_boundaries(times.tolist(), PER_STEP)).boundaries
     for name, q in quantizers.items():
         if q.spec.static:
@@ -101,5 +101,11 @@ def retabulated(net, functions, times):
             soft.load_state_dict(own)
             table = soft()
         q.scale, q.zero_point = nn.Parameter(table, requires_grad=False), q.zero_point[nearest]
-        q.bits = [q.bits[i] for i in nearest.tolist()]
+        q.bits = [q.bits[i] for i in nearest]
     return net
+
+
+def retimed(rules, nearest):
+    """Rules for a network whose segment i has become what segment nearest[i] was: those with widths by segment."""
+    return [rule | {"input": rule["input"] | {"segment_bits": [rule["input"]["segment_bits"][i] for i in nearest]}}
+            if rule.get("input", {}).get("segment_bits") else rule for rule in rules]

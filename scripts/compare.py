@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -75,7 +76,7 @@ def run(arguments):
     if len({plan.out for plan in plans}) < len(plans):
         raise ValueError(f"two of {', '.join(files)} have the same out folder; give each its own")
     for file, plan, cells in zip(files, plans, [cells_of(plan) for plan in plans]):
-        compare(file, plan, cells, options.jobs)
+        compare(" ".join([file, *overrides]), plan, cells, options.jobs)
 
 
 def cells_of(plan):
@@ -124,30 +125,33 @@ def yaml_path(kind, name):
     return name if name.endswith(".yaml") else str(PROJECT / "configs" / kind / f"{name}.yaml")
 
 
-def compare(file, plan, cells, jobs):
-    """Make what is missing, then write the tables and the report."""
+def compare(asked, plan, cells, jobs):
+    """Make what is missing, then write the tables and the report; `asked` is the YAML and what was said on top."""
     for cell in cells:
-        cell.note = absent(cell.config, file)
+        cell.note = absent(cell.config, asked)
     todo = [cell for cell in cells if not cell.note and not finished(cell)]
     print(f"compare: {len(cells)} runs in {plan.out}: {len(todo)} to make, "
           f"{sum(bool(cell.note) for cell in cells)} without checkpoint", flush=True)
     threads = torch.get_num_threads()
     first = {shared_by(cell): cell for cell in reversed(cells)}
     for key in dict.fromkeys(map(shared_by, todo)):
-        make(shared_run(first[key]), threads, own=[])
+        shared = shared_run(first[key])
+        make(shared, threads, own=[])
+        if not shared.note:
+            shutil.rmtree(shared.folder)                   # what the others need of it lies beside it
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda cell: make(cell, max(1, threads // jobs)), todo))
     report(plan, cells)
 
 
-def absent(config, file):
+def absent(config, asked):
     """"" or what a model needs before it can be run."""
     try:
         find_checkpoint(asdict(config))
         return ""
     except ValueError:
         how = f"fill this row with: {config.download} &&" if config.download else "put it there and run:"
-        return f"needs {config.checkpoint}; {how} python scripts/compare.py {file}"
+        return f"needs {config.checkpoint}; {how} python scripts/compare.py {asked}"
 
 
 def finished(cell):
@@ -166,7 +170,8 @@ def images_of(cell):
 
 
 def shared_by(cell):
-    return *images_of(cell), cell.config.seed, cell.config.calibration.images
+    c = cell.config.calibration
+    return *images_of(cell), cell.config.seed, c.images, c.start, c.start_step, c.data
 
 
 def shared_run(cell):

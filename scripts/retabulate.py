@@ -11,12 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch  # noqa: E402
+
+from models.diffusion import example_arguments  # noqa: E402
 from models.zoo import build_network  # noqa: E402
 from quant.checkpoint import load_quantized, read_recipe, save_quantized  # noqa: E402
 from quant.config import load  # noqa: E402
 from quant.files import load_tensors  # noqa: E402
-from quant.tdq import retabulated  # noqa: E402
+from quant.graph import trace  # noqa: E402
+from quant.tdq import retabulated, retimed  # noqa: E402
+from quant.timeline import Timeline  # noqa: E402
 from scripts.cli import main  # noqa: E402
+from scripts.quantize import write_map  # noqa: E402
 from scripts.run_folder import RunConfig, Run, check, network_times, one_folder, open_run, write_config  # noqa: E402
 
 
@@ -35,10 +41,15 @@ def run(arguments):
         raise ValueError(f"{after.folder} holds a quantized model already; choose another out= folder")
     tensors, _ = load_tensors(before.need("dynamic.safetensors", "quantize"))
     path = before.need("quantized.safetensors", "quantize")
-    net = retabulated(load_quantized(path, build_network), tensors, network_times(after.config))
+    times = sorted(network_times(after.config))
+    recipe, boundaries = read_recipe(path)
+    nearest = Timeline(boundaries).segments_of(torch.tensor(times)).tolist()
     write_config(after)
-    recipe = read_recipe(path)[0] | {"retabulated": asdict(after.config)["sampling"]}
-    save_quantized(after.path("quantized.safetensors"), net, recipe)
+    with after.stage("quantize"):
+        net = retabulated(load_quantized(path, build_network), tensors, times)
+        write_map(after, net, trace(after.model.net, example_arguments(asdict(after.config), after.model.net)))
+        save_quantized(after.path("quantized.safetensors"), net, recipe | {
+            "retabulated": asdict(after.config)["sampling"], "rules": retimed(recipe["rules"], nearest)})
     print(f"retabulate: {after.path('quantized.safetensors')}, {net.timeline.num_segments} steps; go on with: python "
           f"scripts/sample.py {after.folder}")
 

@@ -126,7 +126,10 @@ class RunConfig:
 
     @property
     def all_rules(self):
-        return [*self.rules, *self.exceptions]
+        """Of the method, then exceptions; 32 bits for inputs leave those in floating point that a method's rules hold
+        at other widths too."""
+        weights_only = [{"match": "*", "input": {"bits": 32}}] if self.bits.input == 32 else []
+        return [*self.rules, *weights_only, *self.exceptions]
 
 
 FREE = {"num", "out", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}   # change no artefact

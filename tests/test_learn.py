@@ -8,7 +8,8 @@ from torch import nn
 from ddim.unet import tag
 from quant.convert import input_quantizers
 from quant.layers import QuantLayer
-from quant.learn import DROPPED_INPUTS, Mixed, Unit, batch_loss, rounding_penalty, scale_penalty
+from quant.learn import (DROPPED_INPUTS, Mixed, Unit, batch_loss, comparable, learn_rounding, optimise,
+                         rounding_penalty, scale_penalty)
 from quant.passes import run_passes
 from quant.quantizer import Quantizer, QuantSpec
 from quant.rounding import Rounding
@@ -56,6 +57,35 @@ def test_rounding_penalty_is_off_in_the_warm_up_then_sharpens():
         expected = 0.1 * float((1 - (2 * h - 1).abs() ** beta).sum())
         assert math.isclose(float(rounding_penalty([quant], done, ALL)), expected, rel_tol=1e-4)
     assert rounding_penalty([quant], 0.6, ALL | {"round_weight": 0.0}) == 0.0
+
+
+def test_rates_fall_along_a_cosine_or_stay():
+    """Adam moves by its rate where the gradient does not change."""
+    falling, constant = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    groups = [{"params": [falling], "lr": 0.1, "cosine": True}, {"params": [constant], "lr": 0.1, "cosine": False}]
+    unit = Unit("x", nn.Identity(), torch.device("cpu"), lambda rows: None)
+    optimise(unit, groups, 9, lambda done: -(falling + constant).sum(), [normal(4, 3)], normal(4, 3), torch.Generator(),
+             ALL, 2.0)
+    assert torch.allclose(constant, torch.tensor(0.9)) and torch.allclose(falling, torch.tensor(0.5), rtol=1e-4)
+
+
+def test_steps_are_not_chosen_while_the_rounding_is_learned():
+    """Nothing there learns how undecided a step is."""
+    quant = QuantLayer(tag("x", nn.Linear(3, 5)), QuantSpec(bits=2), QuantSpec(), Timeline(), False)
+    quant.requires_grad_(False).fit_weight()
+    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None, segments=torch.arange(4), visits=torch.zeros(4))
+    learn_rounding(unit, [quant], [normal(4, 3)], normal(4, 5), torch.Generator(),
+                   ALL | {"active": 1.5, "weight_iters": 3, "weight_lr": 0.1, "weight_cosine": False})
+    assert quant.weight_int is not None and not unit.visits.any()
+
+
+def test_queries_keys_and_values_of_a_balanced_block_are_not_compared(tiny_net, tmp_path):
+    """Their scales have moved: what they answer is not what the full-precision layers do."""
+    names = {}
+    for balanced in (False, True):
+        net = make_job(tiny_net, tmp_path, [*rules(4, 4), {"balance": balanced}]).net
+        names[balanced] = comparable(net.get_submodule("mid.attn_1")), comparable(net.get_submodule("mid.block_1"))
+    assert names[False] == (["q", "k", "v"], names[True][1]) and names[True][0] == [] and len(names[True][1]) > 1
 
 
 def test_smoothness_is_the_squared_step_of_the_logarithm():

@@ -1,4 +1,5 @@
 """Every method's YAML on a tiny network: it runs, survives a kill with the same bytes, and its file reloads exactly."""
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import save_file
 
 from models.zoo import build_network
 from quant.checkpoint import load_quantized
-from scripts import calibrate, quantize, retabulate, sample
+from scripts import calibrate, evaluate, quantize, retabulate, sample
+from scripts.table import row_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 METHODS = sorted(p.stem for p in (PROJECT / "configs/method").glob("*.yaml"))
@@ -44,37 +46,44 @@ class Killed(Exception):
     pass
 
 
-def made(model, method, out, monkeypatch=None):
-    """A quantized run folder; with `monkeypatch` the first attempt dies at its third line of progress."""
+def prepared(model, method, out):
+    """A run folder with its calibration set."""
     words = [str(model), *(str(PROJECT / "configs" / p) for p in
                            ("bits/w4a4.yaml", f"method/{method}.yaml", "preset/demo.yaml")), *WORDS]
     if method == "i2n":
         words.append(f"calibration.data={model.parent / 'data'}")
     calibrate.run([*words, f"out={out}"])
-    if monkeypatch:
-        lines = []
-
-        def dying(line, **_):
-            lines.append(line)
-            if len(lines) == 4:
-                raise Killed
-        with monkeypatch.context() as patch:
-            patch.setattr("builtins.print", dying)
-            try:
-                quantize.run([str(out)])
-            except Killed:
-                pass
-        assert not (out / "quantized.safetensors").exists() or len(lines) < 4
-    quantize.run([str(out)])
     return out
+
+
+def quantized(out, monkeypatch, dies_at=None):
+    """Run the stage; returns how many lines it printed. With `dies_at` it dies as it prints that one."""
+    lines = []
+
+    def counting(line, **_):
+        lines.append(line)
+        if len(lines) == dies_at:
+            raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", counting)
+        if dies_at:
+            with pytest.raises(Killed):
+                quantize.run([str(out)])
+        else:
+            quantize.run([str(out)])
+    assert (out / "quantized.safetensors").exists() is not bool(dies_at)
+    return len(lines)
 
 
 @pytest.mark.parametrize("kind, method", [("pixel", method) for method in METHODS]
                          + [("fused", method) for method in ("edadm", "multimodel", "tfmq", "tinydm")])
 def test_method_runs_continues_and_reloads(models, kind, method, tmp_path, monkeypatch):
-    model = models[kind]
-    whole = made(model, method, tmp_path / "whole")
-    again = made(model, method, tmp_path / "killed", monkeypatch)
+    """The second run is killed early, then once more at its last line of progress, that of its last pass."""
+    whole, again = (prepared(models[kind], method, tmp_path / name) for name in ("whole", "killed"))
+    total = quantized(whole, monkeypatch)
+    for line in {min(4, total - 1), total - 1}:
+        quantized(again, monkeypatch, dies_at=line)
+    quantized(again, monkeypatch)
     content = (whole / "quantized.safetensors").read_bytes()
     assert content == (again / "quantized.safetensors").read_bytes()
     net = load_quantized(whole / "quantized.safetensors", build_network)
@@ -84,12 +93,18 @@ def test_method_runs_continues_and_reloads(models, kind, method, tmp_path, monke
     assert len(list((whole / "samples").glob("*.png"))) == 4
 
 
-def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path):
-    run = made(models["pixel"], "tdq", tmp_path / "run")
+def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path, monkeypatch):
+    run = prepared(models["pixel"], "tdq", tmp_path / "run")
+    quantized(run, monkeypatch)
     with pytest.raises(ValueError, match="only sampling"):
         retabulate.run([str(run), f"out={tmp_path / 'other'}", "bits.weight=8"])
     retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
     sample.run([str(tmp_path / "other")])
     assert len(list((tmp_path / "other/samples").glob("*.png"))) == 4
+    sample.run([str(tmp_path / "other"), "precision=float"])
+    evaluate.run([str(tmp_path / "other")])
+    numbers, = row_of(tmp_path / "other").numbers
+    assert len(json.loads((tmp_path / "other/metrics.json").read_text())["sqnr_db_per_step"]) == 5
+    assert numbers["GBOPs"] > 0 and numbers["calibration s"] > 0
     with pytest.raises(ValueError, match="holds a quantized model already"):
         retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])

@@ -20,14 +20,14 @@ def with_range(low, high, *, bits=4, symmetric=False, group_of=torch.tensor(0), 
     return q
 
 
-def observed(q, *batches, steps=None, neighbours=0):
+def observed(q, *batches, steps=None, neighbours=0, batch_size=64):
     """`q` fitted by watching the batches pass."""
     q.begin_observing(sum(map(len, batches)))
     for i, x in enumerate(batches):
         if steps is not None:
             q.timeline.set_time(steps[i])
         q.active(x)
-    q.fit_observed(neighbours)
+    q.fit_observed(neighbours, batch_size)
     return q
 
 
@@ -149,10 +149,18 @@ def test_percentile_of_a_subsample_is_that_of_all_values():
 
 def test_successive_batches_are_averaged():
     q = observed(Quantizer(QuantSpec(bits=8, ema=0.75), torch.tensor(0)),
-                 *(torch.tensor([[-top, top]]) for top in (1.0, 2.0, 4.0)))
+                 *(torch.tensor([[-top, top]]) for top in (1.0, 2.0, 4.0)), batch_size=1)
     assert float(q.scale) == pytest.approx(2 * 1.9375 / 255)               # 0.75 (0.75 * 1 + 0.25 * 2) + 0.25 * 4
     alone = observed(Quantizer(QuantSpec(bits=8, ema=0.9), torch.tensor(0)), torch.tensor([[-3.0, 3.0]]))
     assert float(alone.scale) == pytest.approx(6 / 255)
+
+
+def test_batches_that_are_averaged_are_those_of_a_segment():
+    """However the samples of two segments passed: 1, 2 | 4, 8 in the one, 10, 20 | 40, 80 in the other."""
+    q, steps = Quantizer(QuantSpec(bits=8, ema=0.75), torch.tensor(0), Timeline([500])), torch.tensor([0.0, 999.0])
+    tops = [torch.tensor([[0.0, top], [0.0, 10 * top]]) for top in (1.0, 2.0, 4.0, 8.0)]
+    observed(q, *tops, steps=[steps] * 4, batch_size=2)
+    assert (q.scale[:, 0] * 255).tolist() == pytest.approx([0.75 * 2 + 0.25 * 8, 0.75 * 20 + 0.25 * 80])
 
 
 STEPS = torch.tensor([0.0, 999, 250, 250, 700, 0, 500, 999])

@@ -80,11 +80,21 @@ def test_a_batch_across_segments_is_refused(tiny_net, tmp_path):
     (SHARED, ["fit_ranges", {"reconstruct": {"weight_iters": 5, "input_iters": 0, "batch_size": 4, "weight_lr": 0.3}}],
      "the segments have different weights in .*; add weight: {per_segment: true}"),
     ([OWN[0] | {"balance": True}], [{"balance": {"num_alphas": 3}}, "fit_ranges"],
-     "changed .*, which the segments share"),
+     "balance cannot be inside segment_models: .* leave it out"),
     (OWN, [{"reconstrct": {}}], "pass 'reconstrct' is unknown; did you mean 'reconstruct'")])
 def test_what_cannot_be_shared_or_done_is_said(tiny_net, tmp_path, wanted, passes, sentence):
     with pytest.raises(ValueError, match=sentence):
         segmented(tiny_net, tmp_path, wanted, passes)
+
+
+def test_what_the_segments_share_must_not_differ(tiny_net, tmp_path):
+    whole = make_job(tiny_net, tmp_path, OWN, boundaries=[500]).net
+    parts = [quantized(tiny_net, tmp_path / f"{i}", SHARED) for i in range(2)]
+    merge(whole, parts)
+    norm = parts[1].get_submodule("mid.block_1.norm1")
+    norm.bias = torch.nn.Parameter(norm.bias + 1)          # in place it would be that of all
+    with pytest.raises(ValueError, match=r"changed mid.block_1.norm1.bias, which the segments share"):
+        merge(whole, parts)
 
 
 def test_own_weights_without_the_pass_and_the_pass_without_segments(tiny_net, tmp_path):

@@ -58,6 +58,14 @@ def test_rules_name_every_activation_but_softmax_outputs(tiny_net):
     assert {q.spec.bits for n, q in again.items() if n.endswith("av_matmul.b_quantizer")} == {8}
 
 
+def test_exceptions_keep_their_width(tiny_net):
+    """Stem and out at 8 bits beside 4: only the 4 become steps' widths."""
+    own = rules(4, 4) + [{"role": ["stem", "out"], "input": {"bits": 8}}]
+    again = input_quantizers(convert(tiny_net, own + input_rules(convert(tiny_net, own), {"bits": 5})))
+    assert again["conv_in.input_quantizer"].spec.bits == again["conv_out.input_quantizer"].spec.bits == 8
+    assert again["mid.block_1.conv1.input_quantizer"].spec.bits == 5
+
+
 TIMES = [10.0, 100.0, 700.0, 990.0]
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from quant.convert import input_quantizers, quant_layers
 from quant.passes import run_passes
 from quant.quantizer import Quantizer, QuantSpec
-from quant.tdq import DynamicScale, dynamic_scales, functions_of, retabulated
+from quant.tdq import DynamicScale, dynamic_scales, functions_of, retabulated, retimed
 from quant.timeline import Timeline
 from tiny import SHAPE, make_job, normal, rules
 
@@ -99,6 +99,13 @@ def test_retabulated_network_has_the_scales_of_its_functions_at_the_new_times(ti
     assert torch.equal(q.scale, soft())
     with pytest.raises(ValueError, match="the functions of time do not belong to this network"):
         retabulated(net, {"other|layers.0.weight": torch.zeros(1)}, old)
+
+
+def test_widths_by_segment_follow_the_steps():
+    rule = {"match": "a", "input": {"segment_bits": [4, 8], "range": "mse"}}
+    plain = {"match": "b", "input": {"bits": 4}}
+    assert retimed([plain, rule, {"balance": True}], [0, 1, 1]) == [
+        plain, {"match": "a", "input": {"segment_bits": [4, 8, 8], "range": "mse"}}, {"balance": True}]
 
 
 def test_one_segment_is_refused(tiny_net, tmp_path):
