@@ -132,15 +132,45 @@ def find_pass(name):
     return found
 
 
+def named(entry):
+    """An entry of a list of passes -> (name, options)."""
+    if isinstance(entry, dict) and len(entry) != 1:
+        raise ValueError(f"pass entry {entry} must be one name with its options, for example {{fit_ranges: {{}}}}")
+    (name, options), = entry.items() if isinstance(entry, dict) else ((entry, {}),)
+    return name, options or {}
+
+
+def changed_passes(passes, changes):
+    """The list of passes with {name: {option: value}} on top of what it says; {name: None} leaves that pass out, also
+    of the passes inside another one. Raises ValueError for a name that is not in the list."""
+    found = set()
+
+    def changed(entries):
+        result = []
+        for name, options in map(named, entries):
+            found.add(name)
+            if "passes" in options:
+                options = options | {"passes": changed(options["passes"])}
+            if changes.get(name, {}) is not None:
+                result.append({name: options | changes.get(name, {})})
+        return result
+    for name, own in changes.items():
+        if not isinstance(own, dict | None):
+            raise ValueError(f"pass_options.{name} is {own}; it must be a mapping such as {{batch_size: 16}}, or null")
+    result = changed(passes)
+    for name in changes:
+        if name not in found:
+            raise ValueError(unknown_word(f"pass_options names the pass '{name}', which this method does not have", name,
+                                          sorted(found)))
+    return result
+
+
 def check_passes(passes, *, importing=False):
     """Raises ValueError for an unknown pass or option; returns [(name, options)]. Passes named module.function are
     taken as they are unless `importing`."""
     checked = []
     for entry in passes:
-        if isinstance(entry, dict) and len(entry) != 1:
-            raise ValueError(f"pass entry {entry} must be one name with its options, for example {{fit_ranges: {{}}}}")
-        (name, options), = entry.items() if isinstance(entry, dict) else ((entry, {}),)
-        options = options or {}
+        name, options = named(entry)
         if importing or "." not in name:
             known = [k for k in inspect.signature(find_pass(name)).parameters if k != "job"]
             for key in options:

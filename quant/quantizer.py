@@ -13,7 +13,7 @@ from quant.groups import num_groups
 from quant.ranges import centered_codes, code_range, find_range, scale_zero_point
 
 LOG2_TOP = 14                              # exponent of the largest integer of the log2 grid
-VALUES_PER_GROUP = 2 ** 16                 # observed values kept for a range search, per segment
+VALUES_PER_GROUP = 2 ** 16                 # observed values kept for the range searches of a group, of all samples
 
 
 @dataclass

@@ -77,7 +77,7 @@ def quantize(run):
                   rules=run.config.all_rules, seed=run.config.seed, trajectory=partial(trajectory, run),
                   log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
-        run_passes(job, run.config.passes)
+        run_passes(job, run.config.all_passes)
         write_map(run, job.net, graph)           # passes may have changed widths
         functions = functions_of(job.net)
         if functions:

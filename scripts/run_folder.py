@@ -20,7 +20,7 @@ from quant.calibration import check_builder
 from quant.config import load, unknown_word
 from quant.convert import check_bits, check_rules
 from quant.files import write_text
-from quant.passes import check_passes
+from quant.passes import changed_passes, check_passes
 from quant.timeline import segment_boundaries
 
 
@@ -111,6 +111,7 @@ class RunConfig:
     rules: list[Any] = field(default_factory=list)
     exceptions: list[Any] = field(default_factory=list)          # rules on top of those of any method
     passes: list[Any] = field(default_factory=list)
+    pass_options: dict[str, Any] = field(default_factory=dict)   # on top of those in `passes`, by name; null: without it
     preset: str = "paper"
     effort: Effort = field(default_factory=Effort)
     calibration: Calibration = field(default_factory=Calibration)
@@ -130,6 +131,10 @@ class RunConfig:
         at other widths too."""
         weights_only = [{"match": "*", "input": {"bits": 32}}] if self.bits.input == 32 else []
         return [*self.rules, *weights_only, *self.exceptions]
+
+    @property
+    def all_passes(self):
+        return changed_passes(self.passes, self.pass_options)
 
 
 FREE = {"num", "out", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}   # change no artefact
@@ -195,10 +200,11 @@ class Run:
 
     def recipe(self):
         """What identifies a quantized network: everything that changes its numbers, without what only moves it."""
-        keep = ("name", "network", "schedule", "guidance", "bits", "method", "segments", "rules", "passes", "preset",
+        keep = ("name", "network", "schedule", "guidance", "bits", "method", "segments", "rules", "preset",
                 "effort", "calibration", "seed")
         everything = asdict(self.config)
-        return {k: everything[k] for k in keep} | {"weights_hash": self.model.weights_hash}
+        return {k: everything[k] for k in keep} | {"passes": self.config.all_passes,
+                                                   "weights_hash": self.model.weights_hash}
 
 
 def check(config):
@@ -212,7 +218,7 @@ def check(config):
     check_bits(config.bits.softmax, "input")
     boundaries(config)
     check_rules(config.all_rules)
-    check_passes(config.passes)
+    check_passes(config.all_passes)
     check_builder(config.calibration.builder, config.calibration.options)
     check_start(config.calibration)
     if config.sampling.sampler not in SAMPLERS:

@@ -4,7 +4,7 @@ import torch
 
 from quant import passes
 from quant.convert import input_quantizers, quant_layers
-from quant.passes import check_passes, fit_ranges, run_passes
+from quant.passes import changed_passes, check_passes, fit_ranges, run_passes
 from tiny import make_job, rules
 
 
@@ -118,3 +118,25 @@ def test_facts_of_fitting(tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, rules(8, 8))
     assert fit_ranges(job) == [{"pass": "fit_ranges", "weights": len(quant_layers(job.net)),
                                 "inputs": len(input_quantizers(job.net))}]
+
+
+LIST = ["balance", {"fit_ranges": {"num_samples": 5}}, {"segment_models": {"passes": ["fit_ranges", "reconstruct"]}}]
+
+
+def test_options_on_top_of_a_list_of_passes():
+    assert changed_passes(LIST, {"fit_ranges": {"batch_size": 2}, "balance": None, "reconstruct": None}) == [
+        {"fit_ranges": {"num_samples": 5, "batch_size": 2}},
+        {"segment_models": {"passes": [{"fit_ranges": {"batch_size": 2}}]}}]
+    assert check_passes(changed_passes(LIST, {})) == [(name, options or {}) for name, options in check_passes(
+        ["balance", {"fit_ranges": {"num_samples": 5}}, {"segment_models": {"passes": [
+            {"fit_ranges": {}}, {"reconstruct": {}}]}}])]
+    assert LIST[1] == {"fit_ranges": {"num_samples": 5}}   # the list itself stays
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"finetune": None}, "names the pass 'finetune', which this method does not have; did you mean"),
+    ({"fit_range": {}}, "did you mean 'fit_ranges'"),
+    ({"balance": 3}, "pass_options.balance is 3; it must be a mapping such as .*, or null")])
+def test_options_of_passes_that_are_not_there(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        changed_passes(LIST, changes)

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.zoo import build_network
-from quant.checkpoint import load_quantized
+from quant.checkpoint import load_quantized, read_recipe
 from scripts import calibrate, evaluate, quantize, report, run_folder, sample
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -150,6 +150,15 @@ def test_exceptions_come_on_top_of_the_methods_rules(model, tmp_path):
     assert layers["conv_in"]["weight_bits"] == layers["conv_out"]["weight_bits"] == 8
     assert layers["mid.block_1.conv1"]["input_bits"] == 6 and layers["conv_in"]["input_bits"] == 8
     load_quantized(tmp_path / "run/quantized.safetensors", build_network)
+
+
+def test_options_of_a_methods_passes_can_be_changed_and_passes_left_out(model, tmp_path):
+    run = tmp_path / "run"
+    calibrate.run([*files(model), *WORDS, f"out={run}", "pass_options.reconstruct=null",
+                   "pass_options.fit_ranges.num_samples=7"])
+    quantize.run([str(run)])
+    assert {json.loads(line)["pass"] for line in (run / "passes.jsonl").read_text().splitlines()} == {"fit_ranges"}
+    assert read_recipe(run / "quantized.safetensors")[0]["passes"] == [{"fit_ranges": {"num_samples": 7}}]
 
 
 def test_folder_of_another_recipe_is_refused(model, done):

@@ -18,6 +18,7 @@ from quant.convert import convert, input_quantizers, quant_layers
 from quant.files import load_tensors
 from quant.qat import finish, prepare, scales_of
 from scripts import evaluate, report, retabulate, sample, train
+from scripts.table import row_of
 from test_latent_pipeline import MODELS
 from tiny import SHAPE, normal, rules, samples
 
@@ -181,6 +182,12 @@ def test_a_run_folder_like_any_other(recipe, data, tmp_path):
     old, new = (load_tensors(folder / "quantized.safetensors")[0] for folder in (out, tmp_path / "other"))
     name = "mid.block_1.conv1.input_quantizer.scale"
     assert len(old[name]) == 5 and torch.equal(old[name], new[name][::2])           # uniform: every second step
+    sample.run([str(tmp_path / "other")])
+    sample.run([str(tmp_path / "other"), "precision=float"])
+    evaluate.run([str(tmp_path / "other")])
+    numbers, = row_of(tmp_path / "other").numbers
+    assert len(json.loads((tmp_path / "other/metrics.json").read_text())["sqnr_db_per_step"]) == 10
+    assert numbers["GBOPs"] == row_of(out).numbers[0]["GBOPs"]                      # steps change no width
     with pytest.raises(ValueError, match=r"belongs to another recipe: bits.weight \(4 there, 3 here\)"):
         train.run([recipe, f"out={out}", f"data={data}", "dynamic=true", *WORDS, "bits.weight=3"])
     with pytest.raises(ValueError, match="belongs to another recipe: preset"):
