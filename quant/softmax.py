@@ -10,7 +10,8 @@ from quant.layers import QuantMatmul
 
 def softmax_grid(job, *, num_samples=16):
     """The pass, before any that changes the network: for every attention the grid with the smaller
-    ||A V - A^ V^||^2 / ||A V||^2 on `num_samples` calibration samples, A alone quantized. Adds a rule for each log2.
+    ||A V - A^ V||^2 / ||A V||^2 on `num_samples` calibration samples. V is that of full precision, so that the error of
+    its own grid, which both share, does not blur the choice. Adds a rule for each log2.
 
     Facts: both errors and row_drift, the mean |sum of a row of A^ - 1|, of the grid that was chosen.
     """
