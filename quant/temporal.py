@@ -43,6 +43,7 @@ def reconstruct_temporal(job, *, iters=20000, lr=1e-3, batch_size=32, round_weig
     job.need_float_weights("reconstruct_temporal")
     holder = torch.nn.ModuleDict({name.replace(".", "|"): m for name, m in layers.items()})
     if path.is_file():
+        job.log("temporal information block: learned already")
         return load_unit(holder, path)
     started, settings = time.monotonic(), dict(
         weight_iters=iters, weight_lr=lr, batch_size=batch_size, round_weight=round_weight, warmup=warmup,

@@ -30,6 +30,7 @@ RULES = [*rules(4, 4), *({"role": role} | FLOAT for role in ("stem", "out", "tem
 def prepared(net, dynamic):
     """A converted network that is learned, with its functions moved away from where they start."""
     quantized = convert(net, RULES)
+    torch.manual_seed(0)                                   # what the functions begin with
     functions = prepare(quantized, samples(16), dynamic)
     for i, soft in enumerate(functions.values()):
         torch.nn.init.normal_(soft.layers[-1].weight, std=0.01, generator=torch.Generator().manual_seed(i))
