@@ -32,8 +32,8 @@ def decide_by_ranges(job, *, num_samples=1024, batch_size=64, segments_above=0.2
         rules.append(about | {"input": {"static": not wanted["segments"]}} | balanced)
         facts.append({"pass": "decide_by_ranges", "unit": point} | numbers | wanted)
     job.add_rules(rules)
-    job.log(f"decide_by_ranges: of {len(facts)} points {sum(f['segments'] for f in facts)} ask for a scale of each time "
-            f"segment, {sum(f['balance'] for f in facts)} for balanced channels")
+    job.log(f"decide_by_ranges: of {len(facts)} points {sum(f['segments'] for f in facts)} ask for a scale of each "
+            f"time segment, {sum(f['balance'] for f in facts)} for balanced channels")
     return facts
 
 

@@ -160,8 +160,8 @@ def changed_passes(passes, changes):
     result = changed(passes)
     for name in changes:
         if name not in found:
-            raise ValueError(unknown_word(f"pass_options names the pass '{name}', which this method does not have", name,
-                                          sorted(found)))
+            complaint = f"pass_options names the pass '{name}', which this method does not have"
+            raise ValueError(unknown_word(complaint, name, sorted(found)))
     return result
 
 

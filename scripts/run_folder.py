@@ -111,7 +111,7 @@ class RunConfig:
     rules: list[Any] = field(default_factory=list)
     exceptions: list[Any] = field(default_factory=list)          # rules on top of those of any method
     passes: list[Any] = field(default_factory=list)
-    pass_options: dict[str, Any] = field(default_factory=dict)   # on top of those in `passes`, by name; null: without it
+    pass_options: dict[str, Any] = field(default_factory=dict)   # on top of `passes`, by name; null: without it
     preset: str = "paper"
     effort: Effort = field(default_factory=Effort)
     calibration: Calibration = field(default_factory=Calibration)

@@ -98,7 +98,8 @@ def test_method_runs_continues_and_reloads(models, kind, method, tmp_path, monke
 def test_32_bit_activations_are_left_alone_everywhere(models, method):
     """Also those that a method holds at 8 bits whatever the others have."""
     config = load(RunConfig, [str(models["pixel"]), *(str(PROJECT / "configs" / p) for p in (
-        "bits/w4a32.yaml", f"method/{method}.yaml", "preset/demo.yaml"))], ["exceptions=[{role: out, input: {bits: 8}}]"])
+        "bits/w4a32.yaml", f"method/{method}.yaml", "preset/demo.yaml"))], [
+            "exceptions=[{role: out, input: {bits: 8}}]"])
     net = convert(build_network(**config.network), config.all_rules)
     assert list(input_quantizers(net)) == ["conv_out.input_quantizer"]   # unless asked for
 
