@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def run(arguments):
     if len({plan.out for plan in plans}) < len(plans):
         raise ValueError(f"two of {', '.join(files)} have the same out folder; give each its own")
     for file, plan, cells in zip(files, plans, [cells_of(plan) for plan in plans]):
-        compare(" ".join([file, *overrides]), plan, cells, options.jobs)
+        compare(shlex.join([file, *overrides]), plan, cells, options.jobs)
 
 
 def cells_of(plan):
