@@ -1,8 +1,9 @@
 """The quantizer of one tensor: scale and zero point of shape (segments, groups).
 
 Uniform affine quantization: code = clamp(round(x/scale) + z), value = (code - z) * scale. Rounding passes gradients
-straight through, the clamp only inside; so the gradient of the value to `scale` is that of LSQ (Esser et al. 2020,
-arXiv:1902.08153, Eq. 3): round(x/s) - x/s inside the range, the end code outside.
+straight through, the clamp only inside; so the gradient of the value to `scale` is round(x/s) - x/s inside the range,
+the end code outside. That is LSQ (Esser et al. 2020, arXiv:1902.08153, Eq. 3) but for values that round to an end code
+from beyond it: they count as inside here, as in the code of BRECQ, QDrop and Q-Diffusion, and as clipped there.
 """
 from dataclasses import dataclass, replace
 
