@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from quant.convert import input_quantizers, quant_layers
-from quant.finetune import error, finetune
+from quant.finetune import error, finetune, log_error
 from quant.passes import run_passes
 from tiny import make_job, rules
 
@@ -50,6 +50,16 @@ def test_first_step_is_the_rate_against_the_sign_of_the_gradient(tiny_net, tmp_p
     assert torch.allclose((layer.bias - bias).abs(), torch.full_like(bias, 1e-4), rtol=2e-3)
     moved = (layer.weight_quantizer.scale - scale).abs()
     assert torch.allclose(moved, torch.full_like(moved, 1e-3 * float(scale.mean())), rtol=2e-3)
+
+
+def test_every_sample_counts_by_its_relative_error():
+    target, found = torch.zeros(2, 3, 4, 4), torch.tensor([0.1, 10.0])[:, None, None, None].repeat(1, 3, 4, 4)
+    found.requires_grad_(True)
+    loss = log_error(found, target)                        # mean squares 0.01 and 100
+    assert torch.allclose(loss, torch.tensor(0.0), atol=1e-5)
+    loss.backward()                                        # d ln(e^2) / d ln e = 2, shared by 2 samples
+    assert torch.allclose((found * found.grad).sum((1, 2, 3)), torch.ones(2))
+    assert torch.isfinite(log_error(target, target))
 
 
 def test_a_planted_shift_of_a_bias_is_found(tiny_net, tmp_path):
