@@ -34,9 +34,10 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
     Weights are hardened first. Tables of scales that a function of time or groups gave (dynamic_scales, group_scales)
     stay as these gave them. If the error has not fallen in the end (that of 8 bits leaves little to learn), all is
     put back as it was. The state is saved in `job.resume_folder` on the way; a run that is killed and started again
-    ends in the same bytes. Returns one fact: mean square of eps_q - eps before and after, the geometric mean over
-    calibration samples.
-    Raises ValueError before fit_ranges, and for a network with own weights for every time segment.
+    ends in the same bytes.
+
+    Returns one fact: mean square of eps_q - eps before and after, the geometric mean over calibration samples. Raises
+    ValueError before fit_ranges, and for a network with own weights for every time segment.
     """
     options = {key: value for key, value in locals().items() if key != "job"}
     job.need_ranges("finetune")
