@@ -69,7 +69,7 @@ def run(arguments):
     parser = argparse.ArgumentParser(usage="python scripts/compare.py FILE.yaml [...] [--jobs N] [key=value ...]")
     parser.add_argument("words", nargs="+")
     parser.add_argument("--jobs", type=int, default=1)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it must be at least 1")
     files, overrides = split_arguments(options.words)

@@ -214,7 +214,7 @@ def run(arguments):
     parser.add_argument("--mirror", metavar="URL")
     parser.add_argument("--to", metavar="FOLDER", default=FOLDER)
     parser.add_argument("--list", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     rows = FIRST_STAGES if options.first_stages else CHECKPOINTS | FIRST_STAGES
     if options.list:
         for name, checkpoint in rows.items():

@@ -213,6 +213,7 @@ def test_the_figure_has_each_row_beside_its_own_full_precision(tmp_path, monkeyp
     (["seeds=[1,0]"], "seed 0 is that of the images that are scored"),
     (["overrides=[sampling.stps=4]"], "did you mean 'steps'"),
     (["modles=[]"], "did you mean 'models'"),
+    (["--jobs", "1", "seeds=[1,0]"], "seed 0 is that of the images that are scored"),
     (["--jobs", "0"], "--jobs is 0")])
 def test_mistakes_get_one_sentence_before_any_work(models, tmp_path, words, sentence):
     with pytest.raises(ValueError, match=sentence):
