@@ -2,16 +2,18 @@
 
     x_q = sum_g sigma[t, g] * s_g * Phi(x / s_g),   sigma[t] = softmax(logits[t]),   loss + lambda * H(sigma)
 
-Phi rounds and clips. At the end step t takes the scale of its most probable group. With `axis: channel` every step has
-its own groups and assigns its channels to them, as the released code does. The steps a batch is taken from may be
-chosen actively: quant/learn.py.
+Phi rounds and clips. For the first half of the learning x_q is this mixture; then step t takes the scale of its most
+probable group, and the scales are tuned as they will run. With `axis: channel` every step has its own groups and
+assigns its channels to them, as the released code does. The steps a batch is taken from may be chosen actively:
+quant/learn.py.
 """
 import torch
 from torch import nn
 
 from quant.soft import SoftScale, attach
 
-SHARPNESS = 0.1                            # squared log distance at which a group's initial logit has fallen by one
+SHARPNESS = 2.0                            # a group's initial logit one gap between groups away is lower by this
+DECIDED_FROM = 0.5                         # share of the learning after which every step has one group
 
 
 class GroupedScale(SoftScale):
@@ -29,11 +31,14 @@ class GroupedScale(SoftScale):
         if axis == "timestep":
             scales = torch.quantile(log, share, dim=0).T[None]                    # (1, groups, num)
             distance = (log[:, :, None] - scales).square().mean(1, keepdim=True)
+            spread = log.amax(0) - log.amin(0)
         else:
             scales = torch.quantile(log, share, dim=1).T[:, None]                 # (segments, 1, num)
             distance = (log[:, :, None] - scales).square()
-        self.shape = table.shape
-        self.log_scales, self.logits = nn.Parameter(scales.clone()), nn.Parameter(-distance / SHARPNESS)
+            spread = log.amax(1) - log.amin(1)
+        self.shape, gap = table.shape, spread.square().mean().sqrt().clamp(min=1e-6) / num
+        self.log_scales = nn.Parameter(scales.clone())
+        self.logits = nn.Parameter(-SHARPNESS * distance / gap ** 2)
 
     def options(self):
         """-> scales and probabilities, both (segments, groups, num)."""
@@ -41,15 +46,18 @@ class GroupedScale(SoftScale):
         return self.log_scales.exp().expand(shape), self.logits.softmax(2).expand(shape)
 
     def codes(self, quantizer, x):
+        if self.done >= DECIDED_FROM:
+            return super().codes(quantizer, x)
         scales, shares = self.options()
         mixture = sum(quantizer.codes_at(scale, x) * quantizer.table(scale * share, x)
                       for scale, share in zip(scales.unbind(2), shares.unbind(2)))
         return mixture / quantizer.table(self(), x)
 
     def forward(self):
-        """The table of the most probable groups; it has no gradient, the mixture has."""
+        """The table of the most probable groups. While the mixture learns it has no gradient."""
         scales, shares = self.options()
-        return scales.gather(2, shares.argmax(2, keepdim=True))[:, :, 0].detach()
+        table = scales.gather(2, shares.argmax(2, keepdim=True))[:, :, 0]
+        return table if self.done >= DECIDED_FROM else table.detach()
 
     def entropy(self):
         """H(sigma) of each segment (segments,), the mean over what is assigned; at most ln(num)."""

@@ -153,8 +153,12 @@ def optimise(unit, groups, iters, penalty, inputs, target, generator, s, norm):
     """`iters` Adam steps on `groups`; `penalty(share of the steps done)` is added to the loss of a batch."""
     optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
-    scales = {id(q.scale) for q in input_quantizers(unit.module).values()}
+    quantizers = input_quantizers(unit.module).values()
+    scales = {id(q.scale) for q in quantizers}
+    soft = [q.soft_scale for q in quantizers if q.soft_scale is not None]
     for step in range(iters):
+        for model in soft:
+            model.done = step / iters
         loss = batch_loss(unit, inputs, target, generator, s, norm) + penalty(step / iters)
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = grad

@@ -1,9 +1,10 @@
 """The quantizer of one tensor: scale and zero point of shape (segments, groups).
 
-Uniform affine quantization: code = clamp(round(x/scale) + z), value = (code - z) * scale. Rounding passes gradients
-straight through, the clamp only inside; so the gradient of the value to `scale` is round(x/s) - x/s inside the range,
-the end code outside. That is LSQ (Esser et al. 2020, arXiv:1902.08153, Eq. 3) but for values that round to an end code
-from beyond it: they count as inside here, as in the code of BRECQ, QDrop and Q-Diffusion, and as clipped there.
+Uniform affine quantization: code = clamp(round(x/scale) + z), value = (code - z) * scale. Gradients are those of LSQ
+(Esser et al. 2020, arXiv:1902.08153, Eq. 3): rounding passes them straight through where x lies between the end codes;
+there the gradient of the value to `scale` is round(x/s) - x/s, beyond them it is the end code. The code of BRECQ, QDrop
+and Q-Diffusion counts the half step beyond an end code, which rounds to it, as inside. Where many values lie there, as
+the minimum of SiLU does, that gradient pulls the scale the wrong way.
 """
 from dataclasses import dataclass, replace
 
@@ -50,7 +51,7 @@ def log2_codes(x, bits):
 
 
 class StraightThrough(torch.autograd.Function):
-    """Centred codes with straight-through gradients for x and the scale."""
+    """Centred codes with the gradients of LSQ for x and the scale."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, low, high):
@@ -66,7 +67,7 @@ class StraightThrough(torch.autograd.Function):
         low, high = ctx.codes
         inverse = scale.reciprocal()
         ratio = x * inverse
-        inside = ratio.round() == code                        # not clamped
+        inside = (ratio >= low - zero_point) & (ratio <= high - zero_point)
         grad_ratio = grad * inside
         grad_scale = None
         if ctx.needs_input_grad[1]:

@@ -8,6 +8,8 @@ from quant.convert import input_quantizers
 class SoftScale(nn.Module):
     """`forward()` is the table (segments, groups), with gradients."""
 
+    done = 0.0                             # share of its learning that is over
+
     def codes(self, quantizer, x):
         """Codes of x, in units of the table."""
         return quantizer.codes_at(self(), x)

@@ -42,6 +42,12 @@ def test_every_step_starts_with_the_nearest_group():
     assert len(soft.hard().unique()) <= 3
 
 
+def test_shares_fall_with_the_distance_in_gaps_between_groups():
+    table = torch.linspace(0, 3, 6).exp()[:, None]             # 6 groups lie 3 / 6 apart, the outermost 1 / 4 inside
+    logits = GroupedScale(table, 6, "timestep", 0.8).logits[:, 0]
+    assert torch.allclose(logits[0], -2 * (torch.arange(6) + 0.5) ** 2, atol=1e-4)
+
+
 def test_mixture_is_the_formula_and_a_decided_one_is_a_plain_quantizer():
     q, x = quantizer(), normal(6, 4)
     q.timeline.segment = 2
@@ -56,6 +62,21 @@ def test_mixture_is_the_formula_and_a_decided_one_is_a_plain_quantizer():
     assert q.soft_scale is None and torch.allclose(q(x), decided, atol=1e-6)
 
 
+def test_in_the_second_half_scales_are_tuned_as_they_will_run():
+    q, x = quantizer(), normal(6, 4)
+    q.timeline.segment = 2
+    q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
+    soft.done = 0.5
+    found, scale = q(x), soft.log_scales[0, 0, int(soft.logits[2, 0].argmax())].exp()
+    assert torch.equal(found, (x / scale).round().clamp(-7, 8) * scale)
+    grads = torch.autograd.grad(found.square().sum() + soft.penalty(), [soft.log_scales, soft.logits])
+    expected, = torch.autograd.grad((clipped(x / scale, True) * scale).square().sum(), soft.log_scales)
+    assert torch.allclose(grads[0], expected, rtol=1e-4) and int((grads[0] != 0).sum()) == 1
+    before = soft.logits.argmax(2)
+    soft.logits.data -= grads[1]                               # the penalty alone only sharpens what is decided
+    assert torch.equal(soft.logits.argmax(2), before)
+
+
 def test_gradients_reach_assignments_and_scales_through_rounding():
     q = quantizer()
     q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
@@ -67,9 +88,8 @@ def test_gradients_reach_assignments_and_scales_through_rounding():
 
 def clipped(ratio, straight):
     """Codes -7 to 8; `straight`: with the gradient of the ratio where nothing is clipped."""
-    codes = ratio.round()
-    inside = (codes >= -7) & (codes <= 8)
-    return codes.clamp(-7, 8) + (torch.where(inside, ratio - ratio.detach(), 0.0) if straight else 0.0)
+    inside = (ratio >= -7) & (ratio <= 8)
+    return ratio.round().clamp(-7, 8) + (torch.where(inside, ratio - ratio.detach(), 0.0) if straight else 0.0)
 
 
 def mixture(x, soft, segment, straight):
@@ -84,7 +104,7 @@ def test_gradient_of_the_lone_mixture_is_the_share_of_the_groups_it_does_not_cli
     q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     q(x).sum().backward()
     scales, shares = (part[2, 0].tolist() for part in soft.options())
-    inside = [[-7 <= round(value / scale) <= 8 for scale in scales] for value in x.tolist()]
+    inside = [[-7 <= value / scale <= 8 for scale in scales] for value in x.tolist()]
     assert len(set(map(tuple, inside))) > 2                # none, some and all clipped
     expected = [sum(share for share, on in zip(shares, row) if on) for row in inside]
     assert torch.allclose(x.grad, torch.tensor(expected), atol=1e-6)

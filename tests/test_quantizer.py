@@ -63,10 +63,9 @@ def test_groups_of_an_activation_equal_a_loop_over_lone_quantizers(per, options)
 
 def lsq_gradient(x, scale, zero_point, low, high):
     """Esser et al. 2020, Eq. 3, for one value: (d value / d scale, whether x is inside)."""
-    code = round(x / scale) + zero_point
-    if low <= code <= high:
-        return code - zero_point - x / scale, True
-    return (low if code < low else high) - zero_point, False
+    if low <= x / scale + zero_point <= high:
+        return round(x / scale) - x / scale, True
+    return (low if x < 0 else high) - zero_point, False
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
