@@ -20,11 +20,13 @@ FORMAT = "tinydm-calibration/1"
 class CalibrationSet:
     """x (N, C, H, W) float32 network inputs, t (N,) their steps, and how they were made. A conditional network's set
     also has `cond` (K, ...), the distinct conditions (contexts or class labels), and `which` (N,), the row of each
-    sample: a text context is far larger than an image and the same at every step."""
+    sample: a text context is far larger than an image and the same at every step. `trajectory` (N,) numbers the
+    trajectory that a sample lies on, where that is known."""
     x: torch.Tensor
     t: torch.Tensor
     cond: torch.Tensor | None = None
     which: torch.Tensor | None = None
+    trajectory: torch.Tensor | None = None
     made: dict = field(default_factory=dict)
 
     def __len__(self):
@@ -47,7 +49,19 @@ class CalibrationSet:
 
     def rows(self, rows):
         """The samples `rows` (indices)."""
-        return replace(self, x=self.x[rows], t=self.t[rows], which=None if self.which is None else self.which[rows])
+        return replace(self, **{name: value if value is None else value[rows] for name, value in
+                                (("x", self.x), ("t", self.t), ("which", self.which), ("trajectory", self.trajectory))})
+
+    def stretches(self, length):
+        """Rows of every `length` successive samples of a trajectory, noisiest first, (M, length); of fewer if no
+        trajectory has as many. Raises ValueError where it is not known which samples share one."""
+        if self.trajectory is None:
+            raise ValueError("the calibration file does not say on which trajectory each sample lies; make it again "
+                             "with scripts/calibrate.py")
+        order = self.t.argsort(descending=True, stable=True)
+        paths = [order[self.trajectory[order] == number] for number in self.trajectory.unique()]
+        length = min(length, max(map(len, paths)))
+        return torch.cat([rows.unfold(0, length, 1) for rows in paths if len(rows) >= length])
 
     def arguments(self, rows):
         """What the network is called with for the samples `rows` (a slice or indices): (x, t) or (x, t, cond)."""
@@ -60,7 +74,7 @@ class CalibrationSet:
         return [self.arguments(slice(i, i + size)) for i in range(0, len(self), size)]
 
     def save(self, path):
-        tensors = {"x": self.x, "t": self.t} | ({} if self.cond is None else {"cond": self.cond, "which": self.which})
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         save_tensors(path, tensors, {"format": FORMAT, "made": self.made})
 
 
@@ -74,7 +88,7 @@ def load_calibration(path):
         tensors, meta = load_tensors(path)
         if meta.get("format") != FORMAT:
             raise ValueError(f"{path} is not a calibration file (format '{meta.get('format')}', expected '{FORMAT}')")
-        return CalibrationSet(tensors["x"], tensors["t"], tensors.get("cond"), tensors.get("which"), meta["made"])
+        return CalibrationSet(**tensors, made=meta["made"])
     return _ecosystem_set(path)
 
 
@@ -101,7 +115,8 @@ def _ecosystem_set(path):
         if len(cond) != sum(map(len, xs)):
             raise ValueError(f"{path} has {len(cond)} conditions in 'cs' and {sum(map(len, xs))} samples in 'xs'")
     made = {"file": path.name, "steps": len(xs)}
-    return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, which, made)
+    trajectory = torch.cat([torch.arange(len(x)) for x in xs])
+    return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, which, trajectory, made)
 
 
 def pick(batches, t, pairs, *, cond=None, null=None, made):
@@ -117,11 +132,12 @@ def pick(batches, t, pairs, *, cond=None, null=None, made):
     t = told[0] if told else t[step].float()
     made = made | {"samples_per_step": step.bincount(minlength=len(batches[0]) - 1).tolist()}
     if cond is None:
-        return CalibrationSet(x, t, made=made)
+        return CalibrationSet(x, t, trajectory=image, made=made)
     if null is None:
-        return CalibrationSet(x, t, cond, image, made)
+        return CalibrationSet(x, t, cond, image, image.clone(), made)      # a file holds no tensor under two names
     which = torch.cat([image, torch.full_like(image, len(cond))])
-    return CalibrationSet(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([cond, null]), which, made)
+    return CalibrationSet(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([cond, null]), which,
+                          torch.cat([image, len(cond) + image]), made)
 
 
 # ---- builders: (num_steps S, num_images, num_samples N, rng, features, **options) -> step (N,), image (N,), int64.

@@ -1,10 +1,13 @@
 """Fine-tuning of the whole quantized network towards the full-precision one; integer weights stay as they are.
 
-    minimise E ln ||eps_q(x, t) - eps(x, t)||^2   over calibration samples (x, t)
+    minimise E [ mean_k ||e_k||^2 + ||sum_k e_k||^2 / K ] / 2,   e_k = (eps_q(x_k, t_k) - eps(x_k, t_k)) / b(t_k)
 
-where eps is all that the network answers, a learned variance included: up to a factor the mean SQNR in dB. Without the
-logarithm the last steps, where eps is least exact (a hundred times the mean square of the first steps at W4A4), would
-be learned at the cost of the first, whose errors count most for the image.
+over stretches of K successive calibration samples x_1 .. x_K of one trajectory; ||.||^2 is the mean square of all that
+the network answers, a learned variance included, and b(t) the root mean square of the error at t before the pass.
+Without b the last steps, where eps is least exact (a hundred times the mean square of the first steps at W4A4), would
+be learned at the cost of the first, whose errors count most for the image. The second term is what the sampler sums up:
+errors that are alike from step to step make more of the image's error than as large ones that are not. Where successive
+errors are independent both terms are alike, 1 before the pass.
 
 Block reconstruction makes each unit right by itself; what is left of their errors adds up along the network. Here all
 that is not an integer is learned together against the network's answer: scales of activations and of weights, biases,
@@ -14,6 +17,7 @@ the whole network as in APQ-DM, arXiv:2305.18723). All of it is stored anyway an
 import math
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,9 +30,10 @@ SMALLEST = 1e-8                            # scale
 SAVED_EVERY = 50                           # steps
 
 
-def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bfloat16=False):
+def finetune(job, *, iters=500, scale_lr=1e-3, bias_lr=1e-3, stretch=8, batch_size=16, bfloat16=False):
     """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule. `scale_lr` is
-    relative to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. `bfloat16` computes under
+    relative to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. A batch is made of stretches
+    of `stretch` samples (K above; fewer where no trajectory has as many), one at least. `bfloat16` computes under
     autocast.
 
     Weights are hardened first. Tables of scales that a function of time or groups gave (dynamic_scales, group_scales)
@@ -36,8 +41,8 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
     put back as it was. The state is saved in `job.resume_folder` on the way; a run that is killed and started again
     ends in the same bytes.
 
-    Returns one fact: mean square of eps_q - eps before and after, the geometric mean over calibration samples. Raises
-    ValueError before fit_ranges, and for a network with own weights for every time segment.
+    Returns one fact: the objective before and after. Raises ValueError before fit_ranges, for a network with own
+    weights for every time segment, and where the calibration file does not tell trajectories.
     """
     options = {key: value for key, value in locals().items() if key != "job"}
     job.need_ranges("finetune")
@@ -46,7 +51,12 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
                          "leave out finetune, or segment_models and per_segment")
     for module in [*quant_layers(job.net).values(), *input_quantizers(job.net).values()]:
         module.harden()
-    before, started = error(job, batch_size), time.monotonic()
+    started, stretches = time.monotonic(), job.calibration.stretches(stretch)
+    each = max(1, batch_size // stretches.shape[1])        # stretches in a batch
+    batches = some(stretches, each, job.seed)
+    errors = errors_of(job, batches)
+    level = rms_by_step(job.calibration.t, batches, errors)
+    before = error(errors, batches, level)
     groups, path = learned(job.net, scale_lr, bias_lr), job.resume_folder / "finetune.safetensors"
     rates, optimizer = [group["lr"] for group in groups], torch.optim.Adam(groups)
     scales, parameters = ([p for g in gs for p in g["params"]] for gs in (groups[1:], groups))
@@ -57,13 +67,8 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
     for step in range(done + 1, iters + 1):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (1 + math.cos(math.pi * (step - 1) / iters)) / 2
-        rows = torch.randint(len(job.calibration), (batch_size,), generator=generator)
-        arguments = [a.to(job.device) for a in job.calibration.arguments(rows)]
-        with torch.no_grad():
-            target = job.model.net(*arguments)
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
-            found = job.net(*arguments)
-        loss = log_error(found.float(), target)
+        rows = torch.randint(len(stretches), (each,), generator=generator)
+        loss = objective(eps_error(job, stretches[rows], bfloat16), level[stretches[rows]])
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
             parameter.grad = grad
         optimizer.step()
@@ -72,11 +77,11 @@ def finetune(job, *, iters=500, scale_lr=2e-3, bias_lr=1e-3, batch_size=16, bflo
         if step % SAVED_EVERY == 0 or step == iters:
             save_state(path, begun | {"step": step}, parameters, optimizer, generator)
             left = (time.monotonic() - started) * (iters - step) / (step - done)
-            job.log(f"finetune: step {step} of {iters}, error {loss.exp().item():.2e}, about {left:.0f} s left")
+            job.log(f"finetune: step {step} of {iters}, error {loss.item():.3f}, about {left:.0f} s left")
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-    after = error(job, batch_size)
+    after = error(errors_of(job, batches), batches, level)
     if not after < before:                                 # nor where it has become NaN
         after = before
         for parameter, value in zip(parameters, original):
@@ -123,16 +128,43 @@ def load_state(path, begun, parameters, optimizer, generator):
     return facts["step"]
 
 
-def log_error(found, target):
-    """Mean over samples of the logarithm of their mean square error; 0 counts as SMALLEST ** 2."""
-    return (found - target).square().flatten(1).mean(1).clamp(min=SMALLEST ** 2).log().mean()
+def eps_error(job, rows, bfloat16=False):
+    """eps_q - eps of the calibration samples `rows` (M, K) -> (M, K, values)."""
+    arguments = [a.to(job.device) for a in job.calibration.arguments(rows.flatten())]
+    with torch.no_grad():
+        target = job.model.net(*arguments)
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+        found = job.net(*arguments)
+    return (found.float() - target).flatten(1).unflatten(0, rows.shape)
+
+
+def objective(errors, level):
+    """Of errors (M, K, values) and b (M, K)."""
+    e = errors / level.to(errors.device)[:, :, None]
+    return (e.square().mean() + (e.sum(1) / e.shape[1] ** 0.5).square().mean()) / 2
+
+
+def some(stretches, each, seed):
+    """About ERROR_SAMPLES samples in batches of `each` stretches."""
+    order = torch.randperm(len(stretches), generator=torch.Generator().manual_seed(seed))
+    return stretches[order[:max(1, ERROR_SAMPLES // stretches.shape[1])]].split(each)
 
 
 @torch.no_grad()
-def error(job, batch_size):
-    """Mean square of eps_q - eps, the geometric mean over calibration samples."""
-    sample, total = job.calibration.subset(ERROR_SAMPLES, job.seed), 0.0
-    for arguments in sample.batches(batch_size):
-        arguments = [a.to(job.device) for a in arguments]
-        total += len(arguments[0]) * float(log_error(job.net(*arguments), job.model.net(*arguments)))
-    return math.exp(total / len(sample))
+def errors_of(job, batches):
+    return [eps_error(job, rows).cpu() for rows in batches]
+
+
+def rms_by_step(t, batches, errors):
+    """b at the step of every calibration sample, t (N,) -> (N,), interpolated between those of the `batches`, whose
+    errors these are."""
+    squares = torch.cat([e.square().mean(2).flatten() for e in errors])
+    seen, at = t[torch.cat(batches).flatten()].unique(return_inverse=True)
+    mean = torch.zeros(len(seen)).index_add(0, at, squares) / at.bincount()
+    return torch.from_numpy(np.interp(t.numpy(), seen.numpy(), mean.numpy())).float().clamp(min=SMALLEST ** 2).sqrt()
+
+
+def error(errors, batches, level):
+    """The objective over all of `batches`."""
+    total = sum(len(rows) * float(objective(e, level[rows])) for e, rows in zip(errors, batches))
+    return total / sum(map(len, batches))

@@ -148,6 +148,7 @@ def test_conditions_go_with_their_images_and_guidance_doubles_the_set():
     assert len(both) == 6 and torch.equal(both.x, torch.cat([own.x, own.x]))
     assert both.t.tolist() == [987.0, 990.0, 987.0] * 2
     assert both.arguments(slice(0, 6))[2].tolist() == [50, 10, 0, 99, 99, 99]
+    assert own.trajectory.tolist() == [5, 1, 0] and both.trajectory.tolist() == [5, 1, 0, 11, 7, 6]
 
 
 @pytest.mark.parametrize("name, options, sentence", [
@@ -163,12 +164,25 @@ def test_unknown_builders_and_options(name, options, sentence):
 
 def test_subset_is_drawn_without_replacement_by_seed():
     whole = CalibrationSet(torch.arange(20.0)[:, None, None, None], torch.arange(20.0), torch.arange(20),
-                           torch.arange(20), {"a": 1})
+                           torch.arange(20), made={"a": 1})
     part, again, other = whole.subset(8, 0), whole.subset(8, 0), whole.subset(8, 1)
     assert len(part.t.unique()) == 8 and part.made == {"a": 1}
     assert torch.equal(part.x.flatten(), part.t) and torch.equal(part.arguments(slice(0, 8))[2], part.t.long())
     assert torch.equal(part.t, again.t) and not torch.equal(part.t, other.t)
     assert sorted(whole.subset(50, 0).t.tolist()) == list(range(20))
+
+
+def test_stretches_are_all_successive_samples_of_a_trajectory():
+    t = torch.tensor([5.0, 9, 1, 7, 3, 8, 2, 6])
+    whole = CalibrationSet(torch.zeros(8, 1, 1, 1), t, trajectory=torch.tensor([0, 1, 0, 0, 2, 0, 1, 0]))
+    assert t[whole.stretches(3)].tolist() == [[8, 7, 6], [7, 6, 5], [6, 5, 1]]
+    assert t[whole.stretches(2)].tolist() == [[8, 7], [7, 6], [6, 5], [5, 1], [9, 2]]
+    assert sorted(whole.stretches(1).tolist()) == [[i] for i in range(8)]
+    part = whole.rows(torch.tensor([1, 6, 3]))
+    assert part.t[part.stretches(2)].tolist() == [[9, 2]]
+    assert torch.equal(whole.stretches(6), whole.stretches(5))        # the longest has 5
+    with pytest.raises(ValueError, match="does not say on which trajectory"):
+        CalibrationSet(whole.x, t).stretches(2)
 
 
 def test_batches_are_in_order_and_complete():
@@ -186,6 +200,7 @@ def test_file_round_trip_with_metadata(tmp_path, cond):
     whole.save(path)
     back = load_calibration(path)
     assert torch.equal(back.x, whole.x) and torch.equal(back.t, whole.t) and back.made == whole.made
+    assert torch.equal(back.trajectory, whole.trajectory)
     assert (back.cond, back.which) == (None, None) if cond is None else torch.equal(back.cond, cond)
     for found, expected in zip(back.arguments(slice(2, 5)), whole.arguments(slice(2, 5)), strict=True):
         assert torch.equal(found, expected)
@@ -202,6 +217,7 @@ def test_ecosystem_file(tmp_path, steps_as):
     assert torch.equal(found.x, torch.cat(xs)) and found.t.tolist() == [900.0] * 4 + [500.0] * 4 + [1.0] * 4
     assert found.cond[:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert found.t.dtype == found.x.dtype == torch.float32
+    assert found.trajectory.tolist() == [0, 1, 2, 3] * 3
 
 
 class Malice:

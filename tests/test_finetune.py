@@ -1,11 +1,13 @@
 """Fine-tuning of the whole network: what it may touch, the first Adam step in closed form, and planted damage."""
+import math
+
 import pytest
 import torch
 
 from quant.convert import input_quantizers, quant_layers
-from quant.finetune import error, finetune, log_error
+from quant.finetune import eps_error, error, errors_of, finetune, objective, rms_by_step, some
 from quant.passes import run_passes
-from tiny import make_job, rules
+from tiny import make_job, normal, rules
 
 FIT = [{"fit_ranges": {}}]
 INTEGERS = ("weight_int", "zero_point")
@@ -30,7 +32,7 @@ def test_integers_and_the_float_network_stay_and_the_error_falls(tiny_net, tmp_p
     before = {name: value.clone() for name, value in job.net.state_dict().items()}
     original = {name: value.clone() for name, value in tiny_net.state_dict().items()}
     fact, = finetune(job, iters=60, batch_size=8)
-    assert fact["error_after"] < 0.8 * fact["error_before"]
+    assert fact["error_after"] < 0.95 * fact["error_before"]
     assert all(torch.equal(value, original[name]) for name, value in tiny_net.state_dict().items())
     changed = {name for name, value in job.net.state_dict().items() if not torch.equal(value, before[name])}
     assert not any(name.endswith(INTEGERS) for name in changed)
@@ -52,23 +54,45 @@ def test_first_step_is_the_rate_against_the_sign_of_the_gradient(tiny_net, tmp_p
     assert torch.allclose(moved, torch.full_like(moved, 1e-3 * float(scale.mean())), rtol=2e-3)
 
 
-def test_every_sample_counts_by_its_relative_error():
-    target, found = torch.zeros(2, 3, 4, 4), torch.tensor([0.1, 10.0])[:, None, None, None].repeat(1, 3, 4, 4)
-    found.requires_grad_(True)
-    loss = log_error(found, target)                        # mean squares 0.01 and 100
-    assert torch.allclose(loss, torch.tensor(0.0), atol=1e-5)
-    loss.backward()                                        # d ln(e^2) / d ln e = 2, shared by 2 samples
-    assert torch.allclose((found * found.grad).sum((1, 2, 3)), torch.ones(2))
-    assert torch.isfinite(log_error(target, target))
+def test_errors_that_add_up_along_a_stretch_cost_more_than_those_that_cancel():
+    e, f = normal(48), normal(48, seed=1)
+    f -= e * (e * f).sum() / e.square().sum()              # orthogonal
+    e, f = (v / v.square().mean().sqrt() for v in (e, f))  # as large
+    one = torch.ones(1, 2)
+    for pair, cost in (((e, e), (1 + 4 / 2) / 2), ((e, f), (1 + 2 / 2) / 2), ((e, -0.5 * e), (1.25 + 0.25) / 4)):
+        assert math.isclose(objective(torch.stack(pair)[None], one), cost, rel_tol=1e-5), cost
+    both = torch.stack([torch.stack([e, e]), torch.stack([e, -e])])
+    assert math.isclose(objective(both, torch.ones(2, 2)), (1 + 2 / 2) / 2, rel_tol=1e-5)      # stretches do not mix
+    level = torch.tensor([[2.0, 0.5]])                     # e / 2 and 2 e add up to 2.5 e
+    assert math.isclose(objective(torch.stack([e, e])[None], level), (4.25 / 2 + 6.25 / 2) / 2, rel_tol=1e-5)
+    assert math.isclose(objective(e[None, None], torch.ones(1, 1)), 1, rel_tol=1e-5)
+
+
+def test_level_is_the_rms_error_at_a_step_and_between_steps_that_are_looked_at():
+    t = torch.tensor([900.0, 900, 500, 100, 700])          # the last one is not looked at
+    batches = [torch.tensor([[0, 2]]), torch.tensor([[1, 3]])]
+    planted = [torch.tensor([[1.0, 3.0]]), torch.tensor([[7.0, 0.0]])]
+    level = rms_by_step(t, batches, [e[:, :, None].expand(1, 2, 3) for e in planted])
+    assert torch.allclose(level, torch.tensor([25.0, 25, 9, 1e-16, 17]).sqrt())
+
+
+def test_errors_are_those_of_the_samples_in_their_place(tiny_net, tmp_path):
+    job, rows = fitted(tiny_net, tmp_path), torch.tensor([[3, 1], [0, 7], [2, 2]])
+    found = eps_error(job, rows)
+    for (i, k), row in zip([(i, k) for i in range(3) for k in range(2)], rows.flatten().tolist()):
+        sample = job.calibration.arguments(slice(row, row + 1))
+        assert torch.allclose(found[i, k], (job.net(*sample) - tiny_net(*sample)).flatten(), atol=1e-5)
 
 
 def test_a_planted_shift_of_a_bias_is_found(tiny_net, tmp_path):
     job = fitted(tiny_net, tmp_path, bits=8, num=32)
-    clean, layer = error(job, 8), quant_layers(job.net)["conv_out"]
+    batches, layer = some(job.calibration.stretches(8), 1, 0), quant_layers(job.net)["conv_out"]
+    level = rms_by_step(job.calibration.t, batches, errors_of(job, batches))
     layer.bias = torch.nn.Parameter(layer.bias + 0.05, requires_grad=False)
-    assert error(job, 8) > clean + 0.05 ** 2 / 2
-    finetune(job, iters=200, bias_lr=2e-3, batch_size=8)
-    assert (layer.bias - tiny_net.conv_out.bias).abs().max() < 0.01 and error(job, 8) < 2 * clean
+    assert error(errors_of(job, batches), batches, level) > 2
+    finetune(job, iters=200, bias_lr=2e-3, batch_size=16)
+    assert (layer.bias - tiny_net.conv_out.bias).abs().max() < 0.02
+    assert error(errors_of(job, batches), batches, level) < 1.5
 
 
 @pytest.mark.parametrize("rate", [10.0, float("nan")])
@@ -115,10 +139,12 @@ def test_a_killed_run_goes_on_where_it_was_saved(tiny_net, tmp_path):
 
 
 def test_a_second_pass_begins_anew(tiny_net, tmp_path):
+    """Not with the state that the first one left, though each measures its objective from its own beginning."""
     job = fitted(tiny_net, tmp_path, num=32)
-    first, = finetune(job, iters=20, batch_size=8)
-    second, = finetune(job, iters=20, batch_size=8)
-    assert second["error_before"] == first["error_after"] > second["error_after"]
+    (first,), kept = finetune(job, iters=20, batch_size=8), quant_layers(job.net)["conv_out"].bias.clone()
+    second, = finetune(job, iters=60, batch_size=8)
+    assert second["error_after"] < second["error_before"] and first["error_after"] < first["error_before"]
+    assert not torch.equal(quant_layers(job.net)["conv_out"].bias, kept)
 
 
 def test_scales_of_groups_stay_what_the_groups_gave(tiny_net, tmp_path):

@@ -25,10 +25,11 @@ def rules(weight, inputs):
 
 
 def samples(num=10, seed=0, context=0):
-    """Calibration samples at steps that are spread over 0..999, with contexts of 4 tokens if they have features."""
+    """Calibration samples at steps that are spread over 0..999, as if of one trajectory, with contexts of 4 tokens if
+    they have features."""
     cond = normal(3, 4, context, seed=seed + 1) if context else None
     return CalibrationSet(normal(num, *SHAPE, seed=seed), torch.linspace(999, 0, num).round(), cond,
-                          torch.arange(num) % 3 if context else None)
+                          torch.arange(num) % 3 if context else None, torch.zeros(num, dtype=torch.long))
 
 
 def make_job(net, folder, wanted, *, num=10, boundaries=(), context=0, **more):
