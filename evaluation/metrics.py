@@ -49,7 +49,7 @@ def distribution_scores(samples_dir, *, count=None,
                 "image_format": "+".join(sorted({path.suffix.lower()[1:] for path in files})),
                 "samples_sha256": samples["sha256"], "extractor": name, "extractor_sha256": sha256(weights_path),
                 **described, "tool": f"torch-fidelity {fidelity_version}", "is_splits": 10,
-                "kid_subset_size": kid_subset_size, "notice": notice, "left_out": left_out}
+                "neighbours_among": None if real is None else len(real), "kid_subset_size": kid_subset_size, "notice": notice, "left_out": left_out}
     return {"scores": {_named(score, name): value for score, value in scores.items()}, "protocol": protocol,
             "features": samples["pooled"]}
 
@@ -72,16 +72,16 @@ def _named(score, extractor):
 
 
 def _reference(net, name, reference, size, batch_size, device):
-    """-> features of the reference or None, its statistics by feature, what the protocol says of it."""
+    """-> pooled features of the reference or None, its statistics by feature, what the protocol says of it."""
     if not reference and name != "cifar-resnet":
         return None, {}, {"reference": None, "reference_count": 0, "reference_sha256": None}
     if not reference:
-        statistics, facts = read_statistics()
+        statistics, pooled, facts = read_statistics()
         if facts["extractor_sha256"] != sha256(WEIGHTS):
             raise ValueError(f"{STATISTICS.name} was made with other weights than {WEIGHTS.name}; make both again with "
                              "python -m evaluation.reference")
-        return None, statistics, {"reference": f"{STATISTICS.name} ({facts['split']}; {facts['note']})",
-                                  "reference_count": facts["count"], "reference_sha256": sha256(STATISTICS)}
+        return pooled, statistics, {"reference": f"{STATISTICS.name} ({facts['split']}; {facts['note']})",
+                                    "reference_count": facts["count"], "reference_sha256": sha256(STATISTICS)}
     if reference.split(":")[0] == "cifar10-train":
         source, reference = load_images(reference.replace("cifar10-train", "cifar10", 1), "train")[0], "cifar10-train"
     else:
@@ -95,13 +95,13 @@ def _reference(net, name, reference, size, batch_size, device):
         raise ValueError(f"the reference {reference} holds {len(source)} images but at least {MIN_IMAGES} are needed; "
                          "add images")
     described = {"reference": str(reference), "reference_count": len(source), "reference_sha256": real["sha256"]}
-    return real, statistics_of(real), described
+    return real["pooled"], statistics_of(real), described
 
 
 def _scores(samples, real, statistics):
     """-> scores in the field's order, {score: why it was left out}, images in one subset of KID."""
     pooled, scores, left_out = samples["pooled"], {}, {}
-    fewest = min(len(pooled), len(real["pooled"]) if real else len(pooled))
+    fewest = len(pooled) if real is None else min(len(pooled), len(real))
     for score, key in DISTANCES.items():
         if key not in statistics:
             left_out[score] = f"no reference of {key} features was given: reference=FOLDER or reference=cifar10-train"
@@ -114,10 +114,10 @@ def _scores(samples, real, statistics):
     if real is None:
         left_out["KID, precision, recall"] = "they need the images of a reference: reference=FOLDER"
         return scores, left_out, None
-    found = prc_features_to_metric(pooled, real["pooled"], save_cpu_ram=True, prc_batch_size=2000, verbose=False)
+    found = prc_features_to_metric(pooled, real, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
     scores["precision"], scores["recall"] = found["precision"], found["recall"]
     subset_size = min(KID_SUBSET_SIZE, fewest)
-    found = kid_features_to_metric(pooled, real["pooled"], kid_subset_size=subset_size, verbose=False)
+    found = kid_features_to_metric(pooled, real, kid_subset_size=subset_size, verbose=False)
     scores["KID"], scores["KID-std"] = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
     return scores, left_out, subset_size
 

@@ -4,7 +4,7 @@
 
 `run` is the folder of scripts/train.py, `data` as there. Writes cifar10-classifier.safetensors (fp16 weights),
 cifar10-classifier-stats.safetensors (mean and covariance of the pooled and of the spatial features, named as in the ADM
-evaluator's files) and cifar10-classifier.json.
+evaluator's files, and the pooled features of 10,000 images) and cifar10-classifier.json.
 """
 import json
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from scripts.cli import main
 
 STATISTICS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier-stats.safetensors"
 NAME = "cifar10-classifier"
+KEPT = 10_000                               # images, evenly picked, whose features are kept for precision, recall, KID
 SUFFIX = {"pooled": "", "spatial": "_s"}    # features -> of the names mu and sigma in the file
 
 
@@ -44,18 +45,19 @@ def write_statistics(path, features, facts):
     """Statistics of `features`, with `facts` in the file's metadata."""
     tensors = {name + SUFFIX[kind]: torch.from_numpy(value)
                for kind, statistics in statistics_of(features).items() for name, value in statistics.items()}
-    tensors["sigma_s"] = tensors["sigma_s"].float()            # most of the file, and sFD does not need the digits
+    tensors["sigma_s"] = tensors["sigma_s"].float()            # sFD does not need the digits, nor do neighbours
+    tensors["features"] = features["pooled"][::max(1, len(features["pooled"]) // KEPT)][:KEPT].half()
     save_tensors(path, tensors, facts)
 
 
 def read_statistics(path=STATISTICS):
-    """-> what statistics_of gave, and the facts stored with it."""
+    """-> what statistics_of gave, the kept pooled features (K, D), the facts stored with them."""
     tensors, facts = load_tensors(path)
-    if not facts or not {"mu", "sigma", "mu_s", "sigma_s"} <= tensors.keys():
+    if not facts or not {"mu", "sigma", "mu_s", "sigma_s", "features"} <= tensors.keys():
         raise ValueError(f"{path} is not a file of reference statistics; restore it from the repository or make it "
                          "with python -m evaluation.reference")
     return {kind: {name: tensors[name + suffix].double().numpy() for name in ("mu", "sigma")}
-            for kind, suffix in SUFFIX.items()}, facts
+            for kind, suffix in SUFFIX.items()}, tensors["features"].float(), facts
 
 
 def package_weights(run, path):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from evaluation import reference
 from evaluation.classifier import build_classifier
 from evaluation.features import WEIGHTS, load_classifier, sha256
 from evaluation.reference import (STATISTICS, PackageConfig, frechet_distance, package, read_statistics, statistics_of,
@@ -34,13 +35,15 @@ def test_the_recipe_builds_the_shipped_network():
 
 def test_shipped_files_fit_together():
     record = json.loads(WEIGHTS.with_suffix(".json").read_text())
-    statistics, facts = read_statistics()
+    statistics, kept, facts = read_statistics()
     assert WEIGHTS.stat().st_size < 2e6 and record["test_accuracy"] >= 0.9
     assert record["weights_sha256"] == facts["extractor_sha256"] == sha256(WEIGHTS)
     assert record["statistics_sha256"] == sha256(STATISTICS) and facts["count"] == 50000
     for kind, size in (("pooled", 136), ("spatial", 8 * 8 * 7)):
         assert statistics[kind]["mu"].shape == (size,) and statistics[kind]["sigma"].shape == (size, size)
         assert np.linalg.eigvalsh(statistics[kind]["sigma"]).min() > 0
+    deviation = (kept.mean(0).numpy() - statistics["pooled"]["mu"]) / kept.std(0).numpy()      # of every fifth image
+    assert kept.shape == (10_000, 136) and abs(deviation).max() < 4 / 10_000 ** 0.5
 
 
 def test_package_of_a_tiny_run(tmp_path):
@@ -64,21 +67,29 @@ def test_package_of_a_tiny_run(tmp_path):
     torch.testing.assert_close(packed.logits(x), net.logits(x), atol=1e-2, rtol=1e-2)
     assert record["seed"] == 7 and record["scores"]["train"]["count"] == 20 and "somewhere" not in json.dumps(record)
     assert json.loads((tmp_path / "out" / "cifar10-classifier.json").read_text()) == record
-    _, facts = read_statistics(tmp_path / "out" / "cifar10-classifier-stats.safetensors")
+    *_, facts = read_statistics(tmp_path / "out" / "cifar10-classifier-stats.safetensors")
     assert facts["extractor_sha256"] == sha256(tmp_path / "out" / "cifar10-classifier.safetensors")
 
 
 def test_statistics_come_back_as_mean_and_covariance(tmp_path):
     features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
     write_statistics(tmp_path / "s.safetensors", {"pooled": features, "spatial": features[:, :1] + 3}, {"count": 4})
-    statistics, facts = read_statistics(tmp_path / "s.safetensors")
+    statistics, kept, facts = read_statistics(tmp_path / "s.safetensors")
     np.testing.assert_allclose(statistics["pooled"]["mu"], [1, 1])
     np.testing.assert_allclose(statistics["pooled"]["sigma"], np.eye(2) * 4 / 3)
     np.testing.assert_allclose(statistics["spatial"]["mu"], [4])
     np.testing.assert_allclose(statistics["spatial"]["sigma"], [[4 / 3]])
     assert facts == {"count": 4} and all(value.dtype == np.float64 for part in statistics.values()
                                          for value in part.values())
-    assert load_tensors(tmp_path / "s.safetensors")[0].keys() == {"mu", "sigma", "mu_s", "sigma_s"}
+    assert load_tensors(tmp_path / "s.safetensors")[0].keys() == {"mu", "sigma", "mu_s", "sigma_s", "features"}
+    assert torch.equal(kept, features)
+
+
+def test_kept_features_are_evenly_picked(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "KEPT", 4)
+    features = torch.arange(18.0)[:, None].repeat(1, 2)
+    write_statistics(tmp_path / "s.safetensors", {"pooled": features, "spatial": features}, {"count": 18})
+    assert read_statistics(tmp_path / "s.safetensors")[1][:, 0].tolist() == [0, 4, 8, 12]
 
 
 def test_single_precision_of_the_covariance_does_not_move_the_distance(tmp_path):

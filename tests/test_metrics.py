@@ -15,6 +15,8 @@ from evaluation.metrics import (LPIPS, bit_operations, distance_to_float, distri
                                 psnr_db, ssim)
 from evaluation.reference import STATISTICS, frechet_distance, read_statistics, statistics_of
 
+NEIGHBOURS = ("precision", "recall", "KID", "KID-std")      # scores that need the features of a reference
+
 
 def write_images(folder, num, seed=0, size=32):
     """Smooth coloured noise, so that images differ in features and not only in pixels."""
@@ -66,11 +68,11 @@ def test_agreement_with_torch_fidelity(folders):
 
 def test_without_a_reference_the_shipped_statistics_serve(folders):
     found = distribution_scores(folders[0], extractor="cifar-resnet")
-    assert set(found["scores"]) == {"IS-cifar-resnet", "IS-cifar-resnet-std", "FD-cifar-resnet"}
+    assert set(found["scores"]) == {metrics._named(word, "cifar-resnet") for word in ("FD", "IS", "IS-std", *NEIGHBOURS)}
     protocol = found["protocol"]
     assert protocol["count"] == 200 and protocol["reference_count"] == 50000
     assert protocol["reference"].startswith(STATISTICS.name) and protocol["image_format"] == "png"
-    assert protocol["tool"].startswith("torch-fidelity ") and "KID, precision, recall" in protocol["left_out"]
+    assert protocol["tool"].startswith("torch-fidelity ") and protocol["neighbours_among"] == 10_000
     assert "200 images cannot give a covariance of 448 features full rank" in protocol["left_out"]["sFD"]
 
 
@@ -90,7 +92,7 @@ def test_more_images_than_spatial_features_get_both_distances(tmp_path):
     """In the field's order, and each from its own features and statistics."""
     folder = write_images(tmp_path / "many", 449)
     scores = distribution_scores(folder, extractor="cifar-resnet")["scores"]
-    assert list(scores) == [f"{word}-cifar-resnet" for word in ("FD", "sFD", "IS")] + ["IS-cifar-resnet-std"]
+    assert list(scores) == [metrics._named(word, "cifar-resnet") for word in ("FD", "sFD", "IS", "IS-std", *NEIGHBOURS)]
     net = build_extractor("cifar-resnet", features.WEIGHTS)
     ours, real = statistics_of(extract_all(net, "cifar-resnet", sorted(folder.iterdir()))), read_statistics()[0]
     for name, kind in (("FD", "pooled"), ("sFD", "spatial")):
@@ -122,7 +124,7 @@ def test_spatial_distance_sees_the_layout(tmp_path, monkeypatch):
 
 def test_too_few_images_for_a_covariance_leave_the_distance_out(tmp_path):
     found = distribution_scores(write_images(tmp_path / "few", 120), extractor="cifar-resnet")
-    assert set(found["scores"]) == {"IS-cifar-resnet", "IS-cifar-resnet-std"}
+    assert set(found["scores"]) == {metrics._named(word, "cifar-resnet") for word in ("IS", "IS-std", *NEIGHBOURS)}
     assert "120 images cannot give a covariance of 136 features full rank" in found["protocol"]["left_out"]["FD"]
 
 
@@ -144,6 +146,7 @@ def test_inception_scores_carry_the_published_names(folders, tmp_path, monkeypat
     small = write_images(tmp_path / "small", 12)
     alone = distribution_scores(small, inception_path=str(tmp_path / "inception.pth"))
     assert set(alone["scores"]) == {"IS", "IS-std"} and "reference=cifar10-train" in alone["protocol"]["left_out"]["FD"]
+    assert "KID, precision, recall" in alone["protocol"]["left_out"] and alone["protocol"]["neighbours_among"] is None
     monkeypatch.setattr(metrics, "read_statistics", None)              # the shipped ones must not be touched
     found = distribution_scores(small, inception_path=str(tmp_path / "inception.pth"), reference=str(small))
     assert set(found["scores"]) == {"IS", "IS-std", "KID", "KID-std", "precision", "recall"}
