@@ -327,7 +327,9 @@ def provenance(model, files):
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     packages = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity")
-    return {"weights_hash": model.weights_hash, "commit": commit, "files": [str(f) for f in files],
+    paths = [Path(file).resolve() for file in files]
+    own = [str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path) for path in paths]
+    return {"weights_hash": model.weights_hash, "commit": commit, "files": own,
             "versions": {package: importlib.metadata.version(package) for package in packages},
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads()}

@@ -68,7 +68,7 @@ def artefacts(out):
     return {name: (out / name).read_bytes() for name in names}
 
 
-def test_all_stages_leave_what_they_promise(done):
+def test_all_stages_leave_what_they_promise(model, done):
     assert {p.name for p in done.iterdir()} == {"config.yaml", "calibration.safetensors", "quantized.safetensors",
                                                 "passes.jsonl", "map.json", "map.txt", "samples", "samples.npz",
                                                 "metrics.json", "report.html", "stages.jsonl"}
@@ -77,6 +77,8 @@ def test_all_stages_leave_what_they_promise(done):
     assert (archive[5] == np.array(Image.open(done / "samples/000005.png"))).all()
     metrics = json.loads((done / "metrics.json").read_text())
     assert len(metrics["sqnr_db_per_step"]) == 4 and metrics["paired"]["count"] == 6
+    assert metrics["protocol"]["asked"]["provenance"]["files"] == [
+        str(model), "configs/bits/w4a8.yaml", "configs/method/qdiffusion.yaml", "configs/preset/demo.yaml"]
     assert metrics["sizes"]["quantized_bytes"] == (done / "quantized.safetensors").stat().st_size
 
 
