@@ -1,14 +1,15 @@
 """`quantized.safetensors`: a calibrated network in one self-describing file.
 
 Weights are unsigned integer codes packed to their real width, least significant bit first (4 bit: two per byte);
-scales, zero points, norms, biases and the tables of a correction are as they are; the metadata hold the recipe, so that
-the file loads in a fresh process without calibration data and without the full-precision checkpoint.
+scales, zero points, norms, biases and the tables of a correction or bypass are as they are; the metadata hold the
+recipe, so that the file loads in a fresh process without calibration data and without the full-precision checkpoint.
 """
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from quant.bypass import Bypass
 from quant.convert import convert, quant_layers
 from quant.correction import Correction
 from quant.files import load_tensors, save_tensors
@@ -113,6 +114,8 @@ def load_quantized(path, build_network, *, expected=None):
         stored[f"{name}.weight_int"], stored[f"{name}.weight_quantizer.zero_point"] = layer.weight_int, zero_point
     times = stored.get("correction.times")
     net.correction = None if times is None else Correction(times, net.in_channels)
+    if "bypass.gain" in stored:
+        Bypass(net, stored["bypass.gain"].shape[1])
     own = net.state_dict()
     wrong = sorted(set(own) ^ set(stored)) + [k for k in own if k in stored and own[k].shape != stored[k].shape]
     if wrong:

@@ -89,6 +89,11 @@ class QuantLayer(nn.Module):
             return q.codes(x), q.part_scales(x)
         return q(x), None
 
+    def input_error(self, x):
+        """x (N, in, ...) minus what its quantizer, behind the balance, makes of it; 0 where that is switched off."""
+        factor = 1.0 if self.inverse_balance is None else self.per_channel(self.inverse_balance)
+        return x - self.input_quantizer(x * factor) / factor if self.input_quantizer.enabled else torch.zeros_like(x)
+
     def weight_in_use(self):
         """Integers when hardened; else the weight as it is, softly rounded, or on its grid."""
         if self.weight_int is not None:

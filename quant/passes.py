@@ -18,6 +18,7 @@ from quant.config import unknown_word
 from quant.allocate import allocate_bits
 from quant.apq import group_scales
 from quant.balance import balance
+from quant.bypass import bypass_input
 from quant.convert import convert, input_quantizers, quant_layers
 from quant.correction import correct_noise
 from quant.decide import decide_by_ranges
@@ -113,7 +114,8 @@ def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
 PASSES = {"fit_ranges": fit_ranges, "reconstruct": reconstruct, "balance": balance, "softmax_grid": softmax_grid,
           "allocate_bits": allocate_bits, "step_bits": step_bits, "dynamic_scales": dynamic_scales,
           "group_scales": group_scales, "reconstruct_temporal": reconstruct_temporal, "segment_models": segment_models,
-          "finetune": finetune, "correct_noise": correct_noise, "decide_by_ranges": decide_by_ranges}
+          "bypass_input": bypass_input, "finetune": finetune, "correct_noise": correct_noise,
+          "decide_by_ranges": decide_by_ranges}
 
 
 def find_pass(name):

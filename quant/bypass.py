@@ -1,0 +1,79 @@
+"""The rounding error of the network's input goes around the network (TinyDM).
+
+The first layer reads x on a grid, x_q, but x itself is at hand where the sampler calls the network. To first order
+
+    eps(x) = eps(x_q) + J (x - x_q),      eps' = eps_q(x) + K(t) (x - x_q)
+
+where K (outputs, C) stands for the Jacobian J: one matrix for every time segment, the same at every pixel, the least
+squares fit of eps - eps_q by x - x_q. Noise in x is what the network takes for noise, and answers: K is near 1/sigma(t)
+on the diagonal, the error of an 8-bit input reaches eps in full and, in a network whose weights are reconstructed, is
+most of what is left of its error. The product costs C multiply-adds a pixel and output channel, in floating point.
+
+Axes: N samples, C channels of x, S time segments.
+"""
+import torch
+from torch import nn
+
+from quant.convert import quant_layers
+
+RIDGE = 1e-6                               # share of the mean variance of x - x_q
+
+
+class Bypass(nn.Module):
+    """The table `gain` K (S, outputs, C) of a quantized network, zero until it is fitted; the network, whose module
+    `bypass` it becomes, stores it and adds `forward(x)` to its answer."""
+
+    def __init__(self, net, outputs):
+        super().__init__()
+        self.__dict__["stem"], self.timeline = stem_of(net), net.timeline      # the stem is no part of this module
+        self.register_buffer("gain", torch.zeros(self.timeline.num_segments, outputs, self.stem.shape[1]))
+        self.to(next(net.parameters()).device)
+        net.bypass = self
+        net.register_forward_hook(lambda module, arguments, answer: answer + module.bypass(arguments[0]))
+
+    def forward(self, x):
+        """What x (N, C, H, W) adds to the answer (N, outputs, H, W) at the time that the network has been told."""
+        return (self.gain[self.timeline.segment] @ self.stem.input_error(x).flatten(2)).unflatten(2, x.shape[2:])
+
+
+def stem_of(net):
+    """The layer that reads x. Raises ValueError where it reads x as it is."""
+    found = [layer for layer in quant_layers(net).values() if layer.role == "stem" and layer.input_quantizer]
+    if len(found) != 1:
+        raise ValueError("the network's input is in floating point, nothing needs to go around the network; leave out "
+                         "bypass_input, or quantize the input of the layer with role stem")
+    return found[0]
+
+
+@torch.no_grad()
+def bypass_input(job, *, num_samples=1024, batch_size=64):
+    """The pass: fit K by `num_samples` calibration samples, alike of every segment, to the network as it is then.
+
+    Returns one fact: mean square of eps_q - eps before and after. Raises ValueError before fit_ranges, for an input in
+    floating point, if the network has a bypass already, and for a time segment without samples.
+    """
+    job.need_ranges("bypass_input")
+    if getattr(job.net, "bypass", None) is not None:
+        raise ValueError("the network has a bypass of its input already; list bypass_input once")
+    stem, timeline = stem_of(job.net), job.net.timeline
+    calibration = job.calibration.spread(num_samples, timeline, job.seed)
+    timeline.segment_times(calibration.t)                  # says which segment has no samples
+    segments, gains, before, explained, values = timeline.segments_of(calibration.t), [], 0.0, 0.0, 0
+    for segment in range(timeline.num_segments):
+        squares, products = 0, 0
+        for arguments in calibration.rows(segments == segment).batches(batch_size):
+            arguments = [a.to(job.device) for a in arguments]
+            error = pixels(job.model.net(*arguments) - job.net(*arguments))
+            rounding = pixels(stem.input_error(arguments[0]))
+            squares, products = squares + rounding.T @ rounding, products + error.T @ rounding
+            before, values = before + float(error.square().sum()), values + error.numel()
+        floor = (RIDGE * squares.diagonal().mean()).clamp(min=1e-30)
+        gains.append(torch.linalg.solve(squares + floor * torch.eye(len(squares)).to(squares), products, left=False))
+        explained += float((gains[-1] * products).sum())
+    Bypass(job.net, len(gains[0])).gain.copy_(torch.stack(gains))
+    return [{"pass": "bypass_input", "mse_before": before / values, "mse_after": (before - explained) / values}]
+
+
+def pixels(x):
+    """(N, C, H, W) -> (N H W, C), float64."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2).double()
