@@ -112,6 +112,8 @@ def score_chart(path, labels, panels):
         shown = [number for values, _ in rows for number in values]
         scale = "log" if shown and 0 < LOG_FROM * min(shown) < max(shown) else "linear"
         axes.set(xlabel=name, ylim=(len(labels) - 0.5, -0.5), xscale=scale)
+        if scale == "linear":
+            axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(axis="x", alpha=0.3)
     figure.legend(marks.values(), marks.keys(), loc="outside upper right", ncols=2, frameon=False)
