@@ -49,7 +49,8 @@ def distribution_scores(samples_dir, *, count=None,
                 "image_format": "+".join(sorted({path.suffix.lower()[1:] for path in files})),
                 "samples_sha256": samples["sha256"], "extractor": name, "extractor_sha256": sha256(weights_path),
                 **described, "tool": f"torch-fidelity {fidelity_version}", "is_splits": 10,
-                "neighbours_among": None if real is None else len(real), "kid_subset_size": kid_subset_size, "notice": notice, "left_out": left_out}
+                "neighbours_among": None if real is None else len(real), "kid_subset_size": kid_subset_size,
+                "notice": notice, "left_out": left_out}
     return {"scores": {_named(score, name): value for score, value in scores.items()}, "protocol": protocol,
             "features": samples["pooled"]}
 
