@@ -5,10 +5,10 @@ The first layer reads x on a grid, x_q, but x itself is at hand where the sample
     eps(x) = eps(x_q) + J (x - x_q),      eps' = eps_q(x) + K(t) (x - x_q)
 
 where K (outputs, C) stands for the Jacobian J: one matrix for every time segment, the same at every pixel, the least
-squares fit of eps - eps_q by x - x_q. The network takes noise in x for noise and answers with it: on latent-compact K is
-near the identity at the noisy steps and grows towards the image. So the error of an 8-bit input reaches eps in full and,
-in a network whose weights are reconstructed, is most of what is left of its error. The product costs C multiply-adds a
-pixel and output channel, in floating point.
+squares fit of eps - eps_q by x - x_q. The network takes noise in x for noise and answers with it: on latent-compact K
+is near the identity at the noisy steps and grows towards the image. So the error of an 8-bit input reaches eps in full
+and, in a network whose weights are reconstructed, is most of what is left of its error. The product costs C
+multiply-adds a pixel and output channel, in floating point.
 
 Axes: N samples, C channels of x, S time segments.
 """
