@@ -14,6 +14,7 @@ from typing import Any, Callable
 import torch
 
 from quant.convert import input_quantizers, quant_layers
+from quant.gptq import second_order_codes
 from quant.rounding import Rounding
 
 DROPPED_INPUTS = 0.5                       # share of a unit's input that is full precision in joint mode (QDrop)
@@ -67,7 +68,7 @@ def lp(a, b, norm, weights=None):
 def learn_rounding(unit, layers, inputs, target, generator, s):
     """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct. No scale is learned here whose
     doubts could choose batches actively."""
-    begin_rounding(layers)
+    begin_rounding(unit, layers, inputs, target, generator, s)
     s = s | {"active": 0.0}
     groups = [rounding_group(layers, s)]
     optimise(unit, groups, s["weight_iters"], lambda done: rounding_penalty(layers, done, s),
@@ -88,7 +89,7 @@ def learn_scales(unit, quantizers, inputs, target, generator, s):
 
 def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
     """Rounding and scales in one stage, quantization of activations dropped at random (QDrop)."""
-    begin_rounding(layers)
+    begin_rounding(unit, layers, inputs, target, generator, s)
     learned = [q for q in quantizers if q.learnable]
     groups = scale_groups(learned, s)
     if layers:
@@ -108,9 +109,13 @@ def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
     end_scales(learned)
 
 
-def begin_rounding(layers):
-    for layer in layers:
-        layer.rounding = Rounding(layer.weight, layer.weight_quantizer)
+def begin_rounding(unit, layers, inputs, target, generator, s):
+    """From the weights or, with `gptq`, from halfway to second-order codes."""
+    starts = [None] * len(layers)
+    if s["gptq"]:
+        starts = second_order_codes(unit, layers, inputs, len(target), generator)
+    for layer, start in zip(layers, starts):
+        layer.rounding = Rounding(layer.weight, layer.weight_quantizer, start)
 
 
 def rounding_group(layers, s):

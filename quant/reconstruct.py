@@ -25,12 +25,13 @@ ERROR_ROWS = 256                           # samples on which the error before a
 def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
                 soft_lr=1e-4, weight_cosine=False, round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0,
                 weight_norm=2.0, input_norm=2.4, joint=False, drop=0.5, layer_weight=0.0, saliency=0.0, smooth=0.0,
-                active=0.0, bfloat16=False, capture_batch=64, memory_gb=4.0):
+                active=0.0, gptq=False, bfloat16=False, capture_batch=64, memory_gb=4.0):
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `memory_gb` the budget for captured
     activations (the rest spills to disk), `bfloat16` computes the steps under autocast.
 
     Rates of scales fall to 0 along a cosine, that of the rounding only with `weight_cosine`. `joint` learns both at
     once in `weight_iters` steps, each activation unquantized with probability `drop`.
+    With `gptq` the rounding begins halfway between the weight and second-order codes (quant/gptq.py), else at the weight.
     `layer_weight` adds the error of a block's inner layers. `saliency` in [0, 1] is the share of the error's weights
     that follows received attention (quant/attention.py). `smooth` holds the scales of neighbouring time segments
     together. `active` > 0 takes the batches from the segment that needs them most (quant/learn.py). `soft_lr` is the

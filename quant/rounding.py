@@ -6,14 +6,20 @@ GAMMA, ZETA = -0.1, 1.1                    # ends of the stretched sigmoid
 
 
 class Rounding(nn.Module):
-    """Rounding variables of one weight: h(alpha) in [0, 1] is added to floor(W/scale); starts at h = frac(W/scale)."""
+    """Rounding variables of one weight: h(alpha) in [0, 1] is added to a floor. It starts as the weight itself, at
+    floor + h = W/scale; or, given centred codes of W's shape to `start` from, halfway between both, where the floor is
+    a neighbour of the code or the code itself."""
 
-    def __init__(self, weight, quantizer):
+    def __init__(self, weight, quantizer, start=None):
         super().__init__()
         self.quantizer = quantizer
         ratio = weight.detach() * quantizer.table(quantizer.scale, weight).reciprocal()
-        self.register_buffer("floor", ratio.floor(), persistent=False)
-        self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (ratio - self.floor - GAMMA) - 1))
+        floor = ratio.floor()
+        if start is not None:
+            floor = floor.clamp(start - 1, start)
+            ratio = ((ratio + start) / 2).clamp(floor, floor + 1)
+        self.register_buffer("floor", floor, persistent=False)
+        self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (ratio - floor - GAMMA) - 1))
 
     def h(self):
         return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)

@@ -48,7 +48,7 @@ def reconstruct_temporal(job, *, iters=20000, lr=1e-3, batch_size=32, round_weig
     started, settings = time.monotonic(), dict(
         weight_iters=iters, weight_lr=lr, batch_size=batch_size, round_weight=round_weight, warmup=warmup,
         beta_start=beta_start, beta_end=beta_end, weight_norm=2.0, layer_weight=0.0, bfloat16=False,
-        weight_cosine=False)
+        weight_cosine=False, gptq=False)
     inputs = distinct_times(job)
     device = next(job.net.parameters()).device
     with torch.no_grad():

@@ -17,7 +17,7 @@ from quant.timeline import Timeline
 from tiny import fit, make_job, normal, rules
 
 ALL = dict(batch_size=4, bfloat16=False, layer_weight=0.0, active=0.0, weight_norm=2.0, round_weight=0.1, warmup=0.2,
-           beta_start=20.0, beta_end=2.0, smooth=0.0)
+           beta_start=20.0, beta_end=2.0, smooth=0.0, gptq=False)
 
 
 class Two(nn.Module):
@@ -115,7 +115,7 @@ def test_dropped_elements_are_not_quantized():
 
 @pytest.mark.parametrize("options", [
     {"joint": True, "drop": 0.5}, {"joint": True, "layer_weight": 0.8, "round_weight": 0.0},
-    {"saliency": 0.5}, {"smooth": 0.01}])
+    {"saliency": 0.5}, {"smooth": 0.01}, {"gptq": True}])
 def test_every_form_lowers_the_error(tiny_net, tmp_path, options):
     job = make_job(tiny_net, tmp_path, rules(4, 6), num=12, boundaries=[500])
     facts = run_passes(job, ["fit_ranges", {"reconstruct": dict(
