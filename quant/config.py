@@ -11,9 +11,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
-def read_yaml(path):
-    """One YAML file -> dict. Raises ValueError with the file's name where it is absent, empty or malformed."""
+def read_yaml(path, above=()):
+    """One YAML file -> dict. `base: FILE`, beside it, stands for all that FILE says, which the other keys go on top of;
+    `first: {key: list}` and `last: {key: list}` put elements in front of a list of FILE's and behind it. Raises
+    ValueError with the file's name where it is absent, empty or malformed, or its own base (`above`: what led here)."""
     path = Path(path)
+    if path in above:
+        raise ValueError(f"{path} is its own base; follow base: through {', '.join(map(str, above))}")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3, 0.4)
         raise ValueError(f"configuration file {path} does not exist"
@@ -24,7 +28,23 @@ def read_yaml(path):
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(content):
         raise ValueError(f"{path} must hold keys and values")
-    return content
+    return on_its_base(path, content, above) if "base" in content else content
+
+
+def on_its_base(path, content, above):
+    content = OmegaConf.to_container(content)              # references to other keys stay as they are written
+    first, last = (content.pop(end, None) or {} for end in ("first", "last"))
+    base = read_yaml(path.parent / str(content.pop("base")), (*above, path))
+    content = OmegaConf.to_container(OmegaConf.merge(base, content))
+    wrong = [end for end in (first, last) if not isinstance(end, dict)] or [
+        key for end in (first, last) for key in end if not isinstance(end[key], list)
+        or not isinstance(content.get(key), list)]
+    if wrong:
+        raise ValueError(f"{path}: first and last add lists to lists of the base, as first: {{passes: [balance]}} does; "
+                         f"{wrong[0]} is none")
+    for key in first | last:
+        content[key] = [*first.get(key, []), *content[key], *last.get(key, [])]
+    return OmegaConf.create(content)
 
 
 def load(schema, files, overrides=()):

@@ -87,3 +87,22 @@ def test_override_without_a_key(write):
 
 def test_empty_file_changes_nothing(write):
     assert load(Schema, [write("empty.yaml", "")]) == Schema()
+
+
+def test_a_file_goes_on_top_of_its_base(write):
+    write("a.yaml", "name: a\nbits: {weight: 4, input: 6}\nrules: [one, '${bits.weight}']\nfacts: {k: 1}")
+    write("b.yaml", "base: a.yaml\nbits: {input: 5}\nfirst: {rules: [zero]}\nlast: {rules: [{end: '${bits.input}'}]}")
+    top = write("c.yaml", "base: b.yaml\nname: c\nlast: {rules: [last]}")
+    assert load(Schema, [top], ["bits.weight=7"]).rules[2] == 7
+    assert load(Schema, [top]) == Schema("c", Bits(4, 5), False, ["zero", "one", 4, {"end": 5}, "last"], {"k": 1})
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("base: absent.yaml", "absent.yaml does not exist"), ("base: c.yaml", "c.yaml is its own base"),
+    ("base: a.yaml\nfirst: {name: [b]}", "name is none"),
+    ("base: a.yaml\nlast: {rules: {b: 1}}", "rules is none"),
+    ("base: a.yaml\nlast: [b]", "first and last add lists to lists"), ("first: {rules: [b]}", "unknown key 'first'")])
+def test_mistakes_about_a_base(write, text, sentence):
+    write("a.yaml", "name: a\nrules: [one]")
+    with pytest.raises(ValueError, match=sentence):
+        load(Schema, [write("c.yaml", text)])
