@@ -58,6 +58,7 @@ def balance(job, *, num_samples=64, num_alphas=11, batch_size=32):
               if m.inverse_balance is not None and m.weight_quantizer is not None and m.input_quantizer is not None}
     parts = [p for p in attention_parts(job.net) if p.layers <= layers.keys()]
     shared = {name: part for part in parts for name in part.readers}
+    check_folds(job.model.net, parts, sample.arguments(slice(0, 1)))
     groups = [part.readers for part in parts] + [[name] for name in layers if name not in shared]
     alphas, facts = torch.linspace(0, 1, num_alphas).tolist(), []
     segments = job.net.timeline.segments_of(sample.t)
@@ -132,6 +133,35 @@ def refit(quantizers, run, num_samples):
     for q in quantizers:
         q.fit_observed()
         q.enabled = True
+
+
+@torch.no_grad()
+def check_folds(net, parts, arguments):
+    """Raises ValueError unless the readers of each part read what its norm answers, and nothing else does: s goes
+    through no activation and must meet 1/s wherever it comes."""
+    modules, answers, readers = dict(net.named_modules()), {}, {part.norm: [] for part in parts}
+
+    def answered(norm):
+        return lambda module, inputs, out: answers.__setitem__(norm, out)      # kept, so that its storage is its own
+
+    def asked(name):
+        def note(module, inputs):
+            for norm, out in answers.items():
+                if any(x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+                       for x in inputs if torch.is_tensor(x)):
+                    readers[norm].append(name)
+        return note
+    hooks = [modules[part.norm].register_forward_hook(answered(part.norm)) for part in parts]
+    hooks += [m.register_forward_pre_hook(asked(name)) for name, m in modules.items() if not any(m.children())]
+    try:
+        net(*(a.to(next(net.parameters()).device) for a in arguments))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for part in parts:
+        if sorted(readers[part.norm]) != sorted(part.readers):
+            raise ValueError(f"{part.norm} cannot take the balance of {', '.join(part.readers)}: what it answers is read "
+                             f"by {', '.join(readers[part.norm]) or 'none of the layers'}; set balance: false for them")
 
 
 @torch.no_grad()

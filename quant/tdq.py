@@ -80,8 +80,8 @@ def functions_of(net):
 
 @torch.no_grad()
 def retabulated(net, functions, times):
-    """The hardened network with tables for other network times (S,). Quantizers without a function, and all zero
-    points, take those of the nearest old step; static ones stay. Raises ValueError for functions of another network."""
+    """The hardened network with tables for other network times (S,). Quantizers without a function, all zero points and
+    the bypass of the input take those of the nearest old step; static ones stay. Raises ValueError for functions of another network."""
     quantizers = input_quantizers(net)
     unknown = sorted({key.partition("|")[0] for key in functions} - quantizers.keys())
     if not functions or unknown:
@@ -102,6 +102,8 @@ def retabulated(net, functions, times):
             table = soft()
         q.scale, q.zero_point = nn.Parameter(table, requires_grad=False), q.zero_point[nearest]
         q.bits = [q.bits[i] for i in nearest]
+    if getattr(net, "bypass", None) is not None:
+        net.bypass.gain = net.bypass.gain[nearest]
     return net
 
 

@@ -1,5 +1,7 @@
 """Channel-wise balancing: the product stays what it is, planted imbalance is found, and the identity is never beaten
 by something worse."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,15 +10,15 @@ from conftest import TINY, assert_close, randomize
 from ddim.unet import tag
 from models.zoo import build_network
 from quant.attention import attention_parts
-from quant.balance import (PRODUCT_SAMPLES, balance, balance_group, balance_vector, channel_max, error_with,
-                           fold_into_norm, scale_rows)
+from quant.balance import (PRODUCT_SAMPLES, balance, balance_group, balance_vector, channel_max, check_folds,
+                           error_with, fold_into_norm, scale_rows)
 from quant.capture import inputs_of
 from quant.convert import quant_layers, set_input_quantization
 from quant.layers import QuantLayer
 from quant.passes import run_passes
 from quant.quantizer import QuantSpec
 from quant.timeline import Timeline
-from tiny import SHAPE, make_job, normal, rules, samples
+from tiny import EXAMPLE, SHAPE, fit, make_job, normal, rules, samples
 
 RULES = [{"weight": {"bits": 4, "per": "channel", "range": "mse"}, "input": {"bits": 4, "range": "mse"},
           "balance": True}]
@@ -75,6 +77,19 @@ def test_a_channel_large_in_the_data_alone_never_ends_worse_than_the_identity(ga
     assert facts["error_before"] == identity and facts["error_after"] == min([identity, *errors])
 
 
+@pytest.mark.parametrize("gain, in_weight", [(10, True), (10, False), (50, False)])
+def test_the_layer_is_left_with_the_best_vector(gain, in_weight):
+    """Its error, measured anew, is the one reported."""
+    def error(layer):
+        return float((fit(layer, x)(x) - target).double().square().mean())
+    quant, x, target = planted(gain, in_weight)
+    weight_max = quant.weight.abs().amax((0, 2, 3))
+    facts = balance_group(["x"], [quant], x, torch.zeros(8), Timeline(), [a / 10 for a in range(11)])
+    assert torch.allclose(1 / quant.inverse_balance, balance_vector(channel_max(x, 2), weight_max, facts["alpha"]))
+    assert error(quant) == pytest.approx(facts["error_after"], rel=1e-4)
+    assert error(quant) < error(planted(gain, in_weight)[0]) == pytest.approx(facts["error_before"], rel=1e-4)
+
+
 def relative_errors(gain, in_weight):
     """Of the identity, then of alpha = 0, 0.1, ..., 1."""
     quant, x, target = planted(gain, in_weight)
@@ -99,6 +114,12 @@ def test_half_alpha_can_hurt_where_another_helps():
     assert min(errors) == errors[10]
 
 
+def test_a_smaller_gain_is_served_best_in_between():
+    identity, *errors = relative_errors(10, False)
+    assert identity == pytest.approx(0.171, rel=0.1) and min(errors) < 0.6 * identity
+    assert 0 < errors.index(min(errors)) < 10
+
+
 def test_identity_wins_ties_and_leaves_the_layer_alone():
     quant, x, _ = planted(1, False)
     before = quant.weight.clone()
@@ -107,9 +128,11 @@ def test_identity_wins_ties_and_leaves_the_layer_alone():
     assert torch.equal(quant.inverse_balance, torch.ones(64))
 
 
-@pytest.mark.parametrize("network", [
-    TINY, LDM | {"num_head_channels": 16}, LDM | {"num_head_channels": 16, "use_new_attention_order": True},
-    LDM | {"num_heads": 2, "use_spatial_transformer": True, "context_dim": 6}])
+NETWORKS = [TINY, LDM | {"num_head_channels": 16}, LDM | {"num_head_channels": 16, "use_new_attention_order": True},
+            LDM | {"num_heads": 2, "use_spatial_transformer": True, "context_dim": 6}]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("boundaries", [(), (500,)])
 def test_balance_alone_leaves_the_networks_output(network, boundaries, tmp_path):
     net = randomize(build_network(**network)).eval().requires_grad_(False)
@@ -179,6 +202,61 @@ def test_what_a_norm_feeds_is_folded_and_what_silu_feeds_is_not(tiny_net, tmp_pa
     assert not torch.equal(job.net.mid.attn_1.norm.weight, tiny_net.mid.attn_1.norm.weight)
     assert not torch.equal(layers["mid.block_1.conv1"].inverse_balance, torch.ones(16))
     assert torch.equal(job.net.mid.block_1.norm1.weight, tiny_net.mid.block_1.norm1.weight)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_any_fold_leaves_the_networks_output(network, tmp_path):
+    """Norm -> q, k, v; q <-> k; v -> proj; by factors between 1/4 and 4."""
+    net = randomize(build_network(**network)).eval().requires_grad_(False)
+    context = "context_dim" in network
+    job = make_job(net, tmp_path, RULES, context=6 if context else 0)
+
+    def factors(count, seed):
+        return 4 ** (2 * torch.rand(count, generator=torch.Generator().manual_seed(seed)) - 1)
+    parts = attention_parts(job.net)
+    assert parts
+    for i, part in enumerate(parts):
+        readers, q, k, v, proj = [[job.net.get_submodule(n) for n in part.readers],
+                                  *map(job.net.get_submodule, (part.q, part.k, part.v, part.proj))]
+        s, between, u = factors(readers[0].shape[1], i), factors(len(part.q_rows), i + 50), factors(proj.shape[1], i + 90)
+        for layer in readers:
+            layer.balance(s)
+        fold_into_norm(job.net, part, readers)
+        scale_rows(q, part.q_rows, 1 / between)
+        scale_rows(k, part.k_rows, between)
+        proj.balance(u)
+        scale_rows(v, part.v_rows, proj.inverse_balance)
+        proj.inverse_balance = torch.ones_like(u)
+    arguments = (normal(3, *SHAPE, seed=5), torch.tensor([1.0, 450, 990]), *([normal(3, 4, 6)] if context else []))
+    assert_close(full_precision(job)(*arguments), net(*arguments), 1e-5)
+
+
+def test_an_uneven_channel_of_v_is_folded_into_its_rows(tiny_net, tmp_path):
+    tiny_net.requires_grad_(False).mid.attn_1.v.weight[5] *= 50
+    tiny_net.mid.attn_1.proj_out.weight[:, 5] /= 50
+    job = make_job(tiny_net, tmp_path, RULES)
+    facts = balance(job, num_samples=6, num_alphas=3)
+    assert next(f for f in facts if f["layers"] == ["mid.attn_1.proj_out"])["alpha"] is not None
+    assert torch.equal(job.net.mid.attn_1.proj_out.inverse_balance, torch.ones(16))
+    ratio = (job.net.mid.attn_1.v.weight / tiny_net.mid.attn_1.v.weight)[:, :, 0, 0].mean(1)
+    assert ratio.argmin() == 5 and float(ratio[5]) < 0.1
+
+
+@pytest.mark.parametrize("reader, found", [("mid.block_1.conv1", "none of the layers"), ("mid.attn_1.q", "mid.attn_1.k")])
+def test_a_fold_through_silu_or_past_a_reader_is_refused(tiny_net, reader, found):
+    part = next(p for p in attention_parts(tiny_net) if p.norm == "mid.attn_1.norm")
+    norm = "mid.block_1.norm1" if "block" in reader else part.norm
+    check_folds(tiny_net, [part], EXAMPLE)
+    with pytest.raises(ValueError, match=f"{norm} cannot take the balance of {reader}: what it .* {found}"):
+        check_folds(tiny_net, [replace(part, norm=norm, readers=[reader])], EXAMPLE)
+
+
+def test_balance_behind_silu_is_exact():
+    layer, norm = tag("conv1", nn.Conv2d(8, 6, 3, padding=1)).requires_grad_(False), nn.GroupNorm(4, 8)
+    quant = QuantLayer(layer, QuantSpec(), QuantSpec(), Timeline(), False, True)
+    quant.balance((normal(8, seed=1) * 0.5).exp())
+    x = torch.nn.functional.silu(norm(normal(2, 8, 5, 5)))
+    assert (quant(x) - layer(x)).abs().max() <= 1e-6
 
 
 def test_folding_through_silu_would_be_wrong_and_the_online_form_is_exact():

@@ -13,7 +13,7 @@ from models.zoo import build_network
 from quant import checkpoint
 from quant.checkpoint import (load_quantized, pack, packed_bytes, quantized_state, read_recipe, save_quantized,
                               unpack)
-from quant.convert import convert, quant_layers
+from quant.convert import convert, input_quantizers, quant_layers
 from quant.files import load_tensors, save_tensors
 from tiny import SHAPE, WEIGHT_8, normal, quantized, rules
 
@@ -103,6 +103,15 @@ def test_loaded_network_is_bit_identical(variant, tiny_net, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     save_quantized(tmp_path / "again.safetensors", loaded, read_recipe(tmp_path / "q.safetensors")[0])
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
+
+
+def test_times_between_those_of_the_table_have_the_nearest_steps_scales(tiny_net, tmp_path):
+    saved(tiny_net, tmp_path / "q.safetensors", rules(4, 8), boundaries=[300, 600.5])
+    net, x = load_quantized(tmp_path / "q.safetensors", build_network), normal(1, *SHAPE)
+    for q in input_quantizers(net).values():               # one step's scales alone
+        q.scale.data[0], q.scale.data[2] = torch.nan, torch.nan
+    finite = [t for t in (0.0, 299.0, 301, 450, 600, 601, 999) if net(x, torch.tensor([t])).isfinite().all()]
+    assert finite == [301, 450, 600]
 
 
 def test_another_process_gives_the_same_bits(tiny_net, tmp_path):

@@ -29,6 +29,7 @@ SPLIT = "conv2d", (2, 4)
 LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
        "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1], "num_heads": 2,
        "use_spatial_transformer": True, "context_dim": 6}
+FUSED = LDM | {"use_spatial_transformer": False, "context_dim": None}
 
 
 def build(case, weight, inputs, *, splits=None, timeline=None, balanced=False):
@@ -245,11 +246,11 @@ def by_integers(m, layer, operands, segment):
     return out if m.bias is None else out + m.bias.detach().reshape(column)
 
 
-@pytest.mark.parametrize("network", [TINY, LDM])
+@pytest.mark.parametrize("network", [TINY, LDM, FUSED])
 def test_every_layer_of_a_network_is_integer_arithmetic_bit_for_bit(network, tmp_path):
     """Balanced, in several time segments: what each module of the running network read and gave."""
     net = randomize(build_network(**network)).eval().requires_grad_(False)
-    context = 6 if "context_dim" in network else 0
+    context = network.get("context_dim") or 0
     job = make_job(net, tmp_path, [rules(4, 6)[0] | {"balance": True}], boundaries=[500], context=context)
     for layer in quant_layers(job.net).values():
         layer.balance((0.3 * normal(layer.shape[1], seed=1)).exp())
@@ -287,6 +288,35 @@ def test_product_with_one_operand_left_alone():
     q = product.b_quantizer
     assert product.a_quantizer is None
     assert torch.equal(product(a, b), a @ q.codes(b) * q.scale[0, 0])
+
+
+def test_unsigned_codes_with_corrections_for_both_zero_points():
+    """What an engine runs: sum (q_x - z_x)(q_w - z_w) = sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w, x padded
+    with z_x."""
+    layer, quant, _ = build("conv2d", QuantSpec(bits=4, per="channel"), QuantSpec(bits=8))
+    x = normal(2, 6, 7, 8) + 1
+    fit(quant, x).harden()
+    q, w = quant.input_quantizer, quant.weight_quantizer
+    z_x, z_w = q.zero_point.long().item(), w.zero_point[0].long().reshape(-1, 1, 1)
+    q_x = F.pad(q.codes(x).detach().long() + z_x, (1, 1, 1, 1), value=z_x)
+    q_w, bare = quant.unsigned_codes().long(), nn.Conv2d(6, 5, 3)
+    ones = torch.ones(1, 6, 3, 3, dtype=torch.long)
+    total = (integer_layer(q_x, q_w, bare) - z_w * integer_layer(q_x, ones, bare)
+             - z_x * q_w.sum((1, 2, 3)).reshape(-1, 1, 1) + 6 * 9 * z_x * z_w)
+    assert z_x > 0 and q_x.min() >= 0 and 0 <= q_w.min() and q_w.max() == 15
+    expected = total.float() * q.scale[0, 0] * w.scale[0].reshape(-1, 1, 1) + layer.bias.detach().reshape(-1, 1, 1)
+    assert torch.equal(quant(x), expected)
+
+
+def test_sums_beyond_the_integers_of_float32_are_right_to_its_rounding():
+    layer, x = tag("x", nn.Conv2d(512, 8, 3, padding=1, bias=False)), 2 + normal(1, 512, 4, 4).abs()
+    layer.weight.data = 2 + normal(8, 512, 3, 3, seed=1).abs()
+    quant = QuantLayer(layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False)
+    fit(quant.requires_grad_(False), x).harden()
+    total = integer_layer(quant.input_quantizer.codes(x).long(), quant.weight_int.long(), layer)
+    assert total.max() > 2 ** 24
+    expected = total.double() * quant.input_quantizer.scale[0, 0] * quant.weight_quantizer.scale[0].reshape(-1, 1, 1)
+    torch.testing.assert_close(quant(x).double(), expected, rtol=2e-6, atol=0)
 
 
 def test_what_cannot_be_quantized_is_refused():

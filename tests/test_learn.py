@@ -9,7 +9,7 @@ from ddim.unet import tag
 from quant.convert import input_quantizers
 from quant.layers import QuantLayer
 from quant.learn import (DROPPED_INPUTS, Mixed, Unit, batch_loss, comparable, learn_rounding, optimise,
-                         rounding_penalty, scale_penalty)
+                         output_loss, rounding_penalty, scale_penalty)
 from quant.passes import run_passes
 from quant.quantizer import Quantizer, QuantSpec
 from quant.rounding import Rounding
@@ -44,6 +44,20 @@ def test_inner_layers_add_their_own_error():
     outer = (quant(x) - plain(x)).square().sum()
     assert math.isclose(float(loss), float(outer + 0.8 * inner), rel_tol=1e-5)
     assert math.isclose(float(batch_loss(unit, [x], plain(x), torch.Generator(), ALL, 2.0)), float(outer), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2, 2), (5, 4, 3)])          # maps; tokens
+def test_saliency_weighs_the_positions_of_the_rows_that_were_drawn(shape):
+    weight = normal(5, *shape[1:-1], 1).abs() if len(shape) == 3 else normal(5, 1, 2, 2).abs()
+    out, target, rows = normal(*shape), normal(*shape, seed=1), torch.tensor([4, 1])
+    unit = Unit("x", None, torch.device("cpu"), None, saliency=lambda rows, out: weight[rows])
+    found = output_loss(unit, out[rows], target, rows, 2.0)
+    errors = [float((weight[r] * (out[r] - target[r]).square()).sum()) for r in rows]
+    positions = out[0].numel() // shape[1]                 # the loss sums over axis 1 and means over the rest
+    assert math.isclose(float(found), sum(errors) / 2 / positions, rel_tol=1e-5)
+    plain = output_loss(Unit("x", None, torch.device("cpu"), None), out[rows], target, rows, 2.0)
+    unit.saliency = lambda rows, out: torch.ones_like(weight[rows])
+    assert torch.equal(output_loss(unit, out[rows], target, rows, 2.0), plain)
 
 
 def test_rounding_penalty_is_off_in_the_warm_up_then_sharpens():

@@ -98,6 +98,23 @@ def test_same_seed_same_bytes_and_another_seed_others(tiny_net, tmp_path):
     assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
 
 
+@pytest.mark.parametrize("options", [{}, {"joint": True, "gptq": True}])
+def test_same_seed_same_rounding_variables(tiny_net, tmp_path, monkeypatch, options):
+    """Before they are rounded: alpha itself."""
+    def alphas(folder, seed):
+        seen = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(QuantLayer, "harden", lambda layer: (seen.setdefault(id(layer), layer.rounding.alpha.detach()
+                                                               .clone()) if layer.rounding else None, harden(layer))[1])
+            reconstructed(tiny_net, tmp_path / folder, rules(4, 4), SHORT | {
+                "weight_iters": 20, "weight_lr": 2e-2} | options, seed=seed)
+        return list(seen.values())
+    harden = QuantLayer.harden
+    first, again, other = alphas("a", 0), alphas("b", 0), alphas("c", 1)
+    assert len(first) == len(quant_layers(make_job(tiny_net, tmp_path, rules(4, 4)).net))
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
+
+
 def test_spilling_to_disk_changes_no_byte(tiny_net, tmp_path):
     memory, disk = (reconstructed(tiny_net, tmp_path / str(gb), rules(4, 8), SHORT | {"memory_gb": gb})[0]
                     for gb in (1, 0))

@@ -9,7 +9,7 @@ from quant.convert import convert, input_quantizers, quant_layers
 from quant.passes import run_passes
 from quant.segments import merge
 from quant.timeline import Timeline
-from tiny import SHAPE, make_job, normal, quantized
+from tiny import SHAPE, make_job, normal, quantized, samples
 
 OWN = [{"weight": {"bits": 4, "per": "channel", "per_segment": True}, "input": {"bits": 8}}]
 SHARED = [{"weight": {"bits": 4, "per": "channel"}, "input": {"bits": 8}}]
@@ -68,6 +68,22 @@ def test_shared_weights_give_a_table_of_scales_for_each_segment(tiny_net, tmp_pa
     x = normal(3, *SHAPE)
     assert torch.allclose(eps(net, x, TIMES), eps(table.net, x, TIMES), atol=1e-6)
     assert all(len(q.scale.unique(dim=0)) > 1 for q in [input_quantizers(net)["conv_out.input_quantizer"]])
+
+
+def test_a_segment_for_every_step_is_a_scale_for_every_step(tiny_net, tmp_path):
+    steps = samples(12).t.sort().values
+    nets = []
+    fit = [{"fit_ranges": {"batch_size": 1}}]              # kernels round otherwise in other batches
+    for passes in (fit, [{"segment_models": {"passes": fit}}]):
+        job = make_job(tiny_net, tmp_path, SHARED, num=12, boundaries=((steps[1:] + steps[:-1]) / 2).tolist())
+        run_passes(job, passes)
+        nets.append(job.net)
+    table, several = (input_quantizers(net) for net in nets)
+    for name, q in table.items():
+        assert len(q.scale) == 12 and torch.equal(q.scale, several[name].scale)
+        assert torch.equal(q.zero_point, several[name].zero_point)
+    x = normal(12, *SHAPE)
+    assert torch.equal(nets[0](x, steps), nets[1](x, steps))
 
 
 def test_a_batch_across_segments_is_refused(tiny_net, tmp_path):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from quant.capture import inputs_of
 from quant.passes import run_passes
 from quant.quantizer import LOG2_TOP, Quantizer, QuantSpec, log2_codes
 from quant.softmax import grid_error, softmax_grid
@@ -69,6 +70,10 @@ def test_the_pass_adds_a_rule_for_each_log2_map(tiny_net, tmp_path):
     assert len(facts) == 4 and all(f["error_log2"] > 0 for f in facts)
     chosen = {f["unit"] for f in facts if f["grid"] == "log2"}
     assert chosen == {f["unit"] for f in facts if f["error_log2"] < f["error_uniform"]}
+    unit, sample = facts[0]["unit"], job.calibration.spread(16, job.net.timeline, job.seed)
+    operands = inputs_of(tiny_net, [unit], sample, len(sample), whole=True)[unit]
+    drifts = {g: grid_error(softmax_quantizer(3), g, operands, 1, Timeline(), sample.t)[1] for g in ("uniform", "log2")}
+    assert facts[0]["row_drift"] == pytest.approx(drifts[facts[0]["grid"]]) and drifts["log2"] != drifts["uniform"]
     grids = {name: m.b_quantizer.spec.grid for name, m in job.net.named_modules() if name.endswith("av_matmul")}
     assert {name for name, grid in grids.items() if grid == "log2"} == chosen
     run_passes(job, ["fit_ranges"])

@@ -101,6 +101,17 @@ def test_retabulated_network_has_the_scales_of_its_functions_at_the_new_times(ti
         retabulated(net, {"other|layers.0.weight": torch.zeros(1)}, old)
 
 
+def test_the_bypass_of_the_input_follows_the_steps(tiny_net, tmp_path):
+    job = make_job(tiny_net, tmp_path, rules(4, 6), num=12, boundaries=[300, 700])
+    run_passes(job, ["fit_ranges", {"dynamic_scales": {"warm_steps": 3}}, "bypass_input"])
+    old, gain = job.net.timeline.segment_times(job.calibration.t).tolist(), job.net.bypass.gain
+    net = retabulated(job.net, functions_of(job.net), [*old, 10.0, 640.0])
+    at = net.timeline.segments_of(torch.tensor([10.0, *old, 640.0]))
+    assert len(gain.unique(dim=0)) == 3
+    assert torch.equal(net.bypass.gain[at], gain[torch.tensor([0, *range(3), 1 if old[2] - 640 > 640 - old[1] else 2])])
+    assert net(normal(2, *SHAPE), torch.tensor([10.0, 990.0])).isfinite().all()
+
+
 def test_widths_by_segment_follow_the_steps():
     rule = {"match": "a", "input": {"segment_bits": [4, 8], "range": "mse"}}
     plain = {"match": "b", "input": {"bits": 4}}
