@@ -38,9 +38,11 @@ def by_class(num_classes, encode, *, wanted=(), null=None):
     return Condition(choose, encode, null)
 
 
-def by_prompt(prompts, encode, *, null=""):
-    """Prompt i, again from the first after the last."""
-    return Condition(lambda seed, index: prompts[index % len(prompts)], encode, null)
+def by_prompt(prompts, encode, *, sampling_seed=0, null=""):
+    """Prompt i, again from the first after the last. Other seeds than that of sampling, calibration's, take them from
+    the last on, so that what is measured is not what was calibrated with, as long as there are enough."""
+    return Condition(lambda seed, index: prompts[(index if seed == sampling_seed else -1 - index) % len(prompts)],
+                     encode, null)
 
 
 def read_prompts(path):
@@ -84,6 +86,7 @@ def build_condition(net, cond_stage, sampling, guidance):
             raise ValueError("this model draws what a prompt says; give a file with sampling.prompts=PATH (one prompt "
                              "a line, or COCO captions .json)")
         encode = torch.no_grad()(lambda prompts: cond_stage(cond_stage.tokenize(prompts).to(device)))
-        return by_prompt(read_prompts(sampling["prompts"]), encode, null=guidance.get("null_prompt") or "")
+        return by_prompt(read_prompts(sampling["prompts"]), encode, sampling_seed=sampling.get("seed", 0),
+                         null=guidance.get("null_prompt") or "")
     encode = torch.no_grad()(lambda labels: cond_stage(torch.tensor(labels, device=device)))
     return by_class(cond_stage.embedding.num_embeddings, encode, null=null, wanted=wanted)

@@ -38,25 +38,25 @@ class Bypass(nn.Module):
 
 
 def stem_of(net):
-    """The layer that reads x. Raises ValueError where it reads x as it is."""
-    found = [layer for layer in quant_layers(net).values() if layer.role == "stem" and layer.input_quantizer]
-    if len(found) != 1:
-        raise ValueError("the network's input is in floating point, nothing needs to go around the network; leave out "
-                         "bypass_input, or quantize the input of the layer with role stem")
-    return found[0]
+    """The layer that reads x on a grid; None where x is read as it is."""
+    return next((m for m in quant_layers(net).values() if m.role == "stem" and m.input_quantizer is not None), None)
 
 
 @torch.no_grad()
 def bypass_input(job, *, num_samples=1024, batch_size=64):
     """The pass: fit K by `num_samples` calibration samples, alike of every segment, to the network as it is then.
 
-    Returns one fact: mean square of eps_q - eps before and after. Raises ValueError before fit_ranges, for an input in
-    floating point, if the network has a bypass already, and for a time segment without samples.
+    Returns one fact: mean square of eps_q - eps before and after; none for an input in floating point, of which nothing
+    is lost. Raises ValueError before fit_ranges, if the network has a bypass already, and for a time segment without
+    samples.
     """
     job.need_ranges("bypass_input")
     if getattr(job.net, "bypass", None) is not None:
         raise ValueError("the network has a bypass of its input already; list bypass_input once")
     stem, timeline = stem_of(job.net), job.net.timeline
+    if stem is None:
+        job.log("bypass_input: the network reads its input in floating point, nothing needs to go around it")
+        return []
     calibration = job.calibration.spread(num_samples, timeline, job.seed)
     timeline.segment_times(calibration.t)                  # says which segment has no samples
     segments, gains, before, explained, values = timeline.segments_of(calibration.t), [], 0.0, 0.0, 0

@@ -32,9 +32,14 @@ class CalibrationSet:
     def __len__(self):
         return len(self.x)
 
-    def subset(self, num, seed):
-        """`num` samples drawn without replacement (all if there are fewer)."""
-        return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:num])
+    def subset(self, num, timeline, seed):
+        """`num` samples drawn without replacement (None, or if there are fewer: all), and one more of every segment of
+        a timeline that these leave without any."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        segments = timeline.segments_of(self.t[order]).tolist()
+        first = {segment: i for i, segment in reversed(list(enumerate(segments)))}
+        missed = [i for segment, i in first.items() if num is not None and i >= num]
+        return self.rows(torch.cat([order[:num], order[sorted(missed)]]))
 
     def spread(self, num, timeline, seed):
         """About `num` samples, drawn alike from every segment of a timeline: at least one of each that has any."""

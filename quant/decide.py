@@ -22,7 +22,7 @@ def decide_by_ranges(job, *, num_samples=1024, batch_size=64, segments_above=0.2
     if timeline.num_segments == 1:
         raise ValueError("decide_by_ranges chooses between one scale and one for each time segment, of which there is "
                          "but one; set segments: per_step")
-    sample = job.calibration.subset(num_samples, job.seed)
+    sample = job.calibration.subset(num_samples, job.net.timeline, job.seed)
     ranges = observe_ranges(job.model.net, by_segment(job, sample, batch_size))
     rules, facts = [], []
     for point, about in quantized_points(job.net).items():

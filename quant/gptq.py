@@ -18,7 +18,7 @@ RIDGE = 0.01                               # share of the mean of H's diagonal
 
 
 @torch.no_grad()
-def second_order_codes(unit, layers, inputs, num_samples, generator):
+def second_order_codes(unit, layers, inputs, num_samples, generator, batch_size=64):
     """Centred codes of the weight of each of the `layers` of a unit (quant/learn.py), fed with an even pick of its
     `inputs`, weights in full precision."""
     rows = torch.linspace(0, num_samples - 1, min(SAMPLES, num_samples)).long()
@@ -30,7 +30,7 @@ def second_order_codes(unit, layers, inputs, num_samples, generator):
     for layer in layers:
         layer.weight_quantizer.enabled = False
     try:
-        for part in rows.split(64):
+        for part in rows.split(batch_size):
             unit(inputs, part)
     finally:
         for layer, hook in zip(layers, hooks):

@@ -17,6 +17,7 @@ from quant.convert import input_quantizers, quant_layers
 from quant.gptq import second_order_codes
 from quant.rounding import Rounding
 
+BLOCK_ENDS = "conv2", "ff"                 # roles
 DROPPED_INPUTS = 0.5                       # share of a unit's input that is full precision in joint mode (QDrop)
 
 
@@ -113,7 +114,7 @@ def begin_rounding(unit, layers, inputs, target, generator, s):
     """From the weights or, with `gptq`, from halfway to second-order codes."""
     starts = [None] * len(layers)
     if s["gptq"]:
-        starts = second_order_codes(unit, layers, inputs, len(target), generator)
+        starts = second_order_codes(unit, layers, inputs, len(target), generator, s["capture_batch"])
     for layer, start in zip(layers, starts):
         layer.rounding = Rounding(layer.weight, layer.weight_quantizer, start)
 
@@ -190,10 +191,14 @@ def batch_loss(unit, inputs, target, generator, s, norm):
 
 
 def comparable(module):
-    """Names of a block's inner layers whose outputs are those of the full-precision layers: all but the last, and but
-    queries, keys and values of a balanced attention, whose scales moved between them (quant/balance.py)."""
-    return [name for name, layer in list(quant_layers(module).items())[:-1]
-            if layer.inverse_balance is None or layer.role not in ("q", "k", "v", "qkv")]
+    """Names of a block's inner layers whose outputs are those of the full-precision layers: all but the one that ends
+    the block, and but queries, keys and values of a balanced attention, whose scales moved between them
+    (quant/balance.py). A block ends with its second convolution, not with the shortcut, or with its feed-forward part;
+    else with the layer that was registered last."""
+    layers = quant_layers(module)
+    ends = [name for role in BLOCK_ENDS for name, layer in layers.items() if layer.role == role] or list(layers)
+    return [name for name, layer in layers.items() if name != ends[-1]
+            and (layer.inverse_balance is None or layer.role not in ("q", "k", "v", "qkv"))]
 
 
 def draw_rows(unit, target, generator, s):

@@ -87,7 +87,7 @@ class Job:
 @torch.no_grad()
 def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
     """Choose every scale and zero point: weights from the weights, activations from `num_samples` calibration samples
-    through the full-precision network. Where segments of time are short, each has few samples and misses outliers;
+    (None: all) through the full-precision network. Where segments of time are short, each has few samples and misses outliers;
     those of the `neighbours` segments on either side then help."""
     job.need_float_weights("fit_ranges")
     layers = [m for m in quant_layers(job.net).values() if m.weight_quantizer is not None]
@@ -98,7 +98,7 @@ def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
     for q in switched:
         q.enabled = False
     try:
-        sample = job.calibration.subset(num_samples, job.seed)
+        sample = job.calibration.subset(num_samples, job.net.timeline, job.seed)
         for q in quantizers:
             q.begin_observing(len(sample))
         for arguments in sample.batches(batch_size) if quantizers else ():

@@ -93,34 +93,35 @@ def optimise_unit(unit, quant_inputs, target, generator, settings):
         if not layers and not quantizers:
             return []
         inputs = mixed(quant_inputs, unit.float_inputs, generator)
-        return [measured(unit, "joint", quant_inputs, target,
+        return [measured(unit, "joint", quant_inputs, target, settings,
                          lambda: learn_jointly(unit, layers, quantizers, inputs, target, generator, settings))]
     facts = []
     if layers:
-        facts.append(measured(unit, "weight", quant_inputs, target,
+        facts.append(measured(unit, "weight", quant_inputs, target, settings,
                               lambda: learn_rounding(unit, layers, quant_inputs, target, generator, settings)))
     if quantizers:
         set_input_quantization(unit.module, True)
-        facts.append(measured(unit, "input", unit.float_inputs, target,
+        facts.append(measured(unit, "input", unit.float_inputs, target, settings,
                               lambda: learn_scales(unit, quantizers, unit.float_inputs, target, generator, settings)))
         set_input_quantization(unit.module, False)
     return facts
 
 
-def measured(unit, stage, inputs, target, optimise):
+def measured(unit, stage, inputs, target, settings, optimise):
     """Error before, optimise(), error after."""
-    before, started = relative_error(unit, inputs, target), time.monotonic()
+    batch = settings["capture_batch"]
+    before, started = relative_error(unit, inputs, target, batch), time.monotonic()
     optimise()
     return {"pass": "reconstruct", "stage": stage, "unit": unit.name, "error_before": before,
-            "error_after": relative_error(unit, inputs, target), "seconds": time.monotonic() - started}
+            "error_after": relative_error(unit, inputs, target, batch), "seconds": time.monotonic() - started}
 
 
 @torch.no_grad()
-def relative_error(unit, inputs, target):
+def relative_error(unit, inputs, target, batch_size=64):
     """mean square of (unit(inputs) - target) over mean square of target, on an even pick of the samples."""
     rows = torch.linspace(0, len(target) - 1, min(ERROR_ROWS, len(target))).long()
     error = power = 0.0
-    for part in rows.split(64):
+    for part in rows.split(batch_size):
         wanted = target[part].to(unit.device)
         error += float((unit(inputs, part) - wanted).square().sum())
         power += float(wanted.square().sum())
@@ -150,6 +151,6 @@ def load_unit(module, path):
             quantizers[name].scale.data.copy_(value)
         elif part.startswith("soft."):
             quantizers[name].soft_scale.get_parameter(part.removeprefix("soft.")).data.copy_(value)
-    for q in quantizers.values():
-        q.harden()
+    for name in {key.partition("|")[0] for key in tensors if "|soft." in key}:
+        quantizers[name].harden()              # others wait for the pass that learns them
     return meta["facts"]

@@ -14,6 +14,7 @@ WHOLE = "it decides for the whole network; list it before segment_models"
 OUTSIDE = {"softmax_grid": WHOLE, "allocate_bits": WHOLE, "step_bits": WHOLE, "decide_by_ranges": WHOLE,
            "balance": "it changes what scales are fitted to, also of norms, which the segments share; leave it out",
            "finetune": "it changes norms and biases, which the segments share; leave it out",
+           "bypass_input": "it fits the finished network; list it after segment_models",
            "correct_noise": "it measures the finished network; list it after segment_models"}
 
 

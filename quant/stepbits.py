@@ -4,13 +4,13 @@ image is mostly noise, more where it is mostly signal.
     bits(t) = the smallest b with SNR_Q^b(t) > SNR_F(t), else the largest
 
 SNR_F(t) = abar_t / (1 - abar_t) of the forward process, SNR_Q^b(t) = ||eps|| / ||eps_b - eps|| of a network with b-bit
-activations, along full-precision trajectories. Neighbouring steps of the same width form one time segment.
+activations and full-precision weights, along full-precision trajectories. Neighbouring steps of the same width form one time segment.
 """
 from collections import Counter
 
 import torch
 
-from quant.convert import input_quantizers
+from quant.convert import input_quantizers, quant_layers
 from quant.timeline import Timeline
 
 
@@ -22,6 +22,9 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
     choices = sorted(choices)
     signal, power, times = {b: {} for b in choices}, {}, []
     nets = {bits: job.fitted_copy(input_rules(job.net, {"bits": bits})) for bits in choices}
+    for layer in (layer for net in nets.values() for layer in quant_layers(net).values()):
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.enabled = False
     for _, t, x, cond, eps in job.trajectory(num_images, seed):
         times += [] if t in times else [t]
         power[t] = power.get(t, 0.0) + float(eps.double().square().sum())
@@ -42,6 +45,9 @@ def input_rules(net, facts):
     """Rules that give `facts` to the quantized activations of `net` but softmax outputs and exceptions, those of other
     widths than most."""
     rules, quantizers = [], input_quantizers(net)
+    if not quantizers:
+        raise ValueError("step_bits gives widths to inputs, and none is quantized; choose bits.input below 32 or leave "
+                         "out step_bits")
     usual = Counter(q.spec.bits for q in quantizers.values()).most_common(1)[0][0]
     for name in (name for name, q in quantizers.items() if q.spec.bits == usual):
         owner, _, part = name.rpartition(".")

@@ -84,13 +84,17 @@ def test_it_lowers_the_error_of_a_network_and_comes_back_from_its_file(tiny_net,
     assert torch.equal(back(x, t), job.net(x, t)) and torch.equal(back.bypass.gain, job.net.bypass.gain)
 
 
+def test_an_input_in_floating_point_needs_none(tiny_net, tmp_path):
+    said = []
+    job = make_job(tiny_net, tmp_path, rules(4, 32), log=said.append)
+    assert [fact["pass"] for fact in run_passes(job, ["fit_ranges", "bypass_input"])] == ["fit_ranges"]
+    assert "nothing needs to go around it" in said[-1] and not hasattr(job.net, "bypass")
+
+
 def test_what_cannot_be_is_refused_in_words(tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, rules(8, 8))
     with pytest.raises(ValueError, match="list it after fit_ranges"):
         bypass_input(job)
-    job = make_job(tiny_net, tmp_path, rules(8, 32))
-    with pytest.raises(ValueError, match="input is in floating point"):
-        run_passes(job, [{"fit_ranges": {}}, {"bypass_input": {}}])
     job = make_job(tiny_net, tmp_path, rules(8, 8))
     with pytest.raises(ValueError, match="list bypass_input once"):
         run_passes(job, [{"fit_ranges": {}}, {"bypass_input": {}}, {"bypass_input": {}}])

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from quant.calibration import BUILDERS, CalibrationSet, check_builder, load_calibration, pick
+from quant.timeline import Timeline
 from tiny import SHAPE, normal, samples
 
 
@@ -165,11 +166,21 @@ def test_unknown_builders_and_options(name, options, sentence):
 def test_subset_is_drawn_without_replacement_by_seed():
     whole = CalibrationSet(torch.arange(20.0)[:, None, None, None], torch.arange(20.0), torch.arange(20),
                            torch.arange(20), made={"a": 1})
-    part, again, other = whole.subset(8, 0), whole.subset(8, 0), whole.subset(8, 1)
+    part, again, other = (whole.subset(8, Timeline(), seed) for seed in (0, 0, 1))
     assert len(part.t.unique()) == 8 and part.made == {"a": 1}
     assert torch.equal(part.x.flatten(), part.t) and torch.equal(part.arguments(slice(0, 8))[2], part.t.long())
     assert torch.equal(part.t, again.t) and not torch.equal(part.t, other.t)
-    assert sorted(whole.subset(50, 0).t.tolist()) == list(range(20))
+    assert sorted(whole.subset(50, Timeline(), 0).t.tolist()) == list(range(20))
+    assert sorted(whole.subset(None, Timeline(), 0).t.tolist()) == list(range(20))
+
+
+def test_a_subset_leaves_no_time_segment_empty():
+    whole = CalibrationSet(torch.zeros(40, 1, 1, 1), torch.arange(40.0))
+    tenths = Timeline([10.0, 20, 30, 39.5, 100])            # the last holds no sample at all
+    few = whole.subset(2, tenths, 0)
+    assert torch.equal(few.t[:2], whole.subset(2, Timeline(), 0).t)
+    assert tenths.segments_of(few.t).unique().tolist() == [0, 1, 2, 3] and len(few) <= 5
+    assert len(whole.subset(38, Timeline([20.0]), 0)) == 38
 
 
 def test_stretches_are_all_successive_samples_of_a_trajectory():

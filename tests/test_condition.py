@@ -30,6 +30,8 @@ def test_a_class_that_does_not_exist():
 
 def test_prompts_in_turn():
     assert by_prompt(["a", "b", "c"], list).rows(0, [2, 3]) == ["c", "a"]
+    assert by_prompt(["a", "b", "c"], list).rows(1000, [0, 1, 3]) == ["c", "b", "c"]         # calibration: from the end
+    assert by_prompt(["a", "b", "c"], list, sampling_seed=1000).rows(1000, [0, 1, 3]) == ["a", "b", "a"]
 
 
 def test_prompts_of_a_text_file_and_of_coco_captions(tmp_path):

@@ -99,7 +99,18 @@ def test_queries_keys_and_values_of_a_balanced_block_are_not_compared(tiny_net, 
     for balanced in (False, True):
         net = make_job(tiny_net, tmp_path, [*rules(4, 4), {"balance": balanced}]).net
         names[balanced] = comparable(net.get_submodule("mid.attn_1")), comparable(net.get_submodule("mid.block_1"))
+    assert names[True][1] == ["conv1", "temb_proj"]       # the block ends with conv2
     assert names[False] == (["q", "k", "v"], names[True][1]) and names[True][0] == [] and len(names[True][1]) > 1
+
+
+@pytest.mark.parametrize("layers, inner", [
+    ({"conv1": "conv1", "conv2": "conv2", "shortcut": "skip"}, ["conv1", "shortcut"]),
+    ({"attn1": "proj", "up": "ff", "down": "ff", "attn2": "proj"}, ["attn1", "up", "attn2"]),
+    ({"qkv": "qkv", "proj": "proj"}, ["qkv"])])
+def test_the_layer_that_ends_a_block_is_none_of_its_inner_layers(layers, inner):
+    block = nn.ModuleDict({name: QuantLayer(tag(role, nn.Linear(2, 2)), QuantSpec(bits=4), QuantSpec(), Timeline(), False)
+                           for name, role in layers.items()})
+    assert comparable(block) == inner
 
 
 def test_smoothness_is_the_squared_step_of_the_logarithm():

@@ -5,6 +5,7 @@ import torch
 from quant import passes
 from quant.convert import input_quantizers, quant_layers
 from quant.passes import changed_passes, check_passes, fit_ranges, run_passes
+from quant.timeline import Timeline
 from tiny import make_job, rules
 
 
@@ -107,7 +108,7 @@ def test_ranges_are_those_of_the_full_precision_network(tiny_net, tmp_path, batc
 
 def test_only_so_many_samples_are_used(tiny_net, tmp_path):
     jobs = [make_job(tiny_net, tmp_path, rules(8, 8)) for _ in range(2)]
-    jobs[1].calibration = jobs[1].calibration.subset(4, jobs[1].seed)
+    jobs[1].calibration = jobs[1].calibration.subset(4, Timeline(), jobs[1].seed)
     fit_ranges(jobs[0], num_samples=4)
     fit_ranges(jobs[1])
     for a, b in zip(*(input_quantizers(job.net).values() for job in jobs)):

@@ -97,6 +97,7 @@ def test_a_batch_across_segments_is_refused(tiny_net, tmp_path):
      "the segments have different weights in .*; add weight: {per_segment: true}"),
     ([OWN[0] | {"balance": True}], [{"balance": {"num_alphas": 3}}, "fit_ranges"],
      "balance cannot be inside segment_models: .* leave it out"),
+    (OWN, ["fit_ranges", "bypass_input"], "bypass_input cannot be inside segment_models: .* list it after"),
     (OWN, [{"reconstrct": {}}], "pass 'reconstrct' is unknown; did you mean 'reconstruct'")])
 def test_what_cannot_be_shared_or_done_is_said(tiny_net, tmp_path, wanted, passes, sentence):
     with pytest.raises(ValueError, match=sentence):

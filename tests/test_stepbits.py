@@ -66,6 +66,11 @@ def test_exceptions_keep_their_width(tiny_net):
     assert again["mid.block_1.conv1.input_quantizer"].spec.bits == 5
 
 
+def test_without_quantized_inputs_there_is_nothing_to_step(tiny_net):
+    with pytest.raises(ValueError, match="choose bits.input below 32"):
+        input_rules(convert(tiny_net, rules(8, 32)), {"bits": 5})
+
+
 TIMES = [10.0, 100.0, 700.0, 990.0]
 
 
@@ -83,9 +88,9 @@ def stepped(config, folder):
 
 
 def test_the_pass_gives_each_step_the_width_that_its_noise_allows(tiny_config, tmp_path):
-    """Of networks made here for each width, softmax outputs at 8 bits in both."""
+    """Of networks made here for each width, weights in full precision, softmax outputs at 8 bits in both."""
     job, facts, x = stepped(tiny_config, tmp_path)
-    nets = {bits: quantized(job.model.net, tmp_path, rules(8, bits) + [
+    nets = {bits: quantized(job.model.net, tmp_path, rules(32, bits) + [
         {"kind": "matmul", "role": "probs", "input": {"bits": 8}}]) for bits in (3, 8)}
     rows, expected = [f for f in facts if f["pass"] == "step_bits"], []
     for t, row in zip(TIMES, rows):

@@ -1,4 +1,6 @@
 """The temporal information block: it is what the network computes, and its layers are done first and once."""
+import shutil
+
 import pytest
 import torch
 
@@ -38,6 +40,21 @@ def test_its_layers_are_hard_afterwards_and_later_passes_leave_them(tiny_net, tm
     done = {name: m.weight_int.clone() for name, m in temporal.items()}
     run_passes(job, [{"reconstruct": {"weight_iters": 2, "input_iters": 2, "batch_size": 4}}])
     assert all(torch.equal(m.weight_int, done[name]) for name, m in temporal.items())
+
+
+def test_a_run_killed_behind_it_continues_to_the_same_bytes_with_scales_of_an_mlp(tiny_net, tmp_path):
+    """Its file holds hard weights; the scales of its layers are still to be learned."""
+    passes = ["fit_ranges", {"dynamic_scales": {"warm_steps": 3}}, {"reconstruct_temporal": {"iters": 3}},
+              {"reconstruct": {"weight_iters": 3, "input_iters": 3, "batch_size": 4, "soft_lr": 0.05}}]
+    nets = []
+    for folder in ("whole", "killed"):
+        job = make_job(tiny_net, tmp_path / folder, rules(3, 8), num=12, boundaries=[300, 700])
+        run_passes(job, passes)
+        nets.append(job.net.state_dict())
+        done = "2_reconstruct_temporal/temporal.safetensors"
+        (tmp_path / "killed" / done).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "whole" / done, tmp_path / "killed" / done)
+    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
 
 
 def test_network_without_quantized_temporal_layers(tiny_net, tmp_path):
