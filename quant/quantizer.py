@@ -77,7 +77,9 @@ class StraightThrough(torch.autograd.Function):
 
 def pooled(noted):
     """What was observed of N samples, (N, groups, picks + 2) -> (groups, N * picks + 2): the extremes of the whole
-    once, so that they do not shift a percentile."""
+    once, so that they do not shift a percentile. A search counts them as values like any other, more than they are:
+    with extremes that only bounded it, and other picks in every sample, `tdq` at W8A8 on latent-compact clipped what
+    the next layers could not do without (44.8 dB of PSNR in place of 49.8)."""
     picks, low, high = noted[:, :, :-2], noted[:, :, -2], noted[:, :, -1]
     return torch.cat([picks.transpose(0, 1).flatten(1), low.amin(0)[:, None], high.amax(0)[:, None]], dim=1)
 
