@@ -70,17 +70,15 @@ def optimal_codes(weight, scale, low, high, hessian):
     (M, M) without its ridge."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
     left, scale, low, high = (values[:, order] for values in (weight, scale, low, high))
-    upper, codes = inverse_factor(hessian[order][:, order]), torch.empty_like(weight)
+    upper, codes = inverse_factor(hessian[order][:, order]), torch.empty_like(left)
     for start in range(0, len(order), BLOCK):
         end, errors = min(start + BLOCK, len(order)), []
         for j in range(start, end):
-            code = (left[:, j] / scale[:, j]).round().clamp(low[:, j], high[:, j])
-            error = (left[:, j] - code * scale[:, j]) / upper[j, j]
-            left[:, j:end] -= error[:, None] * upper[j, j:end]
-            codes[:, order[j]] = code
-            errors.append(error)
+            codes[:, j] = (left[:, j] / scale[:, j]).round().clamp(low[:, j], high[:, j])
+            errors.append((left[:, j] - codes[:, j] * scale[:, j]) / upper[j, j])
+            left[:, j:end] -= errors[-1][:, None] * upper[j, j:end]
         left[:, end:] -= torch.stack(errors, 1) @ upper[start:end, end:]
-    return codes
+    return codes[:, order.argsort()]
 
 
 def inverse_factor(hessian):
