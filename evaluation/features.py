@@ -21,7 +21,7 @@ INCEPTION_NAMES = (URL_INCEPTION_V3.rsplit("/", 1)[1], "pt_inception-2015-12-05-
 SPATIAL = {"inception": "Mixed_6d.branch1x1", "cifar-resnet": "net.stages.1"}    # layers with maps of 17x17 and 8x8
 SPATIAL_CHANNELS = 7
 OFFLINE = ("scores use the offline extractor cifar-resnet and do not compare with published FID: "
-           "no Inception weights {where}; give inception_path=FILE ({name})")
+           "no Inception weights {where}; give evaluation.inception_path=FILE ({name})")
 
 
 def load_classifier(path=WEIGHTS):
@@ -61,7 +61,7 @@ class CifarResnet(FeatureExtractorBase):
     def forward(self, x):
         if x.shape[1:] != (3, 32, 32):
             raise ValueError(f"images are {x.shape[-1]}x{x.shape[-2]} but the extractor cifar-resnet takes 32x32; "
-                             "give inception_path=FILE for other sizes")
+                             "give evaluation.inception_path=FILE for other sizes")
         pooled = self.net.features(x.float() / 255)
         features = {"pooled": pooled, "logits": self.net.head(pooled)}
         return tuple(features[name] for name in self.features_list)
@@ -104,8 +104,8 @@ def choose_extractor(extractor="auto", inception_path="", *, fetch=False):
     if found:
         return "inception", found, ""
     if extractor == "inception":
-        raise ValueError(f"no Inception weights {where}; give inception_path=FILE ({INCEPTION_NAMES[0]}) "
-                         "or extractor=cifar-resnet")
+        raise ValueError(f"no Inception weights {where}; give evaluation.inception_path=FILE ({INCEPTION_NAMES[0]}) "
+                         "or evaluation.extractor=cifar-resnet")
     return "cifar-resnet", WEIGHTS, OFFLINE.format(where=where, name=INCEPTION_NAMES[0])
 
 

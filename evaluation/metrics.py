@@ -41,6 +41,12 @@ def distribution_scores(samples_dir, *, count=None,
     if len(files) < MIN_IMAGES:
         raise ValueError(f"{samples_dir} holds {len(files)} images but scores of a distribution need at least "
                          f"{MIN_IMAGES}; sample more of them")
+    height, width = read_image(files[0]).shape[1:]
+    if extractor == "auto" and name == "cifar-resnet" and (height, width) != (32, 32):
+        return {"scores": {}, "protocol": {"count": len(files), "image_size": f"{width}x{height}", "left_out":
+                f"without Inception weights only 32x32 images have scores of a distribution, these are "
+                f"{width}x{height}; fetch the weights with evaluation.fetch=true or name them with "
+                "evaluation.inception_path=FILE"}}
     net = build_extractor(name, weights_path, device)
     samples = extract_all(net, name, files, batch_size=batch_size, device=device)
     real, statistics, described = _reference(net, name, reference, samples["size"], batch_size, device)
@@ -105,7 +111,7 @@ def _scores(samples, real, statistics):
     fewest = len(pooled) if real is None else min(len(pooled), len(real))
     for score, key in DISTANCES.items():
         if key not in statistics:
-            left_out[score] = f"no reference of {key} features was given: reference=FOLDER or reference=cifar10-train"
+            left_out[score] = f"no reference of {key} features was given: evaluation.reference=FOLDER or reference=cifar10-train"
         elif fewest <= samples[key].shape[1]:
             left_out[score] = f"{fewest} images cannot give a covariance of {samples[key].shape[1]} features full rank"
         else:
@@ -113,7 +119,7 @@ def _scores(samples, real, statistics):
     found = isc_features_to_metric(samples["logits"])
     scores["IS"], scores["IS-std"] = found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
     if real is None:
-        left_out["KID, precision, recall"] = "they need the images of a reference: reference=FOLDER"
+        left_out["KID, precision, recall"] = "they need the images of a reference: evaluation.reference=FOLDER"
         return scores, left_out, None
     found = prc_features_to_metric(pooled, real, save_cpu_ram=True, prc_batch_size=2000, verbose=False)
     scores["precision"], scores["recall"] = found["precision"], found["recall"]
@@ -165,9 +171,10 @@ def _layers(net, images):
 
 
 def bit_operations(layers):
-    """-> {"float", "quantized"}: bit operations of one image and step, from the layers of map.json: the sum over layers
-    and attention products of multiply-adds x bits of one operand x bits of the other (`bit_product`; where widths
-    differ by time, its mean over the sampler's steps), 32 x 32 in full precision."""
+    """-> {"float", "quantized"}: bit operations of one image and run of the network (guidance takes two a step), from
+    the layers of map.json: the sum over layers and attention products of multiply-adds x bits of one operand x bits of
+    the other (`bit_product`; where widths differ by time, its mean over the sampler's steps), 32 x 32 in full
+    precision."""
     return {"float": sum(row["macs"] for row in layers) * 32 * 32,
             "quantized": sum(row["macs"] * row["bit_product"] for row in layers)}
 

@@ -160,8 +160,9 @@ def check_folds(net, parts, arguments):
             hook.remove()
     for part in parts:
         if sorted(readers[part.norm]) != sorted(part.readers):
-            raise ValueError(f"{part.norm} cannot take the balance of {', '.join(part.readers)}: what it answers is read "
-                             f"by {', '.join(readers[part.norm]) or 'none of the layers'}; set balance: false for them")
+            raise ValueError(f"{part.norm} cannot take the balance of {', '.join(part.readers)}: what it answers is "
+                             f"read by {', '.join(readers[part.norm]) or 'none of the layers'}; set balance: false "
+                             "for them")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ def read_yaml(path, above=()):
     `first: {key: list}` and `last: {key: list}` put elements in front of a list of FILE's and behind it. Raises
     ValueError with the file's name where it is absent, empty or malformed, or its own base (`above`: what led here)."""
     path = Path(path)
-    if path in above:
+    if path.resolve() in [other.resolve() for other in above]:
         raise ValueError(f"{path} is its own base; follow base: through {', '.join(map(str, above))}")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3, 0.4)
@@ -40,8 +40,8 @@ def on_its_base(path, content, above):
         key for end in (first, last) for key in end if not isinstance(end[key], list)
         or not isinstance(content.get(key), list)]
     if wrong:
-        raise ValueError(f"{path}: first and last add lists to lists of the base, as first: {{passes: [balance]}} does; "
-                         f"{wrong[0]} is none")
+        raise ValueError(f"{path}: first and last add lists to lists of the base, as first: {{passes: [balance]}} "
+                         f"does; {wrong[0]} is none")
     for key in first | last:
         content[key] = [*first.get(key, []), *content[key], *last.get(key, [])]
     return OmegaConf.create(content)

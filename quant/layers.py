@@ -5,9 +5,10 @@ The forward of a hardened layer, which an integer engine has to reproduce bit fo
     conv(q_x - z_x, w_int) * s_x * s_w + b
 
 evaluated left to right in float32 on integer-valued tensors (w_int = code - zero point). The sum is exact below 2^24;
-beyond, which takes hundreds of channels at 8 bits, float32 rounds it (1e-6 of it) where an integer engine does not. A convolution that reads a
-concatenation with own scales for each part is the sum of one such product per part, then + b. Scales that vary inside
-the sum (activations per channel or per group) multiply q_x - z_x instead. What is not quantized has no factor.
+beyond, which takes hundreds of channels at 8 bits, float32 rounds it (1e-6 of it) where an integer engine does not. A
+convolution that reads a concatenation with own scales for each part is the sum of one such product per part, then + b.
+Scales that vary inside the sum (activations per channel or per group) multiply q_x - z_x instead. What is not quantized
+has no factor.
 
 With own weights for every time segment w_int and s_w are those of the segment; a batch then lies in one segment.
 

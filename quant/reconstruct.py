@@ -31,7 +31,8 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
 
     Rates of scales fall to 0 along a cosine, that of the rounding only with `weight_cosine`. `joint` learns both at
     once in `weight_iters` steps, each activation unquantized with probability `drop`.
-    With `gptq` the rounding begins halfway between the weight and second-order codes (quant/gptq.py), else at the weight.
+    With `gptq` the rounding begins halfway between the weight and second-order codes (quant/gptq.py), else at the
+    weight.
     `layer_weight` adds the error of a block's inner layers. `saliency` in [0, 1] is the share of the error's weights
     that follows received attention (quant/attention.py). `smooth` holds the scales of neighbouring time segments
     together. `active` > 0 takes the batches from the segment that needs them most (quant/learn.py). `soft_lr` is the

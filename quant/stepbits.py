@@ -4,7 +4,8 @@ image is mostly noise, more where it is mostly signal.
     bits(t) = the smallest b with SNR_Q^b(t) > SNR_F(t), else the largest
 
 SNR_F(t) = abar_t / (1 - abar_t) of the forward process, SNR_Q^b(t) = ||eps|| / ||eps_b - eps|| of a network with b-bit
-activations and full-precision weights, along full-precision trajectories. Neighbouring steps of the same width form one time segment.
+activations and full-precision weights, along full-precision trajectories. Neighbouring steps of the same width form one
+time segment.
 """
 from collections import Counter
 
@@ -27,10 +28,12 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
             layer.weight_quantizer.enabled = False
     for _, t, x, cond, eps in job.trajectory(num_images, seed):
         times += [] if t in times else [t]
+        eps = eps[:, :x.shape[1]]              # without a learned variance
         power[t] = power.get(t, 0.0) + float(eps.double().square().sum())
         for bits, net in nets.items():
             found = job.model.with_net(net).eps(x, torch.full((len(x),), float(t), device=x.device), cond)
-            signal[bits][t] = signal[bits].get(t, 0.0) + float((found - eps).double().square().sum())
+            error = found[:, :x.shape[1]] - eps
+            signal[bits][t] = signal[bits].get(t, 0.0) + float(error.double().square().sum())
     ratio = {b: {t: (power[t] / max(signal[b][t], 1e-30)) ** 0.5 for t in times} for b in choices}
     forward = {t: forward_snr(job.model.schedule, t) for t in times}
     bits = {t: next((b for b in choices if ratio[b][t] > forward[t]), choices[-1]) for t in sorted(times)}

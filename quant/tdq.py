@@ -81,7 +81,8 @@ def functions_of(net):
 @torch.no_grad()
 def retabulated(net, functions, times):
     """The hardened network with tables for other network times (S,). Quantizers without a function, all zero points and
-    the bypass of the input take those of the nearest old step; static ones stay. Raises ValueError for functions of another network."""
+    the bypass of the input take those of the nearest old step; static ones stay. Raises ValueError for functions of
+    another network."""
     quantizers = input_quantizers(net)
     unknown = sorted({key.partition("|")[0] for key in functions} - quantizers.keys())
     if not functions or unknown:

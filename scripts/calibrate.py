@@ -15,7 +15,7 @@ the chain. At its noisy end the level abar, the share of the image, is 1.5e-10 (
 import hashlib
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +31,7 @@ from quant.calibration import BUILDERS, load_calibration, pick  # noqa: E402
 from quant.files import load_tensors, save_tensors  # noqa: E402
 from quant.tdac import middle_features  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import create, split_arguments  # noqa: E402
+from scripts.run_folder import create, facts_of_images, split_arguments  # noqa: E402
 
 OWN = 2 ** 33                              # added to the seed: draws that no trajectory of the same seed makes
 
@@ -109,9 +109,7 @@ def record(run, start):
 
 def trajectory_folder(run, facts):
     """The shared folder of the trajectories, named by what decides their bytes."""
-    facts |= {k: v for k, v in asdict(run.config.sampling).items() if k not in ("num", "seed")}
-    facts |= {"weights": run.model.weights_hash, "schedule": run.config.schedule, "seed": run.config.calibration.seed,
-              "guidance": asdict(run.config.guidance), "device": run.model.device.type}
+    facts |= facts_of_images(run) | {"seed": run.config.calibration.seed}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return run.folder.parent / f"trajectory-{key}"
 

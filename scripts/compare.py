@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from evaluation.plots import score_chart  # noqa: E402
 from evaluation.report import write_report  # noqa: E402
 from models.diffusion import PROJECT, find_checkpoint  # noqa: E402
-from quant.config import load  # noqa: E402
+from quant.config import load, read_yaml  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
 from scripts.run_folder import RunConfig, check, differences, split_arguments, without_free  # noqa: E402
@@ -89,6 +89,12 @@ def cells_of(plan):
     variants = plan.variants or {"": []}
     cells = [cell_of(plan, model, bits, method, seed, str(name), words) for model in plan.models for bits in plan.bits
              for method in plan.methods for name, words in variants.items() for seed in plan.seeds]
+    called = {}
+    for method in plan.methods:
+        name = read_yaml(yaml_path("method", method)).get("method")
+        if called.setdefault(name, method) != method:
+            raise ValueError(f"{called[name]} and {method} are both called '{name}', which the rows go by; give each a "
+                             "method: of its own")
     by_recipe = {}
     for cell in cells:
         other = by_recipe.setdefault(json.dumps(without_free(asdict(cell.config)), sort_keys=True), cell)
@@ -110,8 +116,8 @@ def check_variants(variants):
 
 def cell_of(plan, model, bits, method, seed, variant, words):
     names, changes = split_arguments(words)
-    files = [yaml_path(*pair) for pair in (("model", model), ("bits", bits), ("method", method),
-                                           ("preset", plan.preset), *(("method", name) for name in names))]
+    own = [("method", name) for name in names or [method]]               # a variant's method stands in the row's place
+    files = [yaml_path(*pair) for pair in (("model", model), ("bits", bits), *own, ("preset", plan.preset))]
     parts = Path(method).stem, Path(bits).stem, variant, str(seed)
     folder = Path(plan.out) / Path(model).stem / "-".join(filter(None, parts))
     words = [*plan.overrides, *changes, f"calibration.seed={seed}", f"seed={seed}", f"out={folder}"]
@@ -139,7 +145,8 @@ def compare(asked, plan, cells, jobs):
         shared = shared_run(first[key])
         make(shared, threads, own=[])
         if not shared.note:
-            shutil.rmtree(shared.folder)                   # what the others need of it lies beside it
+            with locked(shared.folder):
+                shutil.rmtree(shared.folder)               # what the others need of it lies beside it
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda cell: make(cell, max(1, threads // jobs)), todo))
     report(plan, cells)
@@ -194,10 +201,14 @@ def make(cell, threads, own=OWN):
 @contextmanager
 def locked(folder):
     """One process at a time. Stages inherit the lock's file: one that outlives a killed comparison still holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not (folder / ".lock").exists():            # the folder was removed while this waited
+                continue
+            yield file.fileno()
+            return
 
 
 def run_stages(cell, stages, threads, locks):

@@ -64,8 +64,9 @@ def evaluate(run):
     for name, value in metrics["quantized"]["scores"].items():
         print(f"{name:28} float {metrics['float']['scores'][name]:10.4f}   quantized {value:10.4f}")
     steps = metrics["sqnr_db_per_step"]
-    print(f"same-seed PSNR {metrics['paired']['psnr_db']:.2f} dB, SSIM {metrics['paired']['ssim']:.4f}, "
-          f"mean SQNR of eps {sum(r['sqnr_db'] for r in steps) / len(steps):.2f} dB")
+    psnr = metrics["paired"]["psnr_db"]
+    print(f"same-seed PSNR {'of equal images' if psnr is None else f'{psnr:.2f} dB'}, SSIM "
+          f"{metrics['paired']['ssim']:.4f}, mean SQNR of eps {sum(r['sqnr_db'] for r in steps) / len(steps):.2f} dB")
     print(f"evaluate: {path}")
 
 
@@ -77,17 +78,26 @@ def scores_of(run, folder):
         print(f"evaluate: {reason}; PSNR, SSIM and SQNR only")
         return {"scores": {}, "protocol": {"count": num, "left_out": reason}}
     # A folder may hold more: full-precision images are shared with runs that asked for more of them.
-    return distribution_scores(folder, count=num, extractor=e.extractor, inception_path=e.inception_path, fetch=e.fetch,
-                               reference=e.reference, device=run.model.device)
+    found = distribution_scores(folder, count=num, extractor=e.extractor, inception_path=e.inception_path,
+                                fetch=e.fetch, reference=e.reference, device=run.model.device)
+    if not found["scores"]:
+        print(f"evaluate: {found['protocol']['left_out']}; PSNR, SSIM and SQNR only")
+    return found
 
 
 def sqnr(run):
-    """SQNR of eps along the full-precision trajectories of `evaluation.sqnr_images` images."""
-    s, record, images = run.config.sampling, [], range(run.config.evaluation.sqnr_images)
-    sample(run.model, run.model.eps, images, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta, seed=s.seed,
-           callback=lambda step, t, x, eps, *_: record.append((step, t, x, eps)))
-    quantized, cond = model_of(run, "simulated"), run.model.labels(s.seed, images)
-    return step_sqnr(record, lambda x, t: quantized.eps(x, t, cond))
+    """SQNR of eps along the full-precision trajectories of `evaluation.sqnr_images` images, batch by batch."""
+    s, num, quantized, cond = run.config.sampling, run.config.evaluation.sqnr_images, model_of(run, "simulated"), None
+
+    def record():
+        nonlocal cond
+        for start in range(0, num, s.batch_size):
+            images, seen = range(start, min(start + s.batch_size, num)), []
+            sample(run.model, run.model.eps, images, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta,
+                   seed=s.seed, callback=lambda step, t, x, eps, *_: seen.append((step, t, x, eps)))
+            cond = run.model.labels(s.seed, images)
+            yield from seen
+    return step_sqnr(record(), lambda x, t: quantized.eps(x, t, cond))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def plan(config):
     floats = sum(p.numel() * p.element_size() for p in net.parameters())
     packed, captured = packed_bytes(quantized), captured_bytes(graph, samples)
     return (f"{format_map(facts)}\n{config.name}: {len(graph.units)} reconstruction units, "
-            f"{sum(graph.macs.values()) / 1e9:.3f} G multiply-adds per image and step\n"
+            f"{sum(graph.macs.values()) / 1e9:.3f} G multiply-adds per image and run of the network\n"
             f"weights: {floats:,} bytes in FP32, {packed:,} quantized, {floats / packed:.2f} x smaller\n"
             f"calibration: {samples:,} samples; {captured / 2 ** 30:.2f} GiB of activations at the largest unit, of "
             f"which {min(captured / 2 ** 30, config.memory_gb):.2f} in memory (memory_gb), the rest on disk")

@@ -1,4 +1,5 @@
 """The run folder: its recipe, what is done in it, and how a stage refuses a folder that belongs to another recipe."""
+import hashlib
 import importlib.metadata
 import json
 import resource
@@ -228,7 +229,8 @@ def check(config):
     if config.calibration.steps > num_steps and not config.calibration.file:
         raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "
                          "choose at most that many")
-    for key in ("sampling.num", "sampling.batch_size", "sampling.steps", "calibration.images", "calibration.steps"):
+    for key in ("sampling.num", "sampling.batch_size", "sampling.steps", "calibration.images", "calibration.steps",
+                "evaluation.sqnr_images"):
         section, name = key.split(".")
         if getattr(getattr(config, section), name) < 1:
             raise ValueError(f"{key} is {getattr(getattr(config, section), name)}; it must be at least 1")
@@ -255,6 +257,17 @@ def network_times(config):
 def boundaries(config):
     """Of the time segments that `segments` asks for."""
     return segment_boundaries(network_times(config), config.segments)
+
+
+def facts_of_images(run):
+    """What decides the bytes of full-precision images and trajectories, beside seeds and counts."""
+    c = run.config
+    prompts = Path(c.sampling.prompts)
+    return {k: v for k, v in asdict(c.sampling).items() if k not in ("num", "seed", "prompts")} | {
+        "weights": run.model.weights_hash, "device": run.model.device.type,
+        "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts.is_file() else "",
+        **{key: asdict(c)[key] for key in ("network", "first_stage", "cond_stage", "scale_factor", "schedule",
+                                           "guidance")}}
 
 
 def flatten(tree, prefix=""):
@@ -285,8 +298,10 @@ def create(files, overrides):
     check(config)
     saved = Path(config.out) / "config.yaml"
     run = Run(config)
-    if any(run.path(name).exists() for name in ("calibration.safetensors", "resume")):
+    if any(run.path(name).exists() for name in ("calibration.safetensors", "resume", "quantized.safetensors")):
         return _reopen(saved, config)
+    if run.path("metrics.json").exists():
+        _reopen(saved, config)                                   # scores alone: nothing to go on from, but to refuse
     config.provenance = provenance(run.model, files)
     write_config(run)
     return run
@@ -307,7 +322,8 @@ def _reopen(saved, config):
     changed = differences(before, config)
     if changed:
         raise ValueError(f"{saved.parent} belongs to another recipe: {'; '.join(changed[:4])}"
-                         f"{' and more' if len(changed) > 4 else ''}; choose another out= folder")
+                         f"{' and more' if len(changed) > 4 else ''}; choose another out= folder, or "
+                         "delete that one")
     config.provenance = before.provenance
     run = Run(config)
     if asdict(before) | {"force": False} != asdict(config) | {"force": False}:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,7 +25,7 @@ from models.zoo import build_network  # noqa: E402
 from quant.checkpoint import load_quantized  # noqa: E402
 from quant.files import write_atomically  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import one_folder, open_run  # noqa: E402
+from scripts.run_folder import facts_of_images, one_folder, open_run  # noqa: E402
 
 
 def run(arguments):
@@ -65,7 +64,7 @@ def draw(run, precision="simulated", shard="0/1"):
                     save_png(paths[i], image)
     else:
         print(f"sample: done already, {s.num} images in {folder}")
-    if all(p.exists() for p in paths) and (starts or not archive.exists()):
+    if all(p.exists() for p in paths) and (starts or images_in(archive) != s.num):
         save_archive(archive, paths)
         print(f"sample: {s.num} images in {folder} and {archive}")
 
@@ -83,9 +82,7 @@ def sample_folder(run, precision):
     """RUN/samples, or the shared folder of the full-precision images, named by what decides their bytes."""
     if precision == "simulated":
         return run.path("samples")
-    facts = {k: v for k, v in asdict(run.config.sampling).items() if k != "num"}
-    facts |= {"weights": run.model.weights_hash, "schedule": run.config.schedule,
-              "guidance": asdict(run.config.guidance), "device": run.model.device.type}
+    facts = facts_of_images(run) | {"seed": run.config.sampling.seed}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return run.folder.parent / f"float-{key}"
 
@@ -104,6 +101,14 @@ def save_png(path, image):
     """image (3, H, W) uint8; written whole or not at all."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     write_atomically(path, lambda part: picture.save(part, format="PNG"))
+
+
+def images_in(path):
+    """How many an archive holds; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with np.load(path) as archive:
+        return len(archive["arr_0"])
 
 
 def save_archive(path, paths):

@@ -19,10 +19,10 @@ from scripts.cli import main  # noqa: E402
 from scripts.run_folder import FREE, RunConfig, open_run, split_arguments  # noqa: E402
 
 LEGEND = """MB = 1e6 bytes. FD to FP32, PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds;
-SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and step, the sum
-over layers of multiply-adds x weight bits x input bits (full precision: 32 x 32). Calibration s: the stages calibrate
-and quantize; peak MB: the larger of their two peaks, of GPU memory where a GPU was used, else of the process. Several
-calibration seeds: mean ± sample standard deviation."""
+SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and run of the
+network (guidance takes two a step), the sum over layers of multiply-adds x weight bits x input bits (full precision:
+32 x 32). Calibration s: the stages calibrate and quantize; peak MB: the larger of their two peaks, of GPU memory where
+a GPU was used, else of the process. Several calibration seeds: mean ± sample standard deviation."""
 FIXED = ["Model", "Timesteps", "Bit-width W/A", "Method", "Seeds"]
 SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]               # columns in the field's order
 DIGITS = {"precision": 3, "recall": 3, "KID": 4, "FP32": 4, "SSIM": 3, "LPIPS": 4, "SQNR": 1, "calibration": 0,
@@ -64,8 +64,12 @@ def run(arguments):
     folders, words = split_arguments(arguments)
     if not folders or any(not w.startswith("out=") for w in words):
         raise ValueError(f"expected run folders and out=FILE, found {' '.join(arguments)}")
+    # Beside run folders lie what they share (float-*, trajectory-*); one folder counts once, however it is spelled.
+    found = {Path(f).resolve(): f for f in folders if (Path(f) / "config.yaml").exists()}
+    folders = list(found.values()) or folders
     for folder in folders:
-        open_run(folder).need("metrics.json", "evaluate")
+        if not (Path(folder) / "metrics.json").exists():
+            open_run(folder).need("metrics.json", "evaluate")
     page = markdown(assemble([row_of(folder) for folder in folders]))
     print(page)
     if words:
@@ -130,8 +134,9 @@ def protocol(metrics):
     asked, scored = metrics["protocol"]["asked"], metrics["protocol"]["scores"]
     s = asked["sampling"]
     made = asked["provenance"]
-    return (f"{asked['model']}, {scored['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} {s['skip']} "
-            f"steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, {asked['weights']} weights, "
+    wanted = "".join(f", {key} {s[key]}" for key in ("classes", "prompts") if s.get(key))
+    return (f"{asked['model']}{wanted}, {scored['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} "
+            f"{s['skip']} steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, {asked['weights']} weights, "
             f"reference {scored.get('reference')}, extractor {scored.get('extractor')}, {scored.get('tool')}, "
             f"torch {made['versions']['torch']} on {made['device']}")
 

@@ -36,6 +36,15 @@ def test_network_sees_the_recorded_x_and_a_step_for_each_image():
     assert [row["sqnr_db"] for row in step_sqnr(RECORD, network)] == pytest.approx([0, 0], abs=1e-6)
 
 
+def test_batches_of_a_step_add_up_and_a_learned_variance_does_not_count():
+    whole = step_sqnr(RECORD, lambda x, t: x)
+    halves = [(step, t, x[rows], torch.cat([eps[rows], 1e6 * eps[rows]], dim=1))
+              for rows in (slice(0, 1), slice(1, 4)) for step, t, x, eps in RECORD]
+    found = step_sqnr(halves, lambda x, t: torch.cat([x, 7 * x], dim=1))
+    assert [(row["step"], row["t"]) for row in found] == [(0, 900), (1, 100)]
+    assert [row["sqnr_db"] for row in found] == pytest.approx([row["sqnr_db"] for row in whole])
+
+
 def test_no_error_is_a_large_number():
     rows = step_sqnr(RECORD[:1], lambda x, t: RECORD[0][3])
     power = RECORD[0][3].double().square().sum().log10()

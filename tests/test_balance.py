@@ -218,7 +218,8 @@ def test_any_fold_leaves_the_networks_output(network, tmp_path):
     for i, part in enumerate(parts):
         readers, q, k, v, proj = [[job.net.get_submodule(n) for n in part.readers],
                                   *map(job.net.get_submodule, (part.q, part.k, part.v, part.proj))]
-        s, between, u = factors(readers[0].shape[1], i), factors(len(part.q_rows), i + 50), factors(proj.shape[1], i + 90)
+        s, between, u = (factors(*each) for each in ((readers[0].shape[1], i), (len(part.q_rows), i + 50),
+                                                     (proj.shape[1], i + 90)))
         for layer in readers:
             layer.balance(s)
         fold_into_norm(job.net, part, readers)
@@ -242,7 +243,8 @@ def test_an_uneven_channel_of_v_is_folded_into_its_rows(tiny_net, tmp_path):
     assert ratio.argmin() == 5 and float(ratio[5]) < 0.1
 
 
-@pytest.mark.parametrize("reader, found", [("mid.block_1.conv1", "none of the layers"), ("mid.attn_1.q", "mid.attn_1.k")])
+@pytest.mark.parametrize("reader, found", [
+    ("mid.block_1.conv1", "none of the layers"), ("mid.attn_1.q", "mid.attn_1.k")])
 def test_a_fold_through_silu_or_past_a_reader_is_refused(tiny_net, reader, found):
     part = next(p for p in attention_parts(tiny_net) if p.norm == "mid.attn_1.norm")
     norm = "mid.block_1.norm1" if "block" in reader else part.norm

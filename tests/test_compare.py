@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from models.zoo import build_network
+from quant.config import load
 from scripts import calibrate, compare, evaluate, quantize, sample
 from scripts.table import Row
 from test_pipeline import NETWORK, WORDS, kill_when, start
@@ -209,6 +210,7 @@ def test_the_figure_has_each_row_beside_its_own_full_precision(tmp_path, monkeyp
     (["variants={quad: [sampling.skp=quad]}"], "did you mean 'skip'"),
     (["variants={a: [], b: []}"], "are the same recipe; leave one out"),
     (["methods=[minmaxx]"], "minmaxx.yaml does not exist; did you mean minmax.yaml"),
+    (["methods=[tinydm,TWIN]"], "tinydm and .*twin.yaml are both called 'tinydm'"),
     (["models=[]"], "nothing to compare: models is empty"),
     (["seeds=[1,0]"], "seed 0 is that of the images that are scored"),
     (["overrides=[sampling.stps=4]"], "did you mean 'steps'"),
@@ -216,9 +218,20 @@ def test_the_figure_has_each_row_beside_its_own_full_precision(tmp_path, monkeyp
     (["--jobs", "1", "seeds=[1,0]"], "seed 0 is that of the images that are scored"),
     (["--jobs", "0"], "--jobs is 0")])
 def test_mistakes_get_one_sentence_before_any_work(models, tmp_path, words, sentence):
+    twin = tmp_path / "twin.yaml"
+    twin.write_text(f"base: {compare.PROJECT}/configs/method/tinydm.yaml\nsegments: 2")
     with pytest.raises(ValueError, match=sentence):
-        compare.run([plan_file(models, tmp_path / "wrong"), *words])
+        compare.run([plan_file(models, tmp_path / "wrong"), *(word.replace("TWIN", str(twin)) for word in words)])
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_variants_method_stands_in_the_place_of_the_rows(models, tmp_path):
+    """Nothing of tinydm, which sets more keys, stays behind."""
+    words = ["methods=[tinydm]", "variants={q: [qdiffusion], own: []}", "seeds=[1]"]
+    plan = load(compare.CompareConfig, [plan_file(models, tmp_path / "v")], words)
+    q, own = (cell.config for cell in compare.cells_of(plan))
+    assert (q.method, q.segments, q.calibration.builder) == ("qdiffusion", 1, "uniform")
+    assert (own.method, own.segments, own.calibration.builder) == ("tinydm", "per_step", "linspace")
 
 
 def test_two_comparisons_in_one_folder_are_refused(models, tmp_path):

@@ -108,8 +108,8 @@ def test_queries_keys_and_values_of_a_balanced_block_are_not_compared(tiny_net, 
     ({"attn1": "proj", "up": "ff", "down": "ff", "attn2": "proj"}, ["attn1", "up", "attn2"]),
     ({"qkv": "qkv", "proj": "proj"}, ["qkv"])])
 def test_the_layer_that_ends_a_block_is_none_of_its_inner_layers(layers, inner):
-    block = nn.ModuleDict({name: QuantLayer(tag(role, nn.Linear(2, 2)), QuantSpec(bits=4), QuantSpec(), Timeline(), False)
-                           for name, role in layers.items()})
+    specs = QuantSpec(bits=4), QuantSpec(), Timeline(), False
+    block = nn.ModuleDict({name: QuantLayer(tag(role, nn.Linear(2, 2)), *specs) for name, role in layers.items()})
     assert comparable(block) == inner
 
 

@@ -34,6 +34,20 @@ def folders(tmp_path_factory):
     return write_images(root / "a", 200), write_images(root / "b", 220, seed=1)
 
 
+def test_images_of_other_sizes_have_no_scores_of_a_distribution_without_inception(tmp_path, monkeypatch):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for i in range(100):
+        Image.new("RGB", (48, 40), (i, 2 * i, 7)).save(folder / f"{i:06d}.png")
+    monkeypatch.setattr(metrics, "choose_extractor", lambda *_, **__: ("cifar-resnet", metrics.WEIGHTS, "offline"))
+    found = distribution_scores(folder)
+    assert found["scores"] == {} and found["protocol"]["image_size"] == "48x40"
+    assert "these are 48x40; fetch the weights with evaluation.fetch=true" in found["protocol"]["left_out"]
+    assert metrics.distance_to_float(found, found) == {}
+    with pytest.raises(ValueError, match="takes 32x32; give evaluation.inception_path=FILE"):
+        distribution_scores(folder, extractor="cifar-resnet")
+
+
 def test_equal_folders(folders):
     found = distribution_scores(folders[0], extractor="cifar-resnet", reference=str(folders[0]))
     scores = found["scores"]

@@ -105,6 +105,9 @@ def test_shards_and_more_images_keep_the_bytes(model, done, tmp_path):
     assert artefacts(out) == artefacts(done)
     sample.run([str(out), "sampling.num=9"])                       # continues; the first six stay as they are
     assert artefacts(out) == artefacts(done) and len(np.load(out / "samples.npz")["arr_0"]) == 9
+    shutil.copy(done / "samples.npz", out / "samples.npz")         # as a kill before it was written anew leaves it
+    sample.run([str(out), "sampling.num=9"])
+    assert len(np.load(out / "samples.npz")["arr_0"]) == 9
 
 
 def test_stage_without_its_input_names_the_command(model, tmp_path):
@@ -168,6 +171,33 @@ def test_folder_of_another_recipe_is_refused(model, done):
         with pytest.raises(ValueError, match="belongs to another recipe") as caught:
             calibrate.run([*files(model), *WORDS, f"out={done}", *words])
         assert words[0].split("=")[0] in str(caught.value)
+
+
+def test_scores_of_another_recipe_are_not_taken_over(model, done, tmp_path):
+    """A folder with nothing but its recipe and scores, as results/ holds them."""
+    thin = tmp_path / "thin"
+    thin.mkdir()
+    for name in ("config.yaml", "metrics.json", "stages.jsonl"):
+        shutil.copy(done / name, thin / name)
+    before = {path: path.read_bytes() for path in thin.iterdir()}
+    with pytest.raises(ValueError, match=r"belongs to another recipe: bits.weight \(4 there, 3 here\).*or delete"):
+        calibrate.run([*files(model), *WORDS, "bits.weight=3", f"out={thin}"])
+    assert {path: path.read_bytes() for path in thin.iterdir()} == before
+    calibrate.run([*files(model), *WORDS, f"out={thin}"])
+    assert (thin / "calibration.safetensors").exists()
+
+
+def test_full_precision_images_go_by_all_that_decides_them(model, done, tmp_path):
+    run, prompts = run_folder.open_run(done), tmp_path / "prompts.txt"
+    names = [sample.sample_folder(run, "float").name]
+    run.config.sampling.num = 99
+    assert sample.sample_folder(run, "float").name == names[0]
+    for change in (lambda c: c.network.update(norm_groups=2), lambda c: setattr(c, "scale_factor", 0.5),
+                   lambda c: (setattr(c.sampling, "prompts", str(prompts)), prompts.write_text("a cat")),
+                   lambda c: prompts.write_text("a dog"), lambda c: setattr(c.sampling, "seed", 7)):
+        change(run.config)
+        names.append(sample.sample_folder(run, "float").name)
+    assert len(set(names)) == 6
 
 
 def test_other_weights_under_the_same_name_are_refused(model, done, tmp_path):

@@ -122,6 +122,10 @@ def test_script_writes_the_table_and_refuses_what_it_cannot_read(tmp_path, monke
     monkeypatch.setattr(table, "open_run", lambda folder: type("Run", (), {"need": lambda *_: None}))
     table.run([str(run), f"out={tmp_path}/table.md"])
     assert len(cells((tmp_path / "table.md").read_text())) == 3
+    (tmp_path / "float-1").mkdir()                         # lies beside the runs; and a run counts once
+    table.run([str(run), f"{run}/", str(tmp_path / "float-1"), f"out={tmp_path}/table.md"])
+    head, _, row = cells((tmp_path / "table.md").read_text())
+    assert dict(zip(head, row))["Seeds"] == "1"
     for arguments in ([], [str(run), "to=x"]):
         with pytest.raises(ValueError, match="expected run folders and out=FILE"):
             table.run(arguments)
