@@ -69,6 +69,7 @@ def quantize(run):
         return
     calibration = load_calibration(run.need("calibration.safetensors", "calibrate"))
     model = run.model
+    run.begin()
     with run.stage("quantize"):
         net = convert(model.net, run.config.all_rules, Timeline(boundaries(run.config)))
         graph = trace(model.net, calibration.arguments(slice(0, 1)))

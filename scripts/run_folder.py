@@ -193,6 +193,16 @@ class Run:
             rows.append({"stage": name, "seconds": round(earlier + time.monotonic() - started, 2), **peak_memory()})
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
+    def begin(self):
+        """Note versions and commit anew where numbers are made, as a run may be continued with later ones; drop what an
+        earlier quantized network left, which `force` replaces."""
+        files = {"files": self.config.provenance.get("files", [])}
+        self.config.provenance = provenance(self.model, []) | files
+        write_config(self)
+        shutil.rmtree(self.path("samples"), ignore_errors=True)
+        for name in ("samples.npz", "metrics.json"):
+            self.path(name).unlink(missing_ok=True)
+
     def finish(self, name):
         """Drop what a finished stage kept in order to continue."""
         shutil.rmtree(self.path(f"resume/{name}"), ignore_errors=True)

@@ -173,6 +173,22 @@ def test_folder_of_another_recipe_is_refused(model, done):
         assert words[0].split("=")[0] in str(caught.value)
 
 
+def test_quantized_again_it_has_no_images_and_scores_of_before(model, done, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(done, out)
+    recipe = yaml.safe_load((out / "config.yaml").read_text())
+    files_of = recipe["provenance"]["files"]
+    recipe["provenance"]["commit"] = "older"
+    (out / "config.yaml").write_text(yaml.safe_dump(recipe))
+    quantize.run([str(out)])                               # done already: nothing is touched
+    assert yaml.safe_load((out / "config.yaml").read_text())["provenance"]["commit"] == "older"
+    assert (out / "metrics.json").exists()
+    quantize.run([str(out), "force=true"])
+    made = yaml.safe_load((out / "config.yaml").read_text())["provenance"]
+    assert made["commit"] != "older" and made["files"] == files_of
+    assert not any((out / name).exists() for name in ("samples", "samples.npz", "metrics.json"))
+
+
 def test_scores_of_another_recipe_are_not_taken_over(model, done, tmp_path):
     """A folder with nothing but its recipe and scores, as results/ holds them."""
     thin = tmp_path / "thin"
