@@ -111,7 +111,8 @@ def _scores(samples, real, statistics):
     fewest = len(pooled) if real is None else min(len(pooled), len(real))
     for score, key in DISTANCES.items():
         if key not in statistics:
-            left_out[score] = f"no reference of {key} features was given: evaluation.reference=FOLDER or reference=cifar10-train"
+            left_out[score] = (f"no reference of {key} features was given: evaluation.reference=FOLDER or "
+                                "evaluation.reference=cifar10-train")
         elif fewest <= samples[key].shape[1]:
             left_out[score] = f"{fewest} images cannot give a covariance of {samples[key].shape[1]} features full rank"
         else:
