@@ -25,7 +25,7 @@ BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}           # what ge
 UNITS = {"size": "bits of weights", "bops": "bit operations"}
 
 
-def allocate_bits(job, *, budget="size", average=None, choices=(2, 3, 4, 6, 8), num_samples=16, batch_size=16):
+def allocate_bits(job, *, budget="size", average=None, choices=(2, 3, 4, 6, 8), num_samples=16):
     """The pass, before any that changes the network: choose bits out of `choices` and add a rule for each layer. All
     layers together take no more than they would with `average` bits everywhere (None: with the widths that the rules
     give them). Layers that the rules make an exception of, with other widths than most, keep theirs and do not count.
@@ -47,7 +47,7 @@ def allocate_bits(job, *, budget="size", average=None, choices=(2, 3, 4, 6, 8), 
     if least > allowed:
         raise ValueError(f"the budget of {allowed:,} {UNITS[budget]} cannot be met: with {min(choices)} bits "
                          f"everywhere it takes {least:,}")
-    apart = sensitivities(job, layers, parts, choices, num_samples, batch_size)
+    apart = sensitivities(job, layers, parts, choices, num_samples)
     errors = {name: {bits: sum(apart[name][part][b] for part, b in zip(parts, bits)) for bits in row}
               for name, row in costs.items()}
     chosen = solve(errors, costs, allowed)
@@ -76,10 +76,10 @@ def ordinary_layers(net, parts):
 
 
 @torch.no_grad()
-def sensitivities(job, layers, parts, choices, num_samples, batch_size):
+def sensitivities(job, layers, parts, choices, num_samples):
     """{layer: {part: {bits: squared error of the network's output, mean over samples}}}, each part quantized alone."""
     sample = job.calibration.spread(num_samples, job.net.timeline, job.seed)
-    batches = [tuple(a.to(job.device) for a in arguments) for arguments in sample.batches(batch_size)]
+    batches = [tuple(a.to(job.device) for a in arguments) for arguments in sample.batches(job.batch(16))]
     targets = [job.model.net(*arguments) for arguments in batches]
     errors = {name: {part: {} for part in parts} for name in layers}
     for bits in choices:

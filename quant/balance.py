@@ -42,7 +42,7 @@ def channel_max(x, trailing):
     return x.abs().movedim(-1 - trailing, -1).flatten(0, -2).amax(0)
 
 
-def balance(job, *, num_samples=64, num_alphas=11, batch_size=32):
+def balance(job, *, num_samples=64, num_alphas=11):
     """The pass, before fit_ranges. Layers whose rule says `balance: true` are balanced; attention blocks also fold
     norm -> q, k, v, q <-> k and v -> proj where these are such layers. `num_samples` calibration samples, spread over
     the time segments; `num_alphas` candidates from 0 to 1 beside the identity.
@@ -62,7 +62,7 @@ def balance(job, *, num_samples=64, num_alphas=11, batch_size=32):
     groups = [part.readers for part in parts] + [[name] for name in layers if name not in shared]
     alphas, facts = torch.linspace(0, 1, num_alphas).tolist(), []
     segments = job.net.timeline.segments_of(sample.t)
-    for captured in chunks(job, sample, groups, batch_size):
+    for captured in chunks(job, sample, groups):
         for names, x in captured:
             facts.append(balance_group(names, [layers[n] for n in names], x, segments, job.net.timeline, alphas))
             part = shared.get(names[0])
@@ -78,7 +78,7 @@ def balance(job, *, num_samples=64, num_alphas=11, batch_size=32):
     return facts
 
 
-def chunks(job, sample, groups, batch_size):
+def chunks(job, sample, groups):
     """(names, input over the sample) of each group, captured for as many groups at a time as memory allows."""
     size = {g[0]: None for g in groups}
     first = inputs_of(job.model.net, list(size), sample.rows(torch.tensor([0])), 1)
@@ -90,7 +90,7 @@ def chunks(job, sample, groups, batch_size):
         while todo and (not taken or used + size[todo[0][0]] <= CAPTURED_BYTES):
             used += size[todo[0][0]]
             taken.append(todo.pop(0))
-        found = inputs_of(job.model.net, [g[0] for g in taken], sample, batch_size)
+        found = inputs_of(job.model.net, [g[0] for g in taken], sample, job.batch(32))
         yield [(g, found[g[0]]) for g in taken]
 
 
@@ -180,7 +180,7 @@ def fold_into_norm(net, part, layers):
 def balance_product(job, part, sample):
     """q <-> k: only their product matters, so row d of q is divided and row d of k multiplied by
     s_d = (max|q_d| / max|k_d|)^(power / 2), where that lowers the error of the quantized product."""
-    q, k = inputs_of(job.model.net, [part.qk], sample, len(sample), whole=True)[part.qk]
+    q, k = inputs_of(job.model.net, [part.qk], sample, job.batch(len(sample)), whole=True)[part.qk]
     q_max, k_max = q.abs().amax((0, -2)), k.abs().amax((0, -1))       # ([heads,] D)
     ratio = (q_max.clamp(min=DEAD) / k_max.clamp(min=DEAD)).sqrt()
     best, before = (None, None, None), None
@@ -228,7 +228,7 @@ def fold_into_values(job, part, sample):
     inverse = proj.inverse_balance
     if bool((inverse == 1).all()):
         return
-    operands = list(inputs_of(job.model.net, [part.av], sample, len(sample), whole=True)[part.av])
+    operands = list(inputs_of(job.model.net, [part.av], sample, job.batch(len(sample)), whole=True)[part.av])
     wanted, at = operands[0] @ operands[1], roles.index("v")
     plain = quantized_product(job.net, part.av, *operands, sample)
     # Channels of v are rows of a left operand, columns of a right one; and so they are in the product.

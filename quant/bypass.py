@@ -43,7 +43,7 @@ def stem_of(net):
 
 
 @torch.no_grad()
-def bypass_input(job, *, num_samples=1024, batch_size=64):
+def bypass_input(job, *, num_samples=1024):
     """The pass: fit K by `num_samples` calibration samples, alike of every segment, to the network as it is then.
 
     Returns one fact: mean square of eps_q - eps before and after; none for an input in floating point, of which nothing
@@ -62,7 +62,7 @@ def bypass_input(job, *, num_samples=1024, batch_size=64):
     segments, gains, before, explained, values = timeline.segments_of(calibration.t), [], 0.0, 0.0, 0
     for segment in range(timeline.num_segments):
         squares, products = 0, 0
-        for arguments in calibration.rows(segments == segment).batches(batch_size):
+        for arguments in calibration.rows(segments == segment).batches(job.batch(64)):
             arguments = [a.to(job.device) for a in arguments]
             error = pixels(job.model.net(*arguments) - job.net(*arguments))
             rounding = pixels(stem.input_error(arguments[0]))

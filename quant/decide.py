@@ -11,7 +11,7 @@ from quant.analysis import decide, describe, observe_ranges
 from quant.layers import QuantLayer, QuantMatmul, QuantOperand
 
 
-def decide_by_ranges(job, *, num_samples=1024, batch_size=64, segments_above=0.25, balance_above=4.0):
+def decide_by_ranges(job, *, num_samples=1024, segments_above=0.25, balance_above=4.0):
     """The pass, before any that changes the network: measure the ranges of `num_samples` calibration samples through
     the full-precision network and add a rule for every quantized point.
 
@@ -23,7 +23,7 @@ def decide_by_ranges(job, *, num_samples=1024, batch_size=64, segments_above=0.2
         raise ValueError("decide_by_ranges chooses between one scale and one for each time segment, of which there is "
                          "but one; set segments: per_step")
     sample = job.calibration.subset(num_samples, job.net.timeline, job.seed)
-    ranges = observe_ranges(job.model.net, by_segment(job, sample, batch_size))
+    ranges = observe_ranges(job.model.net, by_segment(job, sample))
     rules, facts = [], []
     for point, about in quantized_points(job.net).items():
         numbers = describe(ranges[point].r_abs)
@@ -37,11 +37,11 @@ def decide_by_ranges(job, *, num_samples=1024, batch_size=64, segments_above=0.2
     return facts
 
 
-def by_segment(job, sample, batch_size):
+def by_segment(job, sample):
     """(segment, arguments of the network), every batch in one time segment."""
     segments = job.net.timeline.segments_of(sample.t)
     for s in segments.unique().tolist():
-        for arguments in sample.rows((segments == s).nonzero()[:, 0]).batches(batch_size):
+        for arguments in sample.rows((segments == s).nonzero()[:, 0]).batches(job.batch(64)):
             yield s, [a.to(job.device) for a in arguments]
 
 

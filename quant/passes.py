@@ -44,9 +44,14 @@ class Job:
     resume_folder: Path                    # finished parts of the running pass
     rules: list = ()                       # that `net` was converted by; passes may add to them
     seed: int = 0
+    max_batch: int = 256                    # samples through the network at once, which memory has to hold
     log: Callable = print                  # one line of progress
     note: Callable = lambda facts: None    # facts so far of the running pass
     trajectory: Callable = None            # (num_images, seed) -> (step, t, x, cond, eps) of the float model, in turn
+
+    def batch(self, usual):
+        """Samples that a pass takes through the network at once: as many as usual, if that many are allowed."""
+        return min(usual, self.max_batch)
 
     def add_rules(self, rules, timeline=None):
         """Convert the network again, by further rules and if need be on another timeline: for passes that decide about
@@ -87,8 +92,9 @@ class Job:
 @torch.no_grad()
 def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
     """Choose every scale and zero point: weights from the weights, activations from `num_samples` calibration samples
-    (None: all) through the full-precision network. Where segments of time are short, each has few samples and misses
-    outliers; those of the `neighbours` segments on either side then help."""
+    (None: all) through the full-precision network, `batch_size` at a time, which a moving average (`ema`) goes by.
+    Where segments of time are short, each has few samples and misses outliers; those of the `neighbours` segments on
+    either side then help."""
     job.need_float_weights("fit_ranges")
     layers = [m for m in quant_layers(job.net).values() if m.weight_quantizer is not None]
     quantizers = input_quantizers(job.net).values()
@@ -101,7 +107,7 @@ def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
         sample = job.calibration.subset(num_samples, job.net.timeline, job.seed)
         for q in quantizers:
             q.begin_observing(len(sample))
-        for arguments in sample.batches(batch_size) if quantizers else ():
+        for arguments in sample.batches(job.batch(batch_size)) if quantizers else ():
             job.net(*(a.to(job.device) for a in arguments))
         for q in quantizers:
             q.fit_observed(neighbours, batch_size)

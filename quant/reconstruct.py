@@ -25,7 +25,7 @@ ERROR_ROWS = 256                           # samples on which the error before a
 def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
                 soft_lr=1e-4, weight_cosine=False, round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0,
                 weight_norm=2.0, input_norm=2.4, joint=False, drop=0.5, layer_weight=0.0, saliency=0.0, smooth=0.0,
-                active=0.0, gptq=False, bfloat16=False, capture_batch=64, memory_gb=4.0):
+                active=0.0, gptq=False, bfloat16=False, memory_gb=4.0):
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `memory_gb` the budget for captured
     activations (the rest spills to disk), `bfloat16` computes the steps under autocast.
 
@@ -41,13 +41,13 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     Each finished unit is saved in `job.resume_folder`; a run that is killed and started again ends in the same bytes.
     Returns one fact per unit and stage: error before and after (relative to the mean square of the target), seconds.
     """
-    settings = {k: v for k, v in locals().items() if k != "job"}
+    settings = {k: v for k, v in locals().items() if k != "job"} | {"capture_batch": job.batch(64)}
     job.need_ranges("reconstruct")
     store, calibration = Store(memory_gb, job.resume_folder), job.calibration
     names, uses = job.graph.units, job.graph.last_use
-    original, quantized = (Stream(net, names, uses, calibration, batch_size=capture_batch, store=store)
+    original, quantized = (Stream(net, names, uses, calibration, batch_size=job.batch(64), store=store)
                            for net in (job.model.net, job.net))
-    weights_of = Saliency(job.model.net, calibration, saliency, capture_batch) if saliency else None
+    weights_of = Saliency(job.model.net, calibration, saliency, job.batch(64)) if saliency else None
     segments = job.net.timeline.segments_of(calibration.t)
     set_input_quantization(job.net, joint)
     share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()

@@ -4,12 +4,5 @@
 #   bash scripts/for_coco.sh sampling.prompts=captions_val2014.json          COCO captions, or a text file
 #   MODEL=latent-compact-class bash scripts/for_coco.sh      the same pipeline on a small model that ships
 MODEL=${MODEL:-sd-v1-4}
-if [ "$MODEL" = sd-v1-4 ]; then            # softmax outputs of 4,096 keys want more bits; an attention map takes 0.5 GB
-  words=(bits.softmax=16 effort.batch_size=8 pass_options.fit_ranges.batch_size=4)
-  case ${METHOD:-qdiffusion} in
-    minmax | uniform | i2n | di2n | ptq4dm) ;;
-    *) words+=(pass_options.reconstruct.capture_batch=4) ;;
-  esac
-  set -- "${words[@]}" "$@"
-fi
+[ "$MODEL" != sd-v1-4 ] || set -- effort.batch_size=8 "$@"      # an attention map of one image takes 0.5 GB
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"

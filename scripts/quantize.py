@@ -75,7 +75,8 @@ def quantize(run):
         graph = trace(model.net, calibration.arguments(slice(0, 1)))
         print(write_map(run, net, graph))
         job = Job(model=model, net=net, calibration=calibration, graph=graph, resume_folder=run.path("resume/quantize"),
-                  rules=run.config.all_rules, seed=run.config.seed, trajectory=partial(trajectory, run),
+                  rules=run.config.all_rules, seed=run.config.seed, max_batch=run.config.max_batch,
+                  trajectory=partial(trajectory, run),
                   log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.all_passes)

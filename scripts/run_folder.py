@@ -8,6 +8,7 @@ import subprocess
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ class RunConfig:
     device: str = "auto"
     threads: int = 0                         # CPU threads; 0 = PyTorch's choice
     memory_gb: float = 4.0                   # captured activations held in memory; the rest spills to disk
+    max_batch: int = 256                     # samples that a pass takes through the network at once, at most
     force: bool = False                      # do a finished stage again
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -240,10 +242,10 @@ def check(config):
         raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "
                          "choose at most that many")
     for key in ("sampling.num", "sampling.batch_size", "sampling.steps", "calibration.images", "calibration.steps",
-                "evaluation.sqnr_images"):
-        section, name = key.split(".")
-        if getattr(getattr(config, section), name) < 1:
-            raise ValueError(f"{key} is {getattr(getattr(config, section), name)}; it must be at least 1")
+                "evaluation.sqnr_images", "max_batch"):
+        value = reduce(getattr, key.split("."), config)
+        if value < 1:
+            raise ValueError(f"{key} is {value}; it must be at least 1")
 
 
 def check_start(c):

@@ -27,7 +27,7 @@ def test_points_that_stay_in_floating_point_get_no_rule(tiny_net, tmp_path):
 def test_every_point_gets_what_its_ranges_ask_for(tiny_net, tmp_path):
     """The decision, once more by hand from the definition, at thresholds that split the points."""
     job = make_job(tiny_net, tmp_path, rules(4, 4), num=16, boundaries=BOUNDARIES)
-    ranges = observe_ranges(tiny_net, by_segment(job, job.calibration, 4))
+    ranges = observe_ranges(tiny_net, by_segment(job, job.calibration))
     numbers = {point: describe(found.r_abs) for point, found in ranges.items()}
     limits = {f"{key}_above": float(torch.tensor([n[fact] for n in numbers.values()]).nanmedian())
               for key, fact in (("segments", "temporal_variation"), ("balance", "channel_imbalance"))}
@@ -47,8 +47,8 @@ def test_every_point_gets_what_its_ranges_ask_for(tiny_net, tmp_path):
 
 def test_segments_are_observed_apart(tiny_net, tmp_path):
     """Each batch lies in one segment and all samples pass once."""
-    job = make_job(tiny_net, tmp_path, rules(4, 4), num=16, boundaries=BOUNDARIES)
-    seen = [(s, job.net.timeline.segments_of(t), len(x)) for s, (x, t) in by_segment(job, job.calibration, 3)]
+    job = make_job(tiny_net, tmp_path, rules(4, 4), num=16, boundaries=BOUNDARIES, max_batch=3)
+    seen = [(s, job.net.timeline.segments_of(t), len(x)) for s, (x, t) in by_segment(job, job.calibration)]
     assert sum(n for *_, n in seen) == 16 and {s for s, *_ in seen} == {0, 1, 2, 3}
     assert all((found == s).all() and n <= 3 for s, found, n in seen)
 

@@ -121,6 +121,17 @@ def test_facts_of_fitting(tiny_net, tmp_path):
                                 "inputs": len(input_quantizers(job.net))}]
 
 
+@pytest.mark.parametrize("max_batch", [3, 256])
+def test_no_pass_takes_more_samples_at_once_than_memory_allows(tiny_net, tmp_path, max_batch):
+    sizes, job = set(), make_job(tiny_net, tmp_path, rules(4, 8), num=12, boundaries=[500], max_batch=max_batch)
+    for module in (tiny_net, tiny_net.conv_in):
+        module.register_forward_pre_hook(lambda _, arguments: sizes.add(len(arguments[0])))
+    run_passes(job, ["decide_by_ranges", "softmax_grid", {"allocate_bits": {"num_samples": 8}}, "balance", "fit_ranges",
+                     {"reconstruct": {"weight_iters": 1, "input_iters": 1, "batch_size": 2, "saliency": 0.5,
+                                      "gptq": True}}, "bypass_input"])
+    assert max(sizes) == min(max_batch, 12)
+
+
 LIST = ["balance", {"fit_ranges": {"num_samples": 5}}, {"segment_models": {"passes": ["fit_ranges", "reconstruct"]}}]
 
 

@@ -12,7 +12,7 @@ from quant.learn import Unit, learn_rounding, lp
 from quant.timeline import Timeline
 from tiny import make_job, normal, rules
 
-SHORT = dict(weight_iters=3, input_iters=3, batch_size=4, capture_batch=4)
+SHORT = dict(weight_iters=3, input_iters=3, batch_size=4)
 LONG = dict(weight_iters=40, input_iters=25, batch_size=8)
 
 
