@@ -156,16 +156,30 @@ def assemble(rows):
 # ---- from rows to text
 
 def tables(rows):
-    """-> [(protocol, head, lines)], texts, one table for each protocol."""
+    """-> [(protocol, head, lines)], texts: a table for each protocol and, before one of several widths, its overview."""
     parts = []
     for line in dict.fromkeys(row.protocol for row in rows):
         part = [row for row in rows if row.protocol == line]
+        if len({row.bits for row in part if row.runs}) > 1:
+            parts.append(overview(line, part))
         columns, notes = columns_of(part), any(row.note for row in part)
         head = FIXED + columns + ["Note"] * notes
         lines = [[str(word) for word in row.fixed()] + [text(row, column) for column in columns] + [row.note] * notes
                  for row in part]
         parts.append((line or "nothing was evaluated", head, lines))
     return parts
+
+
+def overview(line, rows):
+    """Methods by widths: how near the images come to those of full precision."""
+    rows = [row for row in rows if row.runs]
+    shown = ["PSNR dB", *(name for name in columns_of(rows) if name.endswith(" to FP32"))]
+    bits, cells = list(dict.fromkeys(row.bits for row in rows)), {}
+    for row in rows:
+        cells.setdefault((row.method, row.bits), []).append(" / ".join(text(row, name) for name in shown))
+    lines = [[method, *("; ".join(cells.get((method, width), ["–"])) for width in bits)]
+             for method in dict.fromkeys(row.method for row in rows)]
+    return f"{' / '.join(shown)}; {line}", ["Method", *("W{}A{}".format(*width.split("/")) for width in bits)], lines
 
 
 def columns_of(rows):

@@ -132,3 +132,13 @@ def test_script_writes_the_table_and_refuses_what_it_cannot_read(tmp_path, monke
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is no run folder"):
         table.run([str(tmp_path)])
+
+
+def test_several_widths_have_an_overview_of_methods_by_widths(tmp_path):
+    wide = {"bits": {"weight": 8, "input": 8}}
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="other", **wide), make_run(tmp_path / "c", **wide)]
+    (caption, head, lines), whole = tables(assemble([row_of(run) for run in runs]))
+    assert caption == f"PSNR dB / FD-cifar-resnet to FP32; {whole[0]}"
+    assert head == ["Method", "W4A8", "W8A8"]
+    assert lines == [["minmax", "30.00 / 0.2500", "30.00 / 0.2500"], ["other", "–", "30.00 / 0.2500"]]
+    assert len(tables(assemble([row_of(run) for run in runs[1:]]))) == 1
