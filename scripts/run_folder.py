@@ -183,16 +183,19 @@ class Run:
 
     @contextmanager
     def stage(self, name):
-        """Time a stage; its seconds are added to those of earlier calls, which it goes on from unless forced."""
+        """Time a stage, with the most memory it held. Unless forced it goes on from earlier calls, whose seconds are
+        added to its own."""
         started = time.monotonic()
         try:
             yield
         finally:                                                 # interrupted or not; only a kill goes uncounted
             path = self.path("stages.jsonl")
             rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            earlier = sum(row["seconds"] for row in rows if row["stage"] == name and not self.config.force)
-            rows = [row for row in rows if row["stage"] != name]
-            rows.append({"stage": name, "seconds": round(earlier + time.monotonic() - started, 2), **peak_memory()})
+            spent = {"seconds": round(time.monotonic() - started, 2), **peak_memory()}
+            for earlier in (row for row in rows if row["stage"] == name and not self.config.force):
+                peaks = {key: max(value, spent.get(key, 0)) for key, value in earlier.items() if key.startswith("peak")}
+                spent |= peaks | {"seconds": round(spent["seconds"] + earlier["seconds"], 2)}
+            rows = [*(row for row in rows if row["stage"] != name), {"stage": name, **spent}]
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def begin(self):

@@ -332,6 +332,20 @@ def test_killed_in_every_stage_the_run_ends_in_the_same_bytes(model, done, tmp_p
     assert not (out / "resume").exists() and not list(out.rglob("*.part"))
 
 
+def test_a_stage_counts_the_seconds_and_the_largest_memory_of_all_its_parts(tmp_path, monkeypatch):
+    clock, config = iter([0.0, 2.5, 10.0, 11.0, 20.0, 20.25]), run_folder.RunConfig(out=str(tmp_path))
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: next(clock))
+    whole = {"peak_rss_bytes": 7, "peak_cuda_bytes": 3}
+    for peaks, force in ((whole, False), ({"peak_rss_bytes": 5}, False), ({}, True)):
+        monkeypatch.setattr(run_folder, "peak_memory", lambda peaks=peaks: peaks)
+        config.force = force
+        with run_folder.Run(config).stage("quantize"):
+            pass
+        row, = map(json.loads, (tmp_path / "stages.jsonl").read_text().splitlines())
+        assert row == {"stage": "quantize"} | ({"seconds": 0.25} if force else {
+            "seconds": 3.5 if len(peaks) == 1 else 2.5} | whole)
+
+
 def test_flatten_and_differences_ignore_what_changes_no_artefact():
     a, b = run_folder.RunConfig(name="m"), run_folder.RunConfig(name="m")
     b.device, b.memory_gb, b.sampling.num = "cuda", 1.0, 7
