@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets import CIFAR10
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
@@ -41,6 +40,7 @@ def load_images(data, split="train", size=32):
     "cifar10" / "cifar10:FOLDER": torchvision's download, checked by its MD5. Labels number the sorted class folders.
     """
     if str(data).split(":")[0] == "cifar10":
+        from torchvision.datasets import CIFAR10             # takes seconds to import, and most have no use for it
         root = str(data).partition(":")[2] or "data"
         try:
             source = CIFAR10(root, train=split == "train", download=True)

@@ -57,6 +57,6 @@ def test_mistakes(tmp_path):
 def test_cifar10_that_cannot_be_fetched(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("File not found or corrupted.")
-    monkeypatch.setattr("models.data.CIFAR10", refuse)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
     with pytest.raises(ValueError, match="could not be fetched into .*; give data=FOLDER"):
         load_images(f"cifar10:{tmp_path}")
