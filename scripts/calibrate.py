@@ -10,7 +10,7 @@ and calibration.start. Started again it goes on.
 calibration.start says where trajectories begin: `normal`, in noise; `i2n`, in real images (calibration.data) diffused
 to the first step; `di2n`, in the model's own samples diffused to it. calibration.start_step=0.5 begins half way down
 the chain. At its noisy end the level abar, the share of the image, is 1.5e-10 (cosine, 4000 steps), 4.0e-5 (linear,
-1000 steps), 6.7e-4 (latent diffusion), 4.7e-3 (Stable Diffusion): there the difference from `normal` is nil for most.
+1000 steps), 1.4e-4 (latent diffusion; church 6.7e-4), 4.7e-3 (Stable Diffusion): there the difference from `normal` is nil for most.
 """
 import hashlib
 import json
