@@ -22,6 +22,7 @@ from models.data import image_files, load_images, read_image
 
 MIN_IMAGES = 100                            # ten splits of ten for IS, and neighbourhoods that mean something
 LPIPS = "LPIPS-cifar-resnet"
+VALUES_AT_ONCE = 2 ** 20                    # of images compared pair by pair, which SSIM takes a hundred bytes each for
 DISTANCES = {"FD": "pooled", "sFD": "spatial"}          # Frechet distances and their features
 KID_SUBSET_SIZE = 1000                      # torch-fidelity's default; smaller sets are used whole (see the protocol)
 
@@ -142,12 +143,14 @@ def psnr_db(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004: Gaussian window 11x11, sigma 1.5, whole windows only) of each pair in
-    uint8 batches (N, 3, H, W) -> (N,), averaged over the three channels."""
+    """Structural similarity (Wang et al. 2004: Gaussian window 11x11, sigma 1.5) of each pair in uint8 batches
+    (N, 3, H, W) -> (N,), averaged over the three channels and all pixels, the image reflected at its edges."""
     _check_pair(a, b)
     if min(a.shape[2:]) < 11:
         raise ValueError(f"images are {a.shape[3]}x{a.shape[2]} but SSIM's window is 11x11; give larger images")
-    return structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, reduction="none")
+    _, at = structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, reduction="none",
+                                                return_full_image=True)      # what the mean leaves out has changed
+    return at.mean((1, 2, 3))
 
 
 @torch.no_grad()
@@ -180,7 +183,7 @@ def bit_operations(layers):
             "quantized": sum(row["macs"] * row["bit_product"] for row in layers)}
 
 
-def paired_scores(dir_a, dir_b, *, count=None, batch_size=256):
+def paired_scores(dir_a, dir_b, *, count=None):
     """Means over the PNGs with the same name in both folders, among the first `count` of each. Equal pairs have no
     finite PSNR: they are counted as `identical` and left out of the mean of `psnr_db`, which is None if none differ.
     LPIPS is None for images of another size than the 32x32 that its network was trained on."""
@@ -190,8 +193,9 @@ def paired_scores(dir_a, dir_b, *, count=None, batch_size=256):
     if not names:
         raise ValueError(f"no PNG has the same name in {dir_a} and {dir_b}; sample both from the same seeds")
     psnr, similarity, perceptual, net = [], [], [], load_classifier()
-    for start in range(0, len(names), batch_size):
-        part = names[start:start + batch_size]
+    each = max(1, VALUES_AT_ONCE // read_image(Path(dir_a) / names[0])[0].numel())
+    for start in range(0, len(names), each):
+        part = names[start:start + each]
         pairs = [(read_image(Path(dir_a) / name), read_image(Path(dir_b) / name)) for name in part]
         for name, (a, b) in zip(part, pairs):
             if a.shape != b.shape or a.shape != pairs[0][0].shape:

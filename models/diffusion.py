@@ -93,10 +93,6 @@ class DiffusionModel:
         return next(self.net.parameters()).device
 
     @property
-    def num_parameters(self):
-        return sum(p.numel() for p in self.net.parameters())
-
-    @property
     def float_bytes(self):
         return sum(p.numel() * p.element_size() for p in self.net.parameters())
 
@@ -149,7 +145,10 @@ def find_checkpoint(config):
 
 
 def resolve_device(word):
-    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device."""
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device. GPUs then compute float32 as float32,
+    convolutions too, and the same bytes every time."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

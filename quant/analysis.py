@@ -21,14 +21,14 @@ ATTENTION = AttnBlock, AttentionBlock, BasicTransformerBlock
 
 @torch.no_grad()
 def step_sqnr(record, quantized_eps):
-    """record: (step, t, x, eps) of a full-precision run, one after the other -> [{"step", "t", "sqnr_db"}].
+    """record: (step, t, x, cond, eps) of a full-precision run, one after the other -> [{"step", "t", "sqnr_db"}].
 
     SQNR = 10 log10(sum eps^2 / sum (eps_q - eps)^2) over all images of a step, both networks fed the same x; a variance
     that the network learned to answer beside eps does not count.
     """
     sums = {}
-    for step, t, x, eps in record:
-        error = quantized_eps(x, torch.full((len(x),), float(t), device=x.device)) - eps
+    for step, t, x, cond, eps in record:
+        error = quantized_eps(x, torch.full((len(x),), float(t), device=x.device), cond) - eps
         signal, noise = (v[:, :x.shape[1]].double().square().sum() for v in (eps, error))
         earlier = sums.get((step, t), (0, 0))
         sums[step, t] = earlier[0] + signal, earlier[1] + noise

@@ -68,7 +68,7 @@ def balance(job, *, num_samples=64, num_alphas=11):
             part = shared.get(names[0])
             if part and facts[-1]["alpha"] is not None:
                 fold_into_norm(job.net, part, [layers[n] for n in names])
-    few = sample.thinned(PRODUCT_SAMPLES)
+    few = sample.thinned(job.batch(PRODUCT_SAMPLES))
     for part in parts:
         facts.append(balance_product(job, part, few))
         fold_into_values(job, part, few)
@@ -180,7 +180,7 @@ def fold_into_norm(net, part, layers):
 def balance_product(job, part, sample):
     """q <-> k: only their product matters, so row d of q is divided and row d of k multiplied by
     s_d = (max|q_d| / max|k_d|)^(power / 2), where that lowers the error of the quantized product."""
-    q, k = inputs_of(job.model.net, [part.qk], sample, job.batch(len(sample)), whole=True)[part.qk]
+    q, k = inputs_of(job.model.net, [part.qk], sample, len(sample), whole=True)[part.qk]
     q_max, k_max = q.abs().amax((0, -2)), k.abs().amax((0, -1))       # ([heads,] D)
     ratio = (q_max.clamp(min=DEAD) / k_max.clamp(min=DEAD)).sqrt()
     best, before = (None, None, None), None
@@ -228,7 +228,7 @@ def fold_into_values(job, part, sample):
     inverse = proj.inverse_balance
     if bool((inverse == 1).all()):
         return
-    operands = list(inputs_of(job.model.net, [part.av], sample, job.batch(len(sample)), whole=True)[part.av])
+    operands = list(inputs_of(job.model.net, [part.av], sample, len(sample), whole=True)[part.av])
     wanted, at = operands[0] @ operands[1], roles.index("v")
     plain = quantized_product(job.net, part.av, *operands, sample)
     # Channels of v are rows of a left operand, columns of a right one; and so they are in the product.

@@ -75,8 +75,8 @@ class CalibrationSet:
         return self.x[rows], self.t[rows], self.cond[self.which[rows]]
 
     def batches(self, size):
-        """Arguments of `size` samples each, the last tuple of fewer."""
-        return [self.arguments(slice(i, i + size)) for i in range(0, len(self), size)]
+        """Arguments of `size` samples each in turn, the last of fewer."""
+        return (self.arguments(slice(i, i + size)) for i in range(0, len(self), size))
 
     def save(self, path):
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}

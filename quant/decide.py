@@ -28,7 +28,7 @@ def decide_by_ranges(job, *, num_samples=1024, segments_above=0.25, balance_abov
     for point, about in quantized_points(job.net).items():
         numbers = describe(ranges[point].r_abs)
         wanted = decide(numbers, segments_above=segments_above, balance_above=balance_above)
-        balanced = {"balance": wanted["balance"]} if about["kind"] == "layer" else {}
+        balanced = {"balance": False} if about["kind"] == "layer" and not wanted["balance"] else {}
         rules.append(about | {"input": {"static": not wanted["segments"]}} | balanced)
         facts.append({"pass": "decide_by_ranges", "unit": point} | numbers | wanted)
     job.add_rules(rules)

@@ -44,13 +44,14 @@ class Job:
     resume_folder: Path                    # finished parts of the running pass
     rules: list = ()                       # that `net` was converted by; passes may add to them
     seed: int = 0
-    max_batch: int = 256                    # samples through the network at once, which memory has to hold
+    max_batch: int = 256                    # samples measured at once, which memory has to hold
+    memory_gb: float = 4.0                 # captured activations held in memory; the rest spills to disk
     log: Callable = print                  # one line of progress
     note: Callable = lambda facts: None    # facts so far of the running pass
     trajectory: Callable = None            # (num_images, seed) -> (step, t, x, cond, eps) of the float model, in turn
 
     def batch(self, usual):
-        """Samples that a pass takes through the network at once: as many as usual, if that many are allowed."""
+        """Samples that a pass measures at once: as many as usual, if that many are allowed."""
         return min(usual, self.max_batch)
 
     def add_rules(self, rules, timeline=None):

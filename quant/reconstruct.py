@@ -25,9 +25,9 @@ ERROR_ROWS = 256                           # samples on which the error before a
 def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
                 soft_lr=1e-4, weight_cosine=False, round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0,
                 weight_norm=2.0, input_norm=2.4, joint=False, drop=0.5, layer_weight=0.0, saliency=0.0, smooth=0.0,
-                active=0.0, gptq=False, bfloat16=False, memory_gb=4.0):
-    """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `memory_gb` the budget for captured
-    activations (the rest spills to disk), `bfloat16` computes the steps under autocast.
+                active=0.0, gptq=False, bfloat16=False):
+    """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `bfloat16` computes the steps under
+    autocast. Captured activations beyond `job.memory_gb` spill to disk.
 
     Rates of scales fall to 0 along a cosine, that of the rounding only with `weight_cosine`. `joint` learns both at
     once in `weight_iters` steps, each activation unquantized with probability `drop`.
@@ -43,7 +43,7 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     """
     settings = {k: v for k, v in locals().items() if k != "job"} | {"capture_batch": job.batch(64)}
     job.need_ranges("reconstruct")
-    store, calibration = Store(memory_gb, job.resume_folder), job.calibration
+    store, calibration = Store(job.memory_gb, job.resume_folder), job.calibration
     names, uses = job.graph.units, job.graph.last_use
     original, quantized = (Stream(net, names, uses, calibration, batch_size=job.batch(64), store=store)
                            for net in (job.model.net, job.net))
@@ -58,9 +58,8 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
                     saliency=weights_of, segments=segments, visits=torch.zeros(job.net.timeline.num_segments))
         unit.float_inputs, quant_inputs = original.inputs(name), quantized.inputs(name)
         target = original.advance(name, unit.float_inputs)
-        if path.is_file():
-            new = load_unit(unit.module, path)
-        else:
+        new = load_unit(unit.module, path) if path.is_file() else None
+        if new is None:
             generator = torch.Generator().manual_seed(mix(job.seed, i))
             new = optimise_unit(unit, quant_inputs, target, generator, settings)
             save_unit(unit.module, path, new)
@@ -130,19 +129,33 @@ def relative_error(unit, inputs, target, batch_size=64):
 
 
 def save_unit(module, path, facts):
-    """Everything reconstruction decided: integer weights and activation scales."""
-    tensors = {f"{name}|weight_int": layer.weight_int.to(torch.int16) for name, layer in quant_layers(module).items()
-               if layer.weight_int is not None}
+    """Everything reconstruction decided: integer weights and activation scales; and what the integers stand on."""
+    layers = {name: layer for name, layer in quant_layers(module).items() if layer.weight_int is not None}
+    tensors = {f"{name}|weight_int": layer.weight_int.to(torch.int16) for name, layer in layers.items()}
+    tensors |= {f"{name}|on.{key}": value for name, layer in layers.items() for key, value in stands_on(layer).items()}
     for name, q in input_quantizers(module).items():
         tensors[f"{name}|scale"] = q.scale
         tensors |= {f"{name}|soft.{key}": value for key, value in q.learned_by().items()}
     save_tensors(path, tensors or {"empty": torch.zeros(1)}, {"facts": facts})
 
 
+def stands_on(layer):
+    """What integer weights mean nothing without: grid and balance, which earlier passes chose."""
+    q = layer.weight_quantizer
+    found = {"scale": q.scale, "zero_point": q.zero_point, "bits": torch.tensor(q.spec.bits)}
+    return found | ({} if layer.inverse_balance is None else {"inverse_balance": layer.inverse_balance})
+
+
 def load_unit(module, path):
-    """Put a saved unit back; returns its facts."""
+    """Put a saved unit back; returns its facts, None where it was learned upon other grids or another balance: on
+    another device or number of threads, sums round otherwise and earlier passes may choose otherwise."""
     layers, quantizers = quant_layers(module), input_quantizers(module)
     tensors, meta = load_tensors(path)
+    for name in (key.partition("|")[0] for key in tensors if key.endswith("|weight_int")):
+        before = {key.partition("|on.")[2]: value for key, value in tensors.items() if key.startswith(f"{name}|on.")}
+        now = {key: value.cpu() for key, value in stands_on(layers[name]).items()}
+        if before.keys() != now.keys() or any(not torch.equal(before[key], now[key]) for key in now):
+            return None
     for key, value in tensors.items():
         name, _, part = key.rpartition("|")
         if part == "weight_int":

@@ -25,7 +25,7 @@ def softmax_grid(job, *, num_samples=16):
         quantizer = (product.a_quantizer, product.b_quantizer)[at]
         if quantizer is None:
             continue
-        operands = inputs_of(job.model.net, [name], sample, job.batch(len(sample)), whole=True)[name]
+        operands = inputs_of(job.model.net, [name], sample, len(sample), whole=True)[name]
         errors, drifts = {}, {}
         for grid in ("uniform", "log2"):
             errors[grid], drifts[grid] = grid_error(quantizer, grid, operands, at, job.net.timeline, sample.t)

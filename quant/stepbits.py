@@ -1,5 +1,5 @@
 """Step-aware mixed precision of activations (PTQD, He et al. 2023, arXiv:2305.10657, Section 3.4): few bits where the
-image is mostly noise, more where it is mostly signal.
+image is mostly noise, more where it is mostly noise.
 
     bits(t) = the smallest b with SNR_Q^b(t) > SNR_F(t), else the largest
 
@@ -21,7 +21,7 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
     if job.net.timeline.num_segments > 1:
         raise ValueError("step_bits makes its own time segments; leave `segments` at 1")
     choices = sorted(choices)
-    signal, power, times = {b: {} for b in choices}, {}, []
+    noise, signal, times = {b: {} for b in choices}, {}, []
     nets = {bits: job.fitted_copy(input_rules(job.net, {"bits": bits})) for bits in choices}
     for layer in (layer for net in nets.values() for layer in quant_layers(net).values()):
         if layer.weight_quantizer is not None:
@@ -29,12 +29,12 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
     for _, t, x, cond, eps in job.trajectory(num_images, seed):
         times += [] if t in times else [t]
         eps = eps[:, :x.shape[1]]              # without a learned variance
-        power[t] = power.get(t, 0.0) + float(eps.double().square().sum())
+        signal[t] = signal.get(t, 0.0) + float(eps.double().square().sum())
         for bits, net in nets.items():
             found = job.model.with_net(net).eps(x, torch.full((len(x),), float(t), device=x.device), cond)
             error = found[:, :x.shape[1]] - eps
-            signal[bits][t] = signal[bits].get(t, 0.0) + float(error.double().square().sum())
-    ratio = {b: {t: (power[t] / max(signal[b][t], 1e-30)) ** 0.5 for t in times} for b in choices}
+            noise[bits][t] = noise[bits].get(t, 0.0) + float(error.double().square().sum())
+    ratio = {b: {t: (signal[t] / max(noise[b][t], 1e-30)) ** 0.5 for t in times} for b in choices}
     forward = {t: forward_snr(job.model.schedule, t) for t in times}
     bits = {t: next((b for b in choices if ratio[b][t] > forward[t]), choices[-1]) for t in sorted(times)}
     boundaries, widths = ranges_of(bits)

@@ -22,8 +22,8 @@ def middle_features(model, x, t, cond=None):
     device, seen = next(model.net.parameters()).device, []
     hook = found[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].float().cpu()))
     try:
-        for x_t, step in zip(x.to(device), t.float().to(device)):
-            model.eps(x_t, step.expand(len(x_t)), cond)
+        for x_t, step in zip(x, t.float().to(device)):
+            model.eps(x_t.to(device), step.expand(len(x_t)), cond)
     finally:
         hook.remove()
     return torch.stack(seen)

@@ -42,9 +42,10 @@ def reconstruct_temporal(job, *, iters=20000, lr=1e-3, batch_size=32, round_weig
     job.need_ranges("reconstruct_temporal")
     job.need_float_weights("reconstruct_temporal")
     holder = torch.nn.ModuleDict({name.replace(".", "|"): m for name, m in layers.items()})
-    if path.is_file():
+    facts = load_unit(holder, path) if path.is_file() else None
+    if facts is not None:
         job.log("temporal information block: learned already")
-        return load_unit(holder, path)
+        return facts
     started, settings = time.monotonic(), dict(
         weight_iters=iters, weight_lr=lr, batch_size=batch_size, round_weight=round_weight, warmup=warmup,
         beta_start=beta_start, beta_end=beta_end, weight_norm=2.0, layer_weight=0.0, bfloat16=False,

@@ -87,8 +87,6 @@ def trajectories(run):
     """Full-precision trajectories of `evaluation.sqnr_images` images -> [(step, t, x, cond)], a batch of images after
     the other; x is kept on the CPU, the condition once per batch."""
     s, model, num, record = run.config.sampling, run.model, run.config.evaluation.sqnr_images, []
-    if num < 1:
-        raise ValueError(f"evaluation.sqnr_images is {num}; it must be at least 1")
     starts = range(0, num, s.batch_size)
     with tqdm(total=len(starts) * run.num_evaluations, desc="analyze: full-precision trajectories", unit="step") as bar:
         for start in starts:

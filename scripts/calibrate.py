@@ -50,6 +50,10 @@ def calibrate(run):
         if tuple(calibration.x.shape[1:]) != run.model.shape:
             raise ValueError(f"calibration samples are {tuple(calibration.x.shape[1:])}, {config.name} takes "
                              f"{run.model.shape}; make the set with this model")
+        if (calibration.cond is None) != (run.model.condition is None):
+            raise ValueError(f"calibration samples come {'without' if calibration.cond is None else 'with'} conditions, "
+                             f"{config.name} takes {'none' if run.model.condition is None else 'them'}; make the set "
+                             "with this model")
         calibration.save(path)
     print(f"calibrate: {len(calibration)} samples at {len(calibration.t.unique())} steps in {path}")
 
@@ -66,11 +70,11 @@ def collect(run):
         return middle_features(model, batches[0][:-1, :num], t, model.labels(c.seed, range(num)))
     pairs = BUILDERS[c.builder](num_steps, c.images, c.steps * c.images, torch.Generator().manual_seed(c.seed),
                                 features, **c.options)
-    cond = model.labels(c.seed, range(c.images))
+    cond, null = (each if each is None else each.cpu() for each in (model.labels(c.seed, range(c.images)),
+                                                                    model.null_label()))
     made = {"builder": c.builder, "model": run.config.name, "weights_hash": model.weights_hash,
             "calibration": vars(c), "sampling": vars(sampling)}
-    return pick(*record(run, c.start), pairs, cond=None if cond is None else cond.cpu(), null=model.null_label(),
-                made=made)
+    return pick(*record(run, c.start), pairs, cond=cond, null=null, made=made)
 
 
 def visited(run, start):

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.metrics import (MIN_IMAGES, bit_operations, distance_to_float, distribution_scores,  # noqa: E402
                                 paired_scores)
-from models.diffusion import sample  # noqa: E402
 from quant.analysis import step_sqnr  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
+from scripts.quantize import trajectory  # noqa: E402
 from scripts.run_folder import one_folder, open_run  # noqa: E402
 from scripts.sample import model_of, sample_folder  # noqa: E402
 
@@ -87,17 +87,8 @@ def scores_of(run, folder):
 
 def sqnr(run):
     """SQNR of eps along the full-precision trajectories of `evaluation.sqnr_images` images, batch by batch."""
-    s, num, quantized, cond = run.config.sampling, run.config.evaluation.sqnr_images, model_of(run, "simulated"), None
-
-    def record():
-        nonlocal cond
-        for start in range(0, num, s.batch_size):
-            images, seen = range(start, min(start + s.batch_size, num)), []
-            sample(run.model, run.model.eps, images, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta,
-                   seed=s.seed, callback=lambda step, t, x, eps, *_: seen.append((step, t, x, eps)))
-            cond = run.model.labels(s.seed, images)
-            yield from seen
-    return step_sqnr(record(), lambda x, t: quantized.eps(x, t, cond))
+    quantized = model_of(run, "simulated")
+    return step_sqnr(trajectory(run, run.config.evaluation.sqnr_images, run.config.sampling.seed), quantized.eps)
 
 
 if __name__ == "__main__":

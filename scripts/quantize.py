@@ -76,7 +76,7 @@ def quantize(run):
         print(write_map(run, net, graph))
         job = Job(model=model, net=net, calibration=calibration, graph=graph, resume_folder=run.path("resume/quantize"),
                   rules=run.config.all_rules, seed=run.config.seed, max_batch=run.config.max_batch,
-                  trajectory=partial(trajectory, run),
+                  memory_gb=run.config.memory_gb, trajectory=partial(trajectory, run),
                   log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.all_passes)

@@ -1,7 +1,9 @@
 """The run folder: its recipe, what is done in it, and how a stage refuses a folder that belongs to another recipe."""
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -124,7 +126,7 @@ class RunConfig:
     device: str = "auto"
     threads: int = 0                         # CPU threads; 0 = PyTorch's choice
     memory_gb: float = 4.0                   # captured activations held in memory; the rest spills to disk
-    max_batch: int = 256                     # samples that a pass takes through the network at once, at most
+    max_batch: int = 256                     # samples at most that a pass measures at once; learning: effort.batch_size
     force: bool = False                      # do a finished stage again
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -189,14 +191,18 @@ class Run:
         try:
             yield
         finally:                                                 # interrupted or not; only a kill goes uncounted
-            path = self.path("stages.jsonl")
-            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             spent = {"seconds": round(time.monotonic() - started, 2), **peak_memory()}
-            for earlier in (row for row in rows if row["stage"] == name and not self.config.force):
-                peaks = {key: max(value, spent.get(key, 0)) for key, value in earlier.items() if key.startswith("peak")}
-                spent |= peaks | {"seconds": round(spent["seconds"] + earlier["seconds"], 2)}
-            rows = [*(row for row in rows if row["stage"] != name), {"stage": name, **spent}]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            with alone(self.folder):
+                self.note(name, spent)
+
+    def note(self, name, spent):
+        path = self.path("stages.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for earlier in (row for row in rows if row["stage"] == name and not self.config.force):
+            peaks = {key: max(value, spent.get(key, 0)) for key, value in earlier.items() if key.startswith("peak")}
+            spent |= peaks | {"seconds": round(spent["seconds"] + earlier["seconds"], 2)}
+        rows = [*(row for row in rows if row["stage"] != name), {"stage": name, **spent}]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def begin(self):
         """Note versions and commit anew where numbers are made, as a run may be continued with later ones; drop what an
@@ -205,7 +211,7 @@ class Run:
         self.config.provenance = provenance(self.model, []) | files
         write_config(self)
         shutil.rmtree(self.path("samples"), ignore_errors=True)
-        for name in ("samples.npz", "metrics.json"):
+        for name in ("quantized.safetensors", "dynamic.safetensors", "samples.npz", "metrics.json"):
             self.path(name).unlink(missing_ok=True)
 
     def finish(self, name):
@@ -221,6 +227,18 @@ class Run:
         everything = asdict(self.config)
         return {k: everything[k] for k in keep} | {"passes": self.config.all_passes,
                                                    "weights_hash": self.model.weights_hash}
+
+
+@contextmanager
+def alone(folder):
+    """One process at a time: shards write to the same files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check(config):
@@ -347,7 +365,8 @@ def _reopen(saved, config):
 
 
 def write_config(run):
-    write_text(run.path("config.yaml"), OmegaConf.to_yaml(OmegaConf.create(asdict(run.config) | {"force": False})))
+    with alone(run.folder):
+        write_text(run.path("config.yaml"), OmegaConf.to_yaml(OmegaConf.create(asdict(run.config) | {"force": False})))
 
 
 def provenance(model, files):
@@ -357,7 +376,7 @@ def provenance(model, files):
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    packages = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity")
+    packages = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity", "torchmetrics")
     paths = [Path(file).resolve() for file in files]
     own = [str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path) for path in paths]
     return {"weights_hash": model.weights_hash, "commit": commit, "files": own,
@@ -369,7 +388,9 @@ def provenance(model, files):
 def peak_memory():
     """The most memory that this process held so far, in bytes: resident, and of the GPU where one was used."""
     peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}      # Linux counts KiB
-    return peak | ({"peak_cuda_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {})
+    if torch.cuda.is_initialized():
+        peak["peak_cuda_bytes"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return peak
 
 
 def split_arguments(arguments):

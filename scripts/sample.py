@@ -46,7 +46,10 @@ def draw(run, precision="simulated", shard="0/1"):
     s, folder = run.config.sampling, sample_folder(run, precision)
     paths = [folder / f"{i:06d}.png" for i in range(s.num)]
     archive = folder.with_name(folder.name + ".npz")
-    if run.config.force and part == 0:
+    if run.config.force and parts > 1:
+        raise ValueError("force=true would take images from the other shards; remove the folder "
+                         f"{folder} and draw without it")
+    if run.config.force:
         shutil.rmtree(folder, ignore_errors=True)
     starts = [k for k in range(0, s.num, s.batch_size)
               if k // s.batch_size % parts == part and not all(p.exists() for p in paths[k:k + s.batch_size])]

@@ -16,38 +16,38 @@ from quant.passes import run_passes
 from tiny import SHAPE, make_job, normal, rules
 
 torch.set_num_threads(1)
-RECORD = [(0, 900, normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1)), (1, 100, normal(4, 3, 2, 2, seed=2),
-                                                                    normal(4, 3, 2, 2, seed=3))]
+RECORD = [(0, 900, normal(4, 3, 2, 2), "cond", normal(4, 3, 2, 2, seed=1)),
+          (1, 100, normal(4, 3, 2, 2, seed=2), "cond", normal(4, 3, 2, 2, seed=3))]
 
 
 def test_relative_error_in_decibels():
-    exact = {float(t): eps for _, t, _, eps in RECORD}
+    exact = {float(t): eps for _, t, _, _, eps in RECORD}
     share = {900.0: 0.1, 100.0: 0.01}
-    rows = step_sqnr(RECORD, lambda x, t: exact[float(t[0])] * (1 + share[float(t[0])]))
+    rows = step_sqnr(RECORD, lambda x, t, cond: exact[float(t[0])] * (1 + share[float(t[0])]))
     assert [(row["step"], row["t"]) for row in rows] == [(0, 900), (1, 100)]
     assert [row["sqnr_db"] for row in rows] == pytest.approx([20, 40], abs=1e-3)
 
 
 def test_network_sees_the_recorded_x_and_a_step_for_each_image():
-    def network(x, t):
+    def network(x, t, cond):
         expected = next(row for row in RECORD if row[1] == float(t[0]))
-        assert torch.equal(x, expected[2]) and t.shape == (4,) and (t == t[0]).all()
+        assert torch.equal(x, expected[2]) and t.shape == (4,) and (t == t[0]).all() and cond == "cond"
         return torch.zeros_like(x)
     assert [row["sqnr_db"] for row in step_sqnr(RECORD, network)] == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_batches_of_a_step_add_up_and_a_learned_variance_does_not_count():
-    whole = step_sqnr(RECORD, lambda x, t: x)
-    halves = [(step, t, x[rows], torch.cat([eps[rows], 1e6 * eps[rows]], dim=1))
-              for rows in (slice(0, 1), slice(1, 4)) for step, t, x, eps in RECORD]
-    found = step_sqnr(halves, lambda x, t: torch.cat([x, 7 * x], dim=1))
+    whole = step_sqnr(RECORD, lambda x, t, cond: x)
+    halves = [(step, t, x[rows], cond, torch.cat([eps[rows], 1e6 * eps[rows]], dim=1))
+              for rows in (slice(0, 1), slice(1, 4)) for step, t, x, cond, eps in RECORD]
+    found = step_sqnr(halves, lambda x, t, cond: torch.cat([x, 7 * x], dim=1))
     assert [(row["step"], row["t"]) for row in found] == [(0, 900), (1, 100)]
     assert [row["sqnr_db"] for row in found] == pytest.approx([row["sqnr_db"] for row in whole])
 
 
 def test_no_error_is_a_large_number():
-    rows = step_sqnr(RECORD[:1], lambda x, t: RECORD[0][3])
-    power = RECORD[0][3].double().square().sum().log10()
+    rows = step_sqnr(RECORD[:1], lambda x, t, cond: RECORD[0][4])
+    power = RECORD[0][4].double().square().sum().log10()
     assert rows[0]["sqnr_db"] == pytest.approx(10 * (float(power) + 30))
 
 

@@ -189,8 +189,8 @@ def test_eps_comes_closer_to_the_full_precision_networks(corrected):
     assert [f["t"] for f in facts] == [0, 250, 500, 750] and all(f["mse_after"] < f["mse_before"] for f in facts)
     record, model = [], job.model.with_net(job.net)                       # the same images again, in one batch
     sample(job.model, job.model.eps, range(8), seed=5, **STEPS,
-           callback=lambda step, t, x, eps, *_: record.append((step, t, x, eps)))
-    for fact, (_, t, x, eps) in zip(facts, reversed(record)):
+           callback=lambda step, t, x, eps, *_: record.append((step, t, x, None, eps)))
+    for fact, (_, t, x, _, eps) in zip(facts, reversed(record)):
         times = torch.full((8,), float(t))
         assert float((model.eps(x, times) - eps).square().mean()) == pytest.approx(fact["mse_after"], rel=1e-3)
         assert float((job.net(x, times) - eps).square().mean()) == pytest.approx(fact["mse_before"], rel=1e-3)

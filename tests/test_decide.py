@@ -26,7 +26,7 @@ def test_points_that_stay_in_floating_point_get_no_rule(tiny_net, tmp_path):
 
 def test_every_point_gets_what_its_ranges_ask_for(tiny_net, tmp_path):
     """The decision, once more by hand from the definition, at thresholds that split the points."""
-    job = make_job(tiny_net, tmp_path, rules(4, 4), num=16, boundaries=BOUNDARIES)
+    job = make_job(tiny_net, tmp_path, [rules(4, 4)[0] | {"balance": True}], num=16, boundaries=BOUNDARIES)
     ranges = observe_ranges(tiny_net, by_segment(job, job.calibration))
     numbers = {point: describe(found.r_abs) for point, found in ranges.items()}
     limits = {f"{key}_above": float(torch.tensor([n[fact] for n in numbers.values()]).nanmedian())
@@ -43,6 +43,14 @@ def test_every_point_gets_what_its_ranges_ask_for(tiny_net, tmp_path):
             assert static[f"{point}.input_quantizer"] is not wanted["segments"]
             assert (layers[point].inverse_balance is not None) is wanted["balance"]
             assert len(layers[point].input_quantizer.scale) == (4 if wanted["segments"] else 1)
+
+
+def test_no_layer_is_balanced_that_the_rules_leave_alone(tiny_net, tmp_path):
+    wanted = [rules(4, 4)[0] | {"balance": True}, {"match": "mid*", "balance": False}]
+    job = make_job(tiny_net, tmp_path, wanted, num=16, boundaries=BOUNDARIES)
+    decide_by_ranges(job, balance_above=0.0)
+    balanced = {name: layer.inverse_balance is not None for name, layer in quant_layers(job.net).items()}
+    assert all(on is not name.startswith("mid") for name, on in balanced.items())
 
 
 def test_segments_are_observed_apart(tiny_net, tmp_path):
@@ -72,7 +80,7 @@ def test_without_static_points_nothing_changes(tiny_net, tmp_path):
     options = {"num": 16, "boundaries": BOUNDARIES}
     plain = quantized(tiny_net, tmp_path, [*rules(4, 4), {"balance": True}], passes=passes, **options)
     first = {"decide_by_ranges": {"segments_above": -1.0, "balance_above": -1.0}}
-    decided = quantized(tiny_net, tmp_path, rules(4, 4), passes=[first, *passes], **options)
+    decided = quantized(tiny_net, tmp_path, [*rules(4, 4), {"balance": True}], passes=[first, *passes], **options)
     x, t = normal(4, 3, 8, 8), torch.tensor([10.0, 300.0, 600.0, 900.0])
     assert torch.equal(plain(x, t), decided(x, t))
 

@@ -1,4 +1,5 @@
 """Scores with answers known beforehand, agreement with torch-fidelity, and one sentence for every bad folder."""
+import itertools
 import math
 
 import numpy as np
@@ -206,6 +207,22 @@ def test_ssim_of_equal_and_of_constant_images():
         ssim(a[..., :8, :8], a[..., :8, :8])
 
 
+def test_ssim_follows_its_formula_at_every_pixel_of_the_reflected_image():
+    a, b = (torch.randint(0, 256, (1, 3, 13, 16), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            for i in (0, 1))
+    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5 ** 2))
+    window = torch.outer(g, g) / g.sum() ** 2
+    x, y = (torch.nn.functional.pad(v.double(), (5, 5, 5, 5), mode="reflect")[0] for v in (a, b))
+    c1, c2, found = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for channel, i, j in itertools.product(range(3), range(13), range(16)):
+        u, v = (z[channel, i:i + 11, j:j + 11] for z in (x, y))
+        mu, nu = (window * u).sum(), (window * v).sum()
+        variances = (window * (u - mu) ** 2).sum() + (window * (v - nu) ** 2).sum()
+        covariance = (window * (u - mu) * (v - nu)).sum()
+        found.append((2 * mu * nu + c1) * (2 * covariance + c2) / ((mu ** 2 + nu ** 2 + c1) * (variances + c2)))
+    assert ssim(a, b).item() == pytest.approx(float(torch.stack(found).mean()), abs=1e-9)
+
+
 def test_lpips_is_zero_for_equal_images_and_follows_its_formula():
     a, b = (torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
             for i in (0, 1))
@@ -229,13 +246,14 @@ def test_bit_operations_by_hand():
     assert bit_operations(layers) == {"float": 15 * 1024, "quantized": 10 * 32 + 3 * 128 + 2 * 1024}
 
 
-def test_pairs_by_name(tmp_path):
+def test_pairs_by_name(tmp_path, monkeypatch):
     for folder, shift, num in (("a", 0, 4), ("b", 10, 3)):
         (tmp_path / folder).mkdir()
         for i in range(num):
             value = 100 + (shift if i else 0)
             Image.new("RGB", (16, 16), (value,) * 3).save(tmp_path / folder / f"{i}.png")
-    found = paired_scores(tmp_path / "a", tmp_path / "b", batch_size=2)
+    monkeypatch.setattr(metrics, "VALUES_AT_ONCE", 2 * 3 * 16 * 16)
+    found = paired_scores(tmp_path / "a", tmp_path / "b")
     assert found["psnr_db"] == pytest.approx(20 * math.log10(255 / 10)) and found["ssim"] < 1
     assert (found["count"], found["identical"], found["unpaired"]) == (3, 1, 1)
     assert found[LPIPS] is None                                        # its network takes 32x32

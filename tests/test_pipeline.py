@@ -173,6 +173,12 @@ def test_folder_of_another_recipe_is_refused(model, done):
         assert words[0].split("=")[0] in str(caught.value)
 
 
+def test_shards_do_not_draw_again_by_force(done):
+    with pytest.raises(ValueError, match="force=true would take images from the other shards"):
+        sample.run([str(done), "shard=0/2", "force=true"])
+    assert len(list((done / "samples").iterdir())) == 6
+
+
 def test_quantized_again_it_has_no_images_and_scores_of_before(model, done, tmp_path):
     out = tmp_path / "again"
     shutil.copytree(done, out)

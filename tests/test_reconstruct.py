@@ -92,6 +92,14 @@ def test_killed_run_continues_to_the_same_bytes(tiny_net, tmp_path, units):
     assert [{**f, "seconds": 0} for f in facts] == [{**f, "seconds": 0} for f in again]
 
 
+def test_a_unit_learned_upon_other_grids_is_learned_again(tiny_net, tmp_path):
+    """As if earlier passes had chosen otherwise when the run was continued."""
+    expected, _ = reconstructed(tiny_net, tmp_path / "new", rules(3, 8), SHORT)
+    reconstructed(tiny_net, tmp_path / "old", rules(4, 8), SHORT)
+    found, _ = reconstructed(tiny_net, tmp_path / "old", rules(3, 8), SHORT)
+    assert same(expected, found)
+
+
 def test_same_seed_same_bytes_and_another_seed_others(tiny_net, tmp_path):
     nets = [reconstructed(tiny_net, tmp_path / str(i), rules(3, 8), SHORT, seed=seed)[0]
             for i, seed in enumerate((0, 0, 1))]
@@ -116,8 +124,7 @@ def test_same_seed_same_rounding_variables(tiny_net, tmp_path, monkeypatch, opti
 
 
 def test_spilling_to_disk_changes_no_byte(tiny_net, tmp_path):
-    memory, disk = (reconstructed(tiny_net, tmp_path / str(gb), rules(4, 8), SHORT | {"memory_gb": gb})[0]
-                    for gb in (1, 0))
+    memory, disk = (reconstructed(tiny_net, tmp_path / str(gb), rules(4, 8), SHORT, memory_gb=gb)[0] for gb in (1, 0))
     assert same(memory, disk)
     assert {p.name for p in (tmp_path / "0").iterdir()} == {p.name for p in (tmp_path / "1").iterdir()}
 
