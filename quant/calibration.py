@@ -84,7 +84,7 @@ class CalibrationSet:
 
 
 def load_calibration(path):
-    """Read our safetensors file or the ecosystem's torch file {"xs", "ts"[, "cs"]}. Raises ValueError if it is
+    """Read our safetensors file or the ecosystem's torch file {"xs", "ts"[, "cs"[, "ucs"]]}. Raises ValueError if it is
     neither."""
     path = Path(path)
     if not path.is_file():
@@ -121,7 +121,22 @@ def _ecosystem_set(path):
             raise ValueError(f"{path} has {len(cond)} conditions in 'cs' and {sum(map(len, xs))} samples in 'xs'")
     made = {"file": path.name, "steps": len(xs)}
     trajectory = torch.cat([torch.arange(len(x)) for x in xs])
-    return CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, which, trajectory, made)
+    found = CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, which, trajectory, made)
+    if "ucs" not in content:
+        return found
+    null = torch.cat([torch.as_tensor(c) for c in content["ucs"]])
+    if cond is None or len(null) != len(cond):
+        raise ValueError(f"{path} has {len(null)} conditions in 'ucs', which needs as many in 'cs'; found "
+                         f"{0 if cond is None else len(cond)}")
+    return twice(found, null)
+
+
+def twice(samples, null):
+    """Every sample under its own condition and, again, under that of its row of `null`, as guidance wants it."""
+    images = int(samples.trajectory.max()) + 1
+    return replace(samples, x=samples.x.repeat(2, 1, 1, 1), t=samples.t.repeat(2), cond=torch.cat([samples.cond, null]),
+                   which=torch.arange(2 * len(null)),
+                   trajectory=torch.cat([samples.trajectory, samples.trajectory + images]))
 
 
 def pick(batches, t, pairs, *, cond=None, null=None, made):

@@ -54,6 +54,15 @@ class Mixed:
         return torch.where(torch.rand(a.shape, generator=self.generator) < DROPPED_INPUTS, b, a)
 
 
+def uniform_like(x, generator):
+    """Draws from [0, 1) of the shape of x: on the CPU by `generator`, elsewhere by one that it seeds, as millions of
+    numbers for each step would keep a GPU waiting."""
+    if x.device.type == "cpu":
+        return torch.rand(x.shape, generator=generator)
+    own = torch.Generator(x.device).manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+    return torch.rand(x.shape, generator=own, device=x.device)
+
+
 def mixed(quant_inputs, float_inputs, generator):
     """A unit's inputs for joint learning: its main input mixed elementwise, embedding and condition as they are in the
     quantized network."""
@@ -96,7 +105,7 @@ def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
     if layers:
         groups.insert(0, rounding_group(layers, s))
     for q in quantizers:
-        q.drop = lambda x: torch.rand(x.shape, generator=generator).to(x.device) < s["drop"]
+        q.drop = lambda x: uniform_like(x, generator) < s["drop"]
     try:
         if groups:
             optimise(unit, groups, s["weight_iters"],

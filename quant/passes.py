@@ -146,6 +146,10 @@ def named(entry):
     if isinstance(entry, dict) and len(entry) != 1:
         raise ValueError(f"pass entry {entry} must be one name with its options, for example {{fit_ranges: {{}}}}")
     (name, options), = entry.items() if isinstance(entry, dict) else ((entry, {}),)
+    if not isinstance(name, str) or not isinstance(options or {}, dict):
+        raise ValueError(f"pass entry {entry} must be a name, or one with a mapping of its options")
+    if not isinstance((options or {}).get("passes", []), list):
+        raise ValueError(f"passes of {name} must be a list; found {options['passes']}")
     return name, options or {}
 
 

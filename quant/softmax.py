@@ -15,7 +15,7 @@ def softmax_grid(job, *, num_samples=16):
 
     Facts: both errors and row_drift, the mean |sum of a row of A^ - 1|, of the grid that was chosen.
     """
-    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed).thinned(num_samples)
+    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed).thinned(job.batch(num_samples))
     facts, rules = [], []
     for name in self_attention_products(job.model.net):
         product = job.net.get_submodule(name)

@@ -10,7 +10,8 @@ and calibration.start. Started again it goes on.
 calibration.start says where trajectories begin: `normal`, in noise; `i2n`, in real images (calibration.data) diffused
 to the first step; `di2n`, in the model's own samples diffused to it. calibration.start_step=0.5 begins half way down
 the chain. At its noisy end the level abar, the share of the image, is 1.5e-10 (cosine, 4000 steps), 4.0e-5 (linear,
-1000 steps), 1.4e-4 (latent diffusion; church 6.7e-4), 4.7e-3 (Stable Diffusion): there the difference from `normal` is nil for most.
+1000 steps), 1.4e-4 (latent diffusion; church 6.7e-4), 4.7e-3 (Stable Diffusion): there the difference from
+`normal` is nil for most.
 """
 import hashlib
 import json
@@ -51,9 +52,9 @@ def calibrate(run):
             raise ValueError(f"calibration samples are {tuple(calibration.x.shape[1:])}, {config.name} takes "
                              f"{run.model.shape}; make the set with this model")
         if (calibration.cond is None) != (run.model.condition is None):
-            raise ValueError(f"calibration samples come {'without' if calibration.cond is None else 'with'} conditions, "
-                             f"{config.name} takes {'none' if run.model.condition is None else 'them'}; make the set "
-                             "with this model")
+            there, wanted = ("without", "with") if calibration.cond is None else ("with", "without")
+            raise ValueError(f"calibration samples come {there} conditions, {config.name} is a model {wanted}; make "
+                             "the set with this model")
         calibration.save(path)
     print(f"calibrate: {len(calibration)} samples at {len(calibration.t.unique())} steps in {path}")
 

@@ -19,8 +19,8 @@ def main(run):
         stop(2, f"error: {error.filename}: {error.strerror}; give another path")
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":           # torch's; scripts that need no torch do not import it
-            stop(2, f"error: {str(error).partition('. ')[0]}; lower sampling.batch_size, max_batch or effort.batch_size, "
-                    "or choose device=cpu")
+            stop(2, f"error: {str(error).partition('. ')[0]}; lower sampling.batch_size, max_batch or "
+                    "effort.batch_size, or choose device=cpu")
         if not disk_is_full(error):
             raise
         stop(2, "error: no space is left on the disk; free some and run the same command to continue")

@@ -1,7 +1,8 @@
 """Score the images of a run folder:  python scripts/evaluate.py RUN [evaluation.reference=FOLDER] [force=true]
 
 Writes RUN/metrics.json: distribution scores of quantized and full-precision images, the distance between both, PSNR,
-SSIM and LPIPS between images of the same seed, SQNR of eps at every step, sizes in bytes, bit operations, each with its protocol.
+SSIM and LPIPS between images of the same seed, SQNR of eps at every step, sizes in bytes, bit operations, each with its
+protocol.
 """
 import json
 import sys

@@ -2,6 +2,7 @@
 import fcntl
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import resource
@@ -250,6 +251,10 @@ def check(config):
     check_bits(config.bits.weight, "weight")
     check_bits(config.bits.input, "input")
     check_bits(config.bits.softmax, "input")
+    known = inspect.signature(make_schedule).parameters
+    for key in config.schedule:
+        if key not in known:
+            raise ValueError(unknown_word(f"schedule has no key '{key}'", key, known))
     boundaries(config)
     check_rules(config.all_rules)
     check_passes(config.all_passes)

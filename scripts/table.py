@@ -156,7 +156,8 @@ def assemble(rows):
 # ---- from rows to text
 
 def tables(rows):
-    """-> [(protocol, head, lines)], texts: a table for each protocol and, before one of several widths, its overview."""
+    """-> [(protocol, head, lines)], texts: a table for each protocol and, before one of several widths, an
+    overview."""
     parts = []
     for line in dict.fromkeys(row.protocol for row in rows):
         part = [row for row in rows if row.protocol == line]

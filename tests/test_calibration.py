@@ -231,6 +231,17 @@ def test_ecosystem_file(tmp_path, steps_as):
     assert found.trajectory.tolist() == [0, 1, 2, 3] * 3
 
 
+def test_ecosystem_file_for_guidance_has_every_sample_twice(tmp_path):
+    xs, cs, ucs = [normal(4, *SHAPE)], [torch.ones(4, 2)], [torch.zeros(4, 2)]
+    torch.save({"xs": xs, "ts": [torch.tensor(7)], "cs": cs, "ucs": ucs}, tmp_path / "set.pt")
+    found = load_calibration(tmp_path / "set.pt")
+    x, t, cond = found.arguments(slice(None))
+    assert torch.equal(x, torch.cat(xs * 2)) and t.tolist() == [7.0] * 8 and cond[:, 0].tolist() == [1] * 4 + [0] * 4
+    assert found.trajectory.tolist() == list(range(8))
+    torch.save({"xs": xs, "ts": [torch.tensor(7)], "ucs": ucs}, tmp_path / "set.pt")
+    assert_refused(tmp_path / "set.pt", "4 conditions in 'ucs', which needs as many in 'cs'; found 0")
+
+
 class Malice:
     """Touches a file when it is unpickled."""
 

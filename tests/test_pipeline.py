@@ -132,6 +132,11 @@ def test_stage_without_its_input_names_the_command(model, tmp_path):
     (["device=tpu9"], "device 'tpu9'"),
     (["calibration.steps=5"], "calibration.steps is 5, but the sampler has 4 steps"),
     (["calibration.builder=unifrom"], "did you mean 'uniform'"),
+    (["schedule.beta_strat=0.1"], "schedule has no key 'beta_strat'; did you mean 'beta_start'"),
+    (["passes=[3]"], "pass entry 3 must be a name"),
+    (["passes=[{fit_ranges: 3}]"], "must be a name, or one with a mapping of its options"),
+    (["passes=[{segment_models: {passes: 3}}]"], "passes of segment_models must be a list; found 3"),
+    (["max_batch=0"], "max_batch is 0; it must be at least 1"),
 ])
 def test_wrong_keys_and_values_get_one_sentence(model, tmp_path, words, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
