@@ -118,7 +118,7 @@ def read_run(folder):
     for name in ("map.json", "metrics.json", "passes.jsonl", "stages.jsonl"):
         run[name.split(".")[0]] = read_json(folder / name)
     metrics = run["metrics"] or {}
-    float_samples = metrics.get("float_samples") or (config.get("provenance") or {}).get("float_samples")
+    float_samples = metrics.get("float_samples")
     run["samples"] = sample_names(folder / "samples")
     run["float_path"] = folder / float_samples if float_samples else None
     run["float_samples"] = sample_names(run["float_path"]) if float_samples else []

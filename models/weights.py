@@ -230,15 +230,6 @@ def _some(names):
     return f"{len(names)} ({listed}{', ...' if len(names) > SHOWN else ''})"
 
 
-def sha256_of(path):
-    """Hexadecimal SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def state_hash(*nets):
     """Hexadecimal SHA-256 over names and bytes of the state dicts in their order: equal for equal weights."""
     digest = hashlib.sha256()

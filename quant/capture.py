@@ -153,16 +153,3 @@ def inputs_of(net, names, calibration, batch_size, *, whole=False):
             hook.remove()
     joined = {name: tuple(torch.cat(parts) for parts in zip(*calls)) for name, calls in found.items()}
     return joined if whole else {name: inputs[0] for name, inputs in joined.items()}
-
-
-@torch.no_grad()
-def capture_whole(net, unit, calibration, batch_size):
-    """Arguments and output of one unit from complete forward passes: what a stream must reproduce bit for bit."""
-    module, calls = dict(net.named_modules())[unit], []
-    hook = module.register_forward_hook(lambda _, arguments, out: calls.append((arguments, out)))
-    try:
-        for batch in calibration.batches(batch_size):
-            net(*batch)
-    finally:
-        hook.remove()
-    return [torch.cat(parts) for parts in zip(*(a for a, _ in calls))], torch.cat([out for _, out in calls])

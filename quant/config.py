@@ -63,7 +63,7 @@ def load(schema, files, overrides=()):
             content = read()
             config = OmegaConf.unsafe_merge(config, content)     # in place: both are ours alone
         except ConfigKeyError as error:
-            raise ValueError(_unknown_key(config, content, source, error)) from None
+            raise ValueError(_unknown_key(config, source, error)) from None
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{source}: key '{getattr(error, 'full_key', '') or '?'}': {reason}") from None
@@ -77,7 +77,7 @@ def load(schema, files, overrides=()):
         raise ValueError(f"{', '.join(map(str, files))}: {str(error).splitlines()[0]}") from None
 
 
-def _unknown_key(config, content, source, error):
+def _unknown_key(config, source, error):
     full = str(error.full_key or error.key)
     parent, _, word = full.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config

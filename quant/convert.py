@@ -16,13 +16,14 @@ from ddim.unet import Matmul
 from ldm.unet import Operand
 from quant.config import unknown_word
 from quant.layers import SWAP, QuantLayer, QuantMatmul, QuantOperand
-from quant.quantizer import GRIDS, Quantizer, QuantSpec
+from quant.quantizer import GRIDS, PER, Quantizer, QuantSpec
 from quant.ranges import RANGES
 from quant.timeline import Timeline
 
 ROLES = ("stem", "out", "temb", "emb_proj", "conv1", "conv2", "skip", "down", "up", "q", "k", "v", "qkv", "probs",
          "proj", "proj_in", "ff", "scale_shift")
 BY_NAME = ("scale_shift",)                 # roles that only rules which name them speak of
+FOREIGN = {"weight": ("grid", "group_size", "segment_bits", "static"), "input": ("per_segment",)}    # the other part's
 RULE_KEYS = ("match", "role", "kind", "weight", "input", "split", "balance")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
@@ -37,7 +38,6 @@ def check_bits(bits, what):
 
 def check_rules(rules):
     """Raises ValueError for an unknown key of a rule or of its specifications."""
-    known = [f.name for f in fields(QuantSpec)]
     for rule in rules:
         if not isinstance(rule, dict) or not all(isinstance(rule.get(p, {}), dict) for p in ("weight", "input")):
             raise ValueError(f"rule {rule} must be a mapping such as {{role: stem, weight: {{bits: 8}}}}")
@@ -49,9 +49,9 @@ def check_rules(rules):
                 if word not in words:
                     complaint = f"rule {dict(rule)} has an unknown {key} '{word}'"
                     raise ValueError(unknown_word(complaint, str(word), words))
-        for part in ("weight", "input"):
-            facts = rule.get(part, {})
-            for key, words in (("range", RANGES), ("grid", GRIDS)):
+        for part, foreign in FOREIGN.items():
+            facts, known = rule.get(part, {}), [f.name for f in fields(QuantSpec) if f.name not in foreign]
+            for key, words in (("range", RANGES), ("grid", GRIDS), ("per", PER)):
                 if facts.get(key, next(iter(words))) not in words:
                     raise ValueError(unknown_word(f"{key} '{facts[key]}' is unknown", facts[key], words))
             for key in facts:

@@ -38,6 +38,7 @@ class QuantSpec:
 
 
 GRIDS = ("uniform", "log2")
+PER = ("tensor", "channel", "group", "head")
 
 
 def log2_codes(x, bits):

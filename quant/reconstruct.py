@@ -151,8 +151,8 @@ def load_unit(module, path):
     another device or number of threads, sums round otherwise and earlier passes may choose otherwise."""
     layers, quantizers = quant_layers(module), input_quantizers(module)
     tensors, meta = load_tensors(path)
-    for name in (key.partition("|")[0] for key in tensors if key.endswith("|weight_int")):
-        before = {key.partition("|on.")[2]: value for key, value in tensors.items() if key.startswith(f"{name}|on.")}
+    for name in (key.removesuffix("|weight_int") for key in tensors if key.endswith("|weight_int")):
+        before = {key.rpartition("|on.")[2]: value for key, value in tensors.items() if key.startswith(f"{name}|on.")}
         now = {key: value.cpu() for key, value in stands_on(layers[name]).items()}
         if before.keys() != now.keys() or any(not torch.equal(before[key], now[key]) for key in now):
             return None
@@ -165,6 +165,6 @@ def load_unit(module, path):
             quantizers[name].scale.data.copy_(value)
         elif part.startswith("soft."):
             quantizers[name].soft_scale.get_parameter(part.removeprefix("soft.")).data.copy_(value)
-    for name in {key.partition("|")[0] for key in tensors if "|soft." in key}:
+    for name in {key.rpartition("|soft.")[0] for key in tensors if "|soft." in key}:
         quantizers[name].harden()              # others wait for the pass that learns them
     return meta["facts"]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from quant.capture import Store, Stream, answering, capture_whole
+from quant.capture import Store, Stream, answering
 from quant.graph import trace
-from tiny import EXAMPLE, Wired, normal, quantized, rules, samples
+from tiny import EXAMPLE, Wired, capture_whole, normal, quantized, rules, samples
 
 BATCH = 4                                                 # 10 samples: the last batch is smaller
 

@@ -12,12 +12,13 @@ from models.diffusion import load_model, sample
 from models.weights import PREFIXES
 from models.zoo import build_network
 from quant.calibration import load_calibration
-from quant.capture import Store, Stream, capture_whole
+from quant.capture import Store, Stream
 from quant.config import load
 from quant.graph import trace
 from scripts.quantize import plan
 from scripts.run_folder import RunConfig
 from test_pipeline import WORDS, everything, files
+from tiny import capture_whole
 
 DDCONFIG = {"z_channels": 3, "resolution": 16, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
 UNET = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,

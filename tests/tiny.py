@@ -73,3 +73,16 @@ class Wired(nn.Module):
         c = self.c(b * 2)
         d = self.d(a + c)
         return d + self.e(b)
+
+
+@torch.no_grad()
+def capture_whole(net, unit, calibration, batch_size):
+    """Arguments and output of one unit from complete forward passes: what a stream must reproduce bit for bit."""
+    module, calls = dict(net.named_modules())[unit], []
+    hook = module.register_forward_hook(lambda _, arguments, out: calls.append((arguments, out)))
+    try:
+        for batch in calibration.batches(batch_size):
+            net(*batch)
+    finally:
+        hook.remove()
+    return [torch.cat(parts) for parts in zip(*(a for a, _ in calls))], torch.cat([out for _, out in calls])
