@@ -33,11 +33,12 @@ def read_image(path, size=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def load_images(data, split="train", size=32):
+def load_images(data, split="train", size=32, choose=None):
     """-> images (N, 3, size, size) uint8, labels (N,) int64.
 
     `data` is a folder with `train`/`test` class folders, a folder of class folders or of images (labels then 0), or
     "cifar10" / "cifar10:FOLDER": torchvision's download, checked by its MD5. Labels number the sorted class folders.
+    `choose`, a function of how many there are, says which of them are wanted, by their indices; no others are read.
     """
     if str(data).split(":")[0] == "cifar10":
         from torchvision.datasets import CIFAR10             # takes seconds to import, and most have no use for it
@@ -47,10 +48,13 @@ def load_images(data, split="train", size=32):
         except (OSError, RuntimeError) as error:
             raise ValueError(f"CIFAR-10 could not be fetched into {root} ({error}); "
                              "give data=FOLDER with train/ and test/ class folders of images") from None
-        return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
+        rows = choose(len(source.data)) if choose else slice(None)
+        return (torch.from_numpy(source.data[rows]).permute(0, 3, 1, 2).contiguous(),
+                torch.tensor(source.targets)[rows])
     folder = Path(data)
     folder = folder / split if (folder / split).is_dir() else folder
     files = image_files(folder)
     classes = sorted({p.parent for p in files})
+    files = [files[i] for i in choose(len(files))] if choose else files
     images = torch.stack([read_image(p, size) for p in files])
     return images, torch.tensor([classes.index(p.parent) for p in files])

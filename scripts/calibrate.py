@@ -127,12 +127,13 @@ def pure_noise(run):
 
 def real_images(run):
     """I2N: image i is drawn from calibration.data by (seed, i); its class need not be the condition of trajectory i."""
-    c, model = run.config.calibration, run.model
+    c, model, whole = run.config.calibration, run.model, run.config.sampling.batch_size
     size = model.shape[-1] * (model.first_stage.downsampling if model.first_stage else 1)
-    images, _ = load_images(c.data, size=size)
+    wanted = range(-(-c.images // whole) * whole)          # trajectories run in whole batches
+    images, _ = load_images(c.data, size=size, choose=lambda count: [mix(c.seed + OWN, i) % count for i in wanted])
 
     def clean(batch):
-        return encode(model, images[[mix(c.seed + OWN, i) % len(images) for i in batch]])
+        return encode(model, images[batch.start:batch.stop])
     return {"data": hashlib.sha256(images.numpy()).hexdigest()}, clean
 
 

@@ -31,6 +31,14 @@ def test_plain_folder_has_label_zero_and_ignores_other_files(tmp_path):
     assert images[0, 0, 0, 0] == 5 and labels.tolist() == [0]
 
 
+def test_only_the_chosen_images_are_read(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"{i}.png", i)
+    (tmp_path / "3.png").write_bytes(b"no image")
+    images, labels = load_images(tmp_path, choose=lambda count: [count - 2, 0, 0])
+    assert images[:, 0, 0, 0].tolist() == [2, 0, 0] and labels.tolist() == [0, 0, 0]
+
+
 def test_other_sizes_are_cropped_to_the_central_square_and_resized(tmp_path):
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 20:60] = 200                                # the central square
