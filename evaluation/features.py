@@ -13,7 +13,7 @@ from torch_fidelity.registry import register_feature_extractor
 
 from evaluation.classifier import build_classifier
 from models.data import read_image
-from quant.files import load_tensors
+from quant.files import load_tensors, save_tensors
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier.safetensors"
 INCEPTION_SHA256 = "6726825d"               # first digits, as in the name of the file
@@ -161,6 +161,28 @@ def extract_all(net, name, source, **how):
         spatial.append(maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu())
         return features
     return extract(seen, source, **how) | {"spatial": torch.cat(spatial)}
+
+
+def extract_once(folder, net, name, weights_path, source, *, device="cpu", **how):
+    """extract_all of images that many runs are scored against, kept in `folder` as features-KEY.safetensors. The key is
+    a hash of the extractor, of the kind of device, and of a tensor's bytes or the files' names, sizes and times of
+    change. Without a folder nothing is kept."""
+    if not folder:
+        return extract_all(net, name, source, device=device, **how)
+    key = hashlib.sha256(f"{name} {sha256(weights_path)} {torch.device(device).type}\n".encode())
+    if torch.is_tensor(source):
+        key.update(source.contiguous().numpy())
+    else:
+        for file in source:
+            facts = file.stat()
+            key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    path = Path(folder) / f"features-{key.hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        found = extract_all(net, name, source, device=device, **how)
+        tensors = {kind: value for kind, value in found.items() if torch.is_tensor(value)}
+        save_tensors(path, tensors, {kind: value for kind, value in found.items() if kind not in tensors})
+    tensors, facts = load_tensors(path)
+    return tensors | facts
 
 
 EXTRACTORS = {"inception": (FeatureExtractorInceptionV3, ("2048", "logits_unbiased")),

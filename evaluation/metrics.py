@@ -16,7 +16,7 @@ from torch_fidelity.version import __version__ as fidelity_version
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from evaluation.classifier import MEAN, STD
-from evaluation.features import WEIGHTS, build_extractor, choose_extractor, extract_all, load_classifier, sha256
+from evaluation.features import WEIGHTS, build_extractor, choose_extractor, extract_once, load_classifier, sha256
 from evaluation.reference import STATISTICS, frechet_distance, read_statistics, statistics_of
 from models.data import image_files, load_images, read_image
 
@@ -32,6 +32,8 @@ def distribution_scores(samples_dir, *, count=None,
                         inception_path="",         # file of the Inception weights; "" = torch hub's cache
                         fetch=False,               # may the Inception weights be downloaded?
                         reference="",              # image folder | cifar10-train[:FOLDER] | "" = shipped statistics
+                        kept="",                   # folder where features of the reference stay for the next call
+                        keep_samples=False,        # and those of the samples
                         batch_size=256, device="cpu"):
     """-> {"scores": {name: number}, "protocol": {...}, "features": (N, D) pooled ones} of the images in a folder, or
     the first `count` of them."""
@@ -49,8 +51,11 @@ def distribution_scores(samples_dir, *, count=None,
                 f"{width}x{height}; fetch the weights with evaluation.fetch=true or name them with "
                 "evaluation.inception_path=FILE"}}
     net = build_extractor(name, weights_path, device)
-    samples = extract_all(net, name, files, batch_size=batch_size, device=device)
-    real, statistics, described = _reference(net, name, reference, samples["size"], batch_size, device)
+
+    def features_of(source, folder=kept):
+        return extract_once(folder, net, name, weights_path, source, batch_size=batch_size, device=device)
+    samples = features_of(files, kept if keep_samples else "")
+    real, statistics, described = _reference(name, reference, samples["size"], features_of)
     scores, left_out, kid_subset_size = _scores(samples, real, statistics)
     protocol = {"count": len(files), "image_size": samples["size"],
                 "image_format": "+".join(sorted({path.suffix.lower()[1:] for path in files})),
@@ -79,7 +84,7 @@ def _named(score, extractor):
     return f"{score}-{extractor}{dash}{std}"
 
 
-def _reference(net, name, reference, size, batch_size, device):
+def _reference(name, reference, size, features_of):
     """-> pooled features of the reference or None, its statistics by feature, what the protocol says of it."""
     if not reference and name != "cifar-resnet":
         return None, {}, {"reference": None, "reference_count": 0, "reference_sha256": None}
@@ -95,7 +100,7 @@ def _reference(net, name, reference, size, batch_size, device):
     else:
         folder = Path(reference)
         source = image_files(folder / "train" if (folder / "train").is_dir() else folder)
-    real = extract_all(net, name, source, batch_size=batch_size, device=device)
+    real = features_of(source)
     if real["size"] != size:
         raise ValueError(f"samples are {size} but the reference {reference} is {real['size']}; prepare the reference "
                          "the way the training images were")

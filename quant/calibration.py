@@ -106,7 +106,10 @@ def _ecosystem_set(path):
                          "it was run") from None
     if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
         raise ValueError(f"{path} must hold a dict with 'xs' and 'ts' (lists over sampling steps)")
-    xs, ts = ([torch.as_tensor(step) for step in content[key]] for key in ("xs", "ts"))
+    xs, ts, cs, ucs = (_entries(path, key, content[key]) if key in content else [] for key in ("xs", "ts", "cs", "ucs"))
+    if not xs or xs[0].dim() != 4:
+        raise ValueError(f"{path} must hold images (samples, channels, height, width) in every entry of 'xs'; found "
+                         f"{tuple(xs[0].shape) if xs else 'no entry'}")
     if len(xs) != len(ts):
         raise ValueError(f"{path} has {len(xs)} steps in 'xs' and {len(ts)} in 'ts'")
     t = [step.reshape(-1).expand(len(x)) if step.numel() == 1 else step for x, step in zip(xs, ts)]
@@ -114,21 +117,33 @@ def _ecosystem_set(path):
         if len(x) != len(steps):
             raise ValueError(f"{path} has {len(x)} samples in an entry of 'xs' and {len(steps)} steps in that of 'ts'")
     cond = which = None
-    if "cs" in content:
-        cond = torch.cat([torch.as_tensor(c) for c in content["cs"]])
+    if cs:
+        cond = torch.cat(cs)
         which = torch.arange(len(cond))
         if len(cond) != sum(map(len, xs)):
             raise ValueError(f"{path} has {len(cond)} conditions in 'cs' and {sum(map(len, xs))} samples in 'xs'")
     made = {"file": path.name, "steps": len(xs)}
     trajectory = torch.cat([torch.arange(len(x)) for x in xs])
     found = CalibrationSet(torch.cat(xs).float(), torch.cat(t).float(), cond, which, trajectory, made)
-    if "ucs" not in content:
+    if not ucs:
         return found
-    null = torch.cat([torch.as_tensor(c) for c in content["ucs"]])
+    null = torch.cat(ucs)
     if cond is None or len(null) != len(cond):
         raise ValueError(f"{path} has {len(null)} conditions in 'ucs', which needs as many in 'cs'; found "
                          f"{0 if cond is None else len(cond)}")
     return twice(found, null)
+
+
+def _entries(path, key, value):
+    """A list of the ecosystem's file: tensors that differ in the number of samples alone; times may be single ones."""
+    try:
+        entries = [torch.as_tensor(entry) for entry in value]
+        if entries and key != "ts":
+            torch.cat(entries)
+        return entries
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{path} must hold a list over sampling steps in '{key}', of tensors that differ in their "
+                         "number of samples alone") from None
 
 
 def twice(samples, null):

@@ -25,12 +25,12 @@ from tqdm import tqdm  # noqa: E402
 
 from ddim.sampler import batch_of  # noqa: E402
 from evaluation.plots import error_map, range_map, range_surface  # noqa: E402
-from models.diffusion import sample  # noqa: E402
 from models.zoo import build_network  # noqa: E402
 from quant.analysis import Ranges, decide, describe, layer_errors, observe_ranges  # noqa: E402
 from quant.checkpoint import load_quantized  # noqa: E402
 from quant.files import load_tensors, save_tensors, write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
+from scripts.quantize import trajectory  # noqa: E402
 from scripts.run_folder import one_folder, open_run  # noqa: E402
 
 NUM_DRAWN = 8                              # points with pictures of their own
@@ -65,7 +65,7 @@ def analyze(run, points="*"):
 
 def measure(run):
     """Write ranges and errors of layers; returns the facts of each point."""
-    record = trajectories(run)
+    record = recorded(run)
     t = {step: t for step, t, _, _ in record}
     ranges = observe_ranges(run.model.net, batches(run, record, "ranges"))
     tensors = {f"{point}.{kind}": value for point, found in ranges.items() for kind, value in vars(found).items()}
@@ -83,22 +83,13 @@ def measure(run):
     return facts
 
 
-def trajectories(run):
+def recorded(run):
     """Full-precision trajectories of `evaluation.sqnr_images` images -> [(step, t, x, cond)], a batch of images after
     the other; x is kept on the CPU, the condition once per batch."""
-    s, model, num, record = run.config.sampling, run.model, run.config.evaluation.sqnr_images, []
-    starts = range(0, num, s.batch_size)
-    with tqdm(total=len(starts) * run.num_evaluations, desc="analyze: full-precision trajectories", unit="step") as bar:
-        for start in starts:
-            images = range(start, min(start + s.batch_size, num))
-            cond = model.labels(s.seed, images)
-
-            def note(step, t, x, *_):
-                record.append((step, t, x.cpu(), cond))
-                bar.update()
-            sample(model, model.eps, images, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta, seed=s.seed,
-                   callback=note)
-    return record
+    s, num = run.config.sampling, run.config.evaluation.sqnr_images
+    seen = tqdm(trajectory(run, num, s.seed), desc="analyze: full-precision trajectories", unit="step",
+                total=-(-num // s.batch_size) * run.num_evaluations)
+    return [(step, t, x.cpu(), cond) for step, t, x, cond, _ in seen]
 
 
 def batches(run, record, what):

@@ -80,7 +80,8 @@ def scores_of(run, folder):
         return {"scores": {}, "protocol": {"count": num, "left_out": reason}}
     # A folder may hold more: full-precision images are shared with runs that asked for more of them.
     found = distribution_scores(folder, count=num, extractor=e.extractor, inception_path=e.inception_path,
-                                fetch=e.fetch, reference=e.reference, device=run.model.device)
+                                fetch=e.fetch, reference=e.reference, device=run.model.device,
+                                kept=run.folder.parent, keep_samples=folder.parent == run.folder.parent)
     if not found["scores"]:
         print(f"evaluate: {found['protocol']['left_out']}; PSNR, SSIM and SQNR only")
     return found

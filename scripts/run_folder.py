@@ -252,9 +252,12 @@ def check(config):
     check_bits(config.bits.input, "input")
     check_bits(config.bits.softmax, "input")
     known = inspect.signature(make_schedule).parameters
-    for key in config.schedule:
+    for key, value in config.schedule.items():
         if key not in known:
             raise ValueError(unknown_word(f"schedule has no key '{key}'", key, known))
+        kind = type(known[key].default)
+        if kind in (int, float) and (type(value) not in (int, kind) or value <= 0):
+            raise ValueError(f"schedule.{key} is {value}; it must be a {'whole ' * (kind is int)}number above 0")
     boundaries(config)
     check_rules(config.all_rules)
     check_passes(config.all_passes)

@@ -282,8 +282,14 @@ def test_truncated_file_is_refused_in_one_sentence(tmp_path, suffix, size):
 @pytest.mark.parametrize("content, complaint", [
     ([1, 2], "must hold a dict with 'xs' and 'ts'"),
     ({"xs": [torch.ones(1)]}, "must hold a dict with 'xs' and 'ts'"),
-    ({"xs": [torch.ones(2, 3)], "ts": [torch.tensor(1), torch.tensor(2)]}, "1 steps in 'xs' and 2 in 'ts'"),
-    ({"xs": [torch.ones(2, 3)], "ts": [torch.tensor([1, 2, 3])]}, "2 samples .* 3 steps"),
+    ({"xs": [torch.ones(2, 3, 4, 4)], "ts": [torch.tensor(1), torch.tensor(2)]}, "1 steps in 'xs' and 2 in 'ts'"),
+    ({"xs": [torch.ones(2, 3, 4, 4)], "ts": [torch.tensor([1, 2, 3])]}, "2 samples .* 3 steps"),
+    ({"xs": [torch.ones(2, 3)], "ts": [1]}, r"in every entry of 'xs'; found \(2, 3\)"),
+    ({"xs": [], "ts": []}, "in every entry of 'xs'; found no entry"),
+    ({"xs": 3, "ts": [1]}, "a list over sampling steps in 'xs'"),
+    ({"xs": [torch.ones(1, 3, 4, 4), torch.ones(1, 3, 8, 8)], "ts": [1, 2]}, "a list over sampling steps in 'xs'"),
+    ({"xs": [torch.ones(1, 3, 4, 4)], "ts": ["late"]}, "a list over sampling steps in 'ts'"),
+    ({"xs": [torch.ones(1, 3, 4, 4)], "ts": [1], "cs": [{"c": 1}]}, "a list over sampling steps in 'cs'"),
 ])
 def test_torch_file_of_something_else(tmp_path, content, complaint):
     torch.save(content, tmp_path / "set.pt")

@@ -9,7 +9,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from evaluation import features
 from evaluation.features import (INCEPTION_NAMES, WEIGHTS, CifarResnet, build_extractor, choose_extractor, extract,
-                                 find_inception, load_classifier)
+                                 extract_all, extract_once, find_inception, load_classifier)
 
 
 @pytest.fixture
@@ -40,6 +40,28 @@ def test_extract_from_files_equals_extract_from_a_tensor(tmp_path):
     files = extract(net, sorted(tmp_path.glob("*.png")), batch_size=3)
     torch.testing.assert_close(files["pooled"], whole["pooled"])
     assert files["sha256"] == whole["sha256"] and files["size"] == "32x32"
+
+
+@pytest.mark.parametrize("as_files", [True, False])
+def test_what_is_kept_is_extracted_once_for_the_same_images(tmp_path, monkeypatch, as_files):
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    source = sorted(tmp_path.glob("*.png")) if as_files else images
+    net = build_extractor("cifar-resnet", WEIGHTS)
+    wanted, calls = extract_all(net, "cifar-resnet", source), []
+    monkeypatch.setattr(features, "extract_all", lambda *a, **k: calls.append(1) or extract_all(*a, **k))
+    for _ in range(2):
+        found = extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)
+        assert found.keys() == wanted.keys() and len(calls) == 1
+        assert all(torch.equal(found[key], wanted[key]) for key in ("pooled", "logits", "spatial"))
+        assert (found["size"], found["sha256"]) == (wanted["size"], wanted["sha256"])
+    extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source[:4])            # others
+    if as_files:
+        Image.new("RGB", (32, 32)).save(source[0])                                       # the same name, another image
+        assert extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)["sha256"] != wanted["sha256"]
+    extract_once("", net, "cifar-resnet", WEIGHTS, source)                               # not kept
+    assert len(calls) == 3 + as_files and len(list((tmp_path / "kept").iterdir())) == 2 + as_files
 
 
 def test_other_and_mixed_sizes_are_refused(tmp_path):

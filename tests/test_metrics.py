@@ -58,6 +58,14 @@ def test_equal_folders(folders):
     assert found["protocol"]["samples_sha256"] == found["protocol"]["reference_sha256"]
 
 
+def test_scores_from_kept_features_are_the_same(folders, tmp_path):
+    def scores(**kept):
+        return distribution_scores(folders[0], extractor="cifar-resnet", reference=str(folders[1]), **kept)["scores"]
+    wanted = scores()
+    assert all(scores(kept=tmp_path, keep_samples=both) == wanted for both in (False, True, True))
+    assert len(list(tmp_path.glob("features-*.safetensors"))) == 2
+
+
 def test_the_distance_to_float_is_that_to_its_images_as_a_reference(folders):
     quantized, full = (distribution_scores(folder, extractor="cifar-resnet") for folder in folders)
     wanted = distribution_scores(folders[0], extractor="cifar-resnet", reference=str(folders[1]))["scores"]
