@@ -3,13 +3,17 @@
     x_q = sum_g sigma[t, g] * s_g * Phi(x / s_g),   sigma[t] = softmax(logits[t]),   loss + lambda * H(sigma)
 
 Phi rounds and clips. For the first half of the learning x_q is this mixture; then step t takes the scale of its most
-probable group, and the scales are tuned as they will run. With `axis: channel` every step has its own groups and
-assigns its channels to them, as the released code does. The steps a batch is taken from may be chosen actively:
+probable group, and the scales are tuned as they will run. The steps a batch is taken from may be chosen actively:
 quant/learn.py.
+
+With `axis: channel`, as in the released code, every step has its own groups and assigns its channels c to them,
+
+    x_q[c] = sum_g sigma[t, c, g] * s[t, g] * Phi(x[c] / s[t, g]),   sigma[t, c] = softmax(logits[t, c]).
 """
 import torch
 from torch import nn
 
+from quant.convert import input_quantizers
 from quant.soft import SoftScale, attach
 
 SHARPNESS = 2.0                            # a group's initial logit one gap between groups away is lower by this
@@ -69,12 +73,20 @@ class GroupedScale(SoftScale):
 
 def group_scales(job, *, groups=8, axis="timestep", entropy_weight=0.8):
     """The pass: replace every fitted table by `groups` shared scales with soft assignments, which the reconstruction
-    that follows learns and hardens. Axis "channel" wants `per: channel` inputs."""
+    that follows learns and hardens.
+
+    Raises ValueError before fit_ranges, for more groups than time segments on axis "timestep", and on axis "channel"
+    for inputs with one scale for all channels."""
     if axis not in ("timestep", "channel"):
         raise ValueError(f"axis '{axis}' is unknown; choose timestep or channel")
     if axis == "timestep" and not 1 <= groups <= job.net.timeline.num_segments:
         raise ValueError(f"{groups} groups of time segments asked for, there are {job.net.timeline.num_segments}; "
                          "choose at most that many")
     job.need_ranges("group_scales")
+    if axis == "channel":
+        single = [name for name, q in input_quantizers(job.net).items() if q.scale.shape[1] == 1 and not q.spec.static]
+        if single:
+            raise ValueError(f"group_scales puts channels into groups, but {single[0]} has one scale for all of them; "
+                             "give the inputs of its rule per: channel, or choose axis: timestep")
     count = attach(job.net, lambda q: GroupedScale(q.scale.detach(), groups, axis, entropy_weight))
     return [{"pass": "group_scales", "inputs": count, "groups": groups}]

@@ -204,8 +204,9 @@ def steps_asked(num_steps, num_images, num_samples):
 
 
 def segments(num_steps, num_images, num_samples, rng, features, *, first=0.0, last=1.0, stride=2):
-    """The multi-model set: every `stride`-th step between the fractions `first` and `last` of the S steps (0 is the
-    noisy end), the same images at each; at most N samples. Raises ValueError if that leaves nothing."""
+    """The multi-model set (repository yeefei13/T-diffusion): every `stride`-th step between the fractions `first` and
+    `last` of the S steps (0 is the noisy end), the same images at each; at most N samples. Raises ValueError if that
+    leaves nothing."""
     steps = torch.arange(num_steps)[round(first * num_steps):round(last * num_steps):stride]
     if not 1 <= len(steps) <= num_samples:
         raise ValueError(f"a segment from {first} to {last} with stride {stride} has {len(steps)} of {num_steps} steps "

@@ -210,7 +210,7 @@ class QuantMatmul(nn.Module):
 
 class QuantOperand(nn.Module):
     """An activation (N, C) on its grid, (q_x - z_x) * s_x; where it has parts, each has its own s_x and z_x. Scale and
-    shift enter norm(h) * (1 + scale) + shift so."""
+    shift enter norm(h) * (1 + scale) + shift so (split embedding, repository iszry/HKU_2023_Summer_Research)."""
 
     def __init__(self, operand, spec, timeline, split):
         super().__init__()

@@ -79,7 +79,7 @@ def learn_rounding(unit, layers, inputs, target, generator, s):
     """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct. No scale is learned here whose
     doubts could choose batches actively."""
     begin_rounding(unit, layers, inputs, target, generator, s)
-    s = s | {"active": 0.0}
+    s = s | {"active": 0.0, "visit_cost": 0.0}
     groups = [rounding_group(layers, s)]
     optimise(unit, groups, s["weight_iters"], lambda done: rounding_penalty(layers, done, s),
              inputs, target, generator, s, s["weight_norm"])
@@ -211,13 +211,15 @@ def comparable(module):
 
 
 def draw_rows(unit, target, generator, s):
-    """Samples of one batch: any; or `active`, all of the time segment that is undecided or seldom visited most,
-    argmax_t entropy(t) + active / (visits(t) + 1)                  (APQ-DM, active timestep selection)."""
-    if not s["active"]:
+    """Samples of one batch: any; or, with `active` or `visit_cost`, all of the time segment that is undecided or seldom
+    visited most (APQ-DM, active timestep selection: the paper's second term, its released code's third),
+    argmax_t entropy(t) + active / (visits(t) + 1) - visit_cost visits(t)."""
+    if not (s["active"] or s["visit_cost"]):
         return torch.randint(len(target), (s["batch_size"],), generator=generator)
     soft = [q.soft_scale for q in input_quantizers(unit.module).values() if q.soft_scale is not None]
     visits = unit.visits
-    score = s["active"] / (visits + 1) + sum(m.entropy().detach().cpu() for m in soft) / max(len(soft), 1)
+    score = sum(m.entropy().detach().cpu() for m in soft) / max(len(soft), 1)
+    score = score + s["active"] / (visits + 1) - s["visit_cost"] * visits
     score[torch.bincount(unit.segments, minlength=len(score)) == 0] = -torch.inf     # no sample lies there
     segment = int(score.argmax())
     visits[segment] += 1

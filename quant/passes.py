@@ -194,12 +194,19 @@ def check_passes(passes, *, importing=False):
     return checked
 
 
+# What the pass of the second name measured when the network was finished -> the passes that may still follow.
+FINISHED = {"correction": ("correct_noise", ["correct_noise"]),
+            "bypass": ("bypass_input", ["bypass_input", "finetune", "correct_noise"])}
+
+
 def run_passes(job, passes):
     """Run them in order, then harden what is still soft; returns all facts. Each has a resume folder of its own."""
     facts, write, folder = [], job.note, job.resume_folder
     for i, (name, options) in enumerate(check_passes(passes, importing=True)):
-        if getattr(job.net, "correction", None) is not None and name != "correct_noise":
-            raise ValueError(f"correct_noise measured the finished network, which {name} would change; list it last")
+        for module, (measured, may_follow) in FINISHED.items():
+            if getattr(job.net, module, None) is not None and name not in may_follow:
+                raise ValueError(f"{measured} measured the finished network, which {name} would change; list it "
+                                 f"before {measured}")
         job.note, job.resume_folder = lambda new: write(facts + new), folder / f"{i}_{name}"
         facts += find_pass(name)(job, **options)
         write(facts)

@@ -42,8 +42,9 @@ PER = ("tensor", "channel", "group", "head")
 
 
 def log2_codes(x, bits):
-    """Powers of two as integers: round(-log2 x) = q in 0..2^b-2 gives 2^(LOG2_TOP - q), what lies below gives 0; times
-    the scale 2^-LOG2_TOP that is 2^-q. Gradients pass straight through. x in [0, 1]."""
+    """Powers of two as integers: round(-log2 x) = q in 0..min(2^b-2, LOG2_TOP) gives 2^(LOG2_TOP - q), what lies below
+    gives 0; times the scale 2^-LOG2_TOP that is 2^-q. So more than 4 bits have no more codes, which end at 6e-5.
+    Gradients pass straight through. x in [0, 1]."""
     ratio = x * 2.0 ** LOG2_TOP
     q = (-x.detach().log2()).round().clamp(min=0)              # inf for 0
     last = min(2 ** bits - 2, LOG2_TOP)

@@ -25,7 +25,7 @@ ERROR_ROWS = 256                           # samples on which the error before a
 def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
                 soft_lr=1e-4, weight_cosine=False, round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0,
                 weight_norm=2.0, input_norm=2.4, joint=False, drop=0.5, layer_weight=0.0, saliency=0.0, smooth=0.0,
-                active=0.0, gptq=False, bfloat16=False):
+                active=0.0, visit_cost=0.0, gptq=False, bfloat16=False):
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `bfloat16` computes the steps under
     autocast. Captured activations beyond `job.memory_gb` spill to disk.
 
@@ -35,8 +35,8 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     weight.
     `layer_weight` adds the error of a block's inner layers. `saliency` in [0, 1] is the share of the error's weights
     that follows received attention (quant/attention.py). `smooth` holds the scales of neighbouring time segments
-    together. `active` > 0 takes the batches from the segment that needs them most (quant/learn.py). `soft_lr` is the
-    rate of what gives scales while they are learned (quant/tdq.py, quant/apq.py).
+    together. `active` or `visit_cost` > 0 takes the batches from the segment that needs them most (quant/learn.py).
+    `soft_lr` is the rate of what gives scales while they are learned (quant/tdq.py, quant/apq.py).
 
     Each finished unit is saved in `job.resume_folder`; a run that is killed and started again ends in the same bytes.
     Returns one fact per unit and stage: error before and after (relative to the mean square of the target), seconds.

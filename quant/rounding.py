@@ -1,4 +1,9 @@
-"""AdaRound: learned rounding of a weight (Nagel et al. 2020, arXiv:2004.10568, Eq. 22 to 24)."""
+"""AdaRound: learned rounding of a weight (Nagel et al. 2020, arXiv:2004.10568, Eq. 22 to 24),
+
+    W_q = s clamp(floor(W / s) + h(alpha), low, high),   h(alpha) = clamp(1.2 sigmoid(alpha) - 0.1, 0, 1)
+
+in codes from which the zero point has been taken; learned with lambda sum(1 - |2h - 1|^beta), which drives h to 0 or 1.
+"""
 import torch
 from torch import nn
 

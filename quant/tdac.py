@@ -29,15 +29,17 @@ def middle_features(model, x, t, cond=None):
     return torch.stack(seen)
 
 
-def tdac(num_steps, num_images, num_samples, rng, features, *, lamda=1.2, radius=3.0):
+def tdac(num_steps, num_images, num_samples, rng, features, *, lamda=1.2, radius=3.0, least=0):
     """A calibration builder (see quant/calibration.py): each image at one step, the images in turn. Weight of a step =
     density + `lamda` * variety, both rescaled to [0, 1]. As released: `lamda` 1.2 and `radius` 3.0 for CIFAR-10 and
-    ImageNet, 1.0 and 0.3 for LSUN, 5.0 and 0.3 for COCO."""
-    if lamda < 0:
-        raise ValueError(f"lamda of builder 'tdac' is {lamda}; it must not be negative")
+    ImageNet, 1.0 and 0.3 for LSUN, 5.0 and 0.3 for COCO. Every step has `least` samples before the others are shared
+    out: scales of every step (segments: per_step) need one."""
+    if lamda < 0 or not 0 <= least * num_steps <= num_samples:
+        raise ValueError(f"builder 'tdac' has lamda {lamda} and least {least}; lamda must not be negative, least 0 to "
+                         f"{num_samples // num_steps} ({num_samples} samples, {num_steps} steps)")
     found = features()
     weight = rescaled(density(found, radius)) + lamda * rescaled(variety(found))
-    step = torch.arange(num_steps).repeat_interleave(apportion(weight, num_samples))
+    step = torch.arange(num_steps).repeat_interleave(apportion(weight, num_samples - least * num_steps) + least)
     return step[torch.randperm(num_samples, generator=rng)], torch.arange(num_samples) % num_images
 
 

@@ -126,7 +126,8 @@ def pure_noise(run):
 
 
 def real_images(run):
-    """I2N: image i is drawn from calibration.data by (seed, i); its class need not be the condition of trajectory i."""
+    """I2N (repository iszry/HKU_2023_Summer_Research): image i is drawn from calibration.data by (seed, i); its class
+    need not be the condition of trajectory i."""
     c, model, whole = run.config.calibration, run.model, run.config.sampling.batch_size
     size = model.shape[-1] * (model.first_stage.downsampling if model.first_stage else 1)
     wanted = range(-(-c.images // whole) * whole)          # trajectories run in whole batches
@@ -138,8 +139,8 @@ def real_images(run):
 
 
 def own_images(run):
-    """DI2N: image i of the model's own sampler (that of the publication is DDIM) under the condition of trajectory i.
-    The released code takes the state after the second step instead, which is still noise."""
+    """DI2N (the same repository): image i of the model's own sampler (its README has DDIM) under the condition of
+    trajectory i. The released code takes the state after the second step instead, which is still noise."""
     batches, _ = record(run, "normal")
     return {}, lambda batch: batches[batch.start // len(batch)][-1].to(run.model.device)
 

@@ -1,6 +1,7 @@
 """Group-wise scales over time: soft assignments, their entropy, and the choice of steps."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import nn
 from ddim.unet import tag
 from quant.apq import GroupedScale, group_scales
 from quant.convert import input_quantizers
+from quant.groups import activation_groups
 from quant.layers import QuantLayer
 from quant.learn import Unit, draw_rows
 from quant.passes import fit_ranges, run_passes
@@ -156,6 +158,41 @@ def test_channel_axis_has_groups_of_its_own_at_every_step():
     assert soft().shape == (5, 6) and all(len(row.unique()) == 2 for row in soft())
 
 
+def channel_quantizer(groups):
+    """4 bits, own scales for 5 segments of time and 6 channels, and what models them."""
+    q = Quantizer(QuantSpec(bits=4, per="channel"), activation_groups("channel", 6, 2), Timeline([1.5, 2.5, 3.5, 4.5]))
+    q.scale.data, q.zero_point = normal(5, 6, seed=3).exp(), torch.full((5, 6), 7.0)
+    q.__dict__["soft_scale"] = GroupedScale(q.scale.detach(), groups, "channel", 0.0)
+    return q, q.soft_scale
+
+
+def test_every_channel_starts_with_the_nearest_group_of_its_step():
+    q, soft = channel_quantizer(3)
+    for s, row in enumerate(q.scale.tolist()):
+        groups = [float(np.quantile(np.log(row), (g + 0.5) / 3)) for g in range(3)]
+        for c, scale in enumerate(row):
+            nearest = min(range(3), key=lambda g: abs(groups[g] - math.log(scale)))
+            assert int(soft.logits[s, c].argmax()) == nearest
+            assert math.isclose(float(soft.hard()[s, c]), math.exp(groups[nearest]), rel_tol=1e-5)
+
+
+def test_mixture_over_the_groups_of_each_channel_is_the_formula():
+    (q, soft), x, segments = channel_quantizer(3), normal(3, 6, 2, 2), [4, 0, 2]
+    q.timeline.segment, mixed, decided = torch.tensor(segments), torch.empty_like(x), torch.empty_like(x)
+    for n, s in enumerate(segments):
+        for c in range(6):
+            scales, logits = soft.log_scales[s, 0].exp().tolist(), soft.logits[s, c].tolist()
+            shares = [math.exp(a) / sum(map(math.exp, logits)) for a in logits]
+            mixed[n, c] = sum(share * scale * clipped(x[n, c] / scale, False) for scale, share in zip(scales, shares))
+            scale = scales[shares.index(max(shares))]
+            decided[n, c] = scale * clipped(x[n, c] / scale, False)
+    assert torch.allclose(q(x), mixed, atol=1e-5) and not torch.allclose(mixed, decided, atol=0.1)
+    soft.done = 0.5
+    assert torch.allclose(q(x), decided, atol=1e-5)
+    q.harden()
+    assert torch.allclose(q(x), decided, atol=1e-5)
+
+
 def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first():
     class Soft:
         def __init__(self, entropy):
@@ -164,7 +201,7 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
         def entropy(self):
             return self.value
 
-    def visits(entropy, rounds, active, segments=torch.arange(3).repeat(4)):
+    def visits(entropy, rounds, active, segments=torch.arange(3).repeat(4), visit_cost=0.0):
         module = torch.nn.Module()
         module.q = quantizer(TABLE[:3])
         module.q.__dict__["soft_scale"] = Soft(entropy)
@@ -172,7 +209,7 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
         order = []
         for _ in range(rounds):
             rows = draw_rows(unit, torch.zeros(12), torch.Generator().manual_seed(0),
-                             {"batch_size": 5, "active": active})
+                             {"batch_size": 5, "active": active, "visit_cost": visit_cost})
             assert len(rows) == 5 and len(unit.segments[rows].unique()) == 1
             order.append(int(unit.segments[rows][0]))
         return order, unit.visits
@@ -182,6 +219,8 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
     assert order[0] == 1 and set(order) == {0, 1, 2} and counts[1] == counts.max()
     order, counts = visits([0.1, 0.9, 0.1], 10, 1.5, torch.tensor([0, 2]).repeat(6))     # no sample in segment 1
     assert set(order) == {0, 2} and counts[1] == 0
+    order, counts = visits([0.1, 0.9, 0.1], 6, 0.0, visit_cost=2.0)       # 0.9; -1.1, so 0.1 and 0.1; -1.1; -1.9 each
+    assert order == [1, 0, 2, 1, 0, 2] and counts.tolist() == [2, 2, 2]
 
 
 def test_the_pass_shares_few_scales_among_steps(tiny_net, tmp_path):

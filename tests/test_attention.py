@@ -2,7 +2,9 @@
 import pytest
 import torch
 
-from conftest import TINY, randomize
+from conftest import TINY, assert_close, randomize
+from ddim.unet import AttnBlock
+from ldm.attention import AttentionBlock, BasicTransformerBlock
 from models.zoo import build_network
 from quant.attention import Saliency, attention_parts, received_attention, record_maps
 from quant.learn import lp
@@ -10,6 +12,7 @@ from tiny import SHAPE, normal, samples
 
 LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
        "num_res_blocks": 1, "attention_resolutions": [1, 2], "channel_mult": [1, 2], "num_head_channels": 16}
+TRANSFORMER = LDM | {"attention_resolutions": [2], "use_spatial_transformer": True, "context_dim": 6}
 
 
 def test_received_attention_is_the_column_sum_meaned_over_heads():
@@ -28,6 +31,47 @@ def test_recorded_maps_are_those_of_the_network(network, sizes):
     assert sorted(maps) == sorted(sizes)
     for size, w in maps.items():
         assert w.shape == (6, size * size) and torch.allclose(w.mean(1), torch.ones(6), atol=1e-5)
+
+
+def queries_and_keys(net, arguments):
+    """q and k, each (N, heads, D, L), of every self-attention, from what the projections of a network answer."""
+    answers, found = {}, []
+    for name, m in net.named_modules():
+        m.register_forward_hook(lambda m, x, out, name=name: answers.__setitem__(name, out))
+    net(*arguments)
+    for name, m in net.named_modules():
+        if isinstance(m, AttnBlock):
+            found.append([answers[f"{name}.{x}"].flatten(2)[:, None] for x in "qk"])
+        elif isinstance(m, AttentionBlock):
+            found.append(answers[f"{name}.qkv"].unflatten(1, (m.attention.num_heads, 3, -1)).unbind(2)[:2])
+        elif isinstance(m, BasicTransformerBlock):
+            found.append([answers[f"{name}.attn1.to_{x}"].transpose(1, 2).unflatten(1, (m.attn1.num_heads, -1))
+                          for x in "qk"])
+    return found
+
+
+@pytest.mark.parametrize("network, counts", [
+    (TINY, {4: 4}), (LDM, {8: 3, 4: 4}), (TRANSFORMER, {4: 4}),
+    pytest.param(TRANSFORMER | {"channel_mult": [1, 2, 2]}, {4: 3, 2: 1}, marks=pytest.mark.xfail(
+        strict=True, reason="attention to as many tokens as there are pixels is taken for self-attention"))])
+@torch.no_grad()
+def test_recorded_maps_are_column_sums_of_the_softmax_of_self_attention_alone(network, counts):
+    """The middle of the last network sees 4 pixels and as many tokens of the context."""
+    net, calibration = randomize(build_network(**network)).eval(), samples(6, context=network.get("context_dim", 0))
+    maps, expected = record_maps(net, calibration, 4), {}
+    for q, k in queries_and_keys(net, calibration.arguments(slice(0, 6))):
+        received = torch.zeros(6, q.shape[3])
+        for n in range(6):
+            for head in range(q.shape[1]):
+                for i in range(q.shape[3]):                # query
+                    weights = (q[n, head, :, i] @ k[n, head] / q.shape[2] ** 0.5).exp()
+                    received[n] += weights / weights.sum() / q.shape[1]
+        expected.setdefault(round(q.shape[3] ** 0.5), []).append(received)
+    assert {size: len(each) for size, each in expected.items()} == counts and maps.keys() == expected.keys()
+    for size, each in expected.items():
+        wanted = sum(each) / len(each)
+        assert (wanted - 1).abs().max() > 0.1              # sums over the keys would be 1
+        assert_close(maps[size], wanted, 1e-5)
 
 
 def test_rows_of_the_map_are_keys_not_queries():
@@ -51,6 +95,30 @@ def test_weights_have_mean_one_and_kappa_zero_is_plain():
     assert tokens.shape == (2, 16, 1)
     assert torch.allclose(tokens[:, :, 0], record_maps(net, calibration, 4)[4][rows], atol=1e-5)
     assert Saliency(net, calibration, 0.5, 4)(rows, torch.empty(2, 7)) is None
+
+
+def interpolation(size, wanted):
+    """The matrix (wanted, size) of linear interpolation between the centres of pixels."""
+    matrix = torch.zeros(wanted, size)
+    for i in range(wanted):
+        place = min(max((i + 0.5) * size / wanted - 0.5, 0), size - 1)
+        low = int(place)
+        matrix[i, low] += low + 1 - place
+        matrix[i, min(low + 1, size - 1)] += place - low
+    return matrix
+
+
+@pytest.mark.parametrize("height, nearest", [(2, 2), (4, 2), (6, 8), (8, 8), (16, 8)])
+def test_the_map_of_the_nearest_size_is_taken_and_resized(height, nearest):
+    saliency = Saliency(randomize(build_network(**TINY)).eval(), samples(2), 0.25, 2)
+    saliency.maps = {size: normal(3, size * size, seed=size).abs() for size in (8, 2)}
+    rows, matrix, expected = torch.tensor([2, 0]), interpolation(nearest, height), torch.empty(2, 1, height, height)
+    for n, row in enumerate(rows):
+        w = matrix @ saliency.maps[nearest][row].reshape(nearest, nearest) @ matrix.T
+        expected[n, 0] = 0.75 + 0.25 * w / w.mean()
+    assert torch.allclose(saliency(rows, torch.empty(2, 7, height, height)), expected, atol=1e-5)
+    tokens = saliency(rows, torch.empty(2, height * height, 7))
+    assert torch.allclose(tokens, expected.reshape(2, -1, 1), atol=1e-5)
 
 
 def test_weighted_loss_by_hand():

@@ -10,11 +10,11 @@ from conftest import TINY, assert_close, randomize
 from ddim.unet import tag
 from models.zoo import build_network
 from quant.attention import attention_parts
-from quant.balance import (PRODUCT_SAMPLES, balance, balance_group, balance_vector, channel_max, check_folds,
-                           error_with, fold_into_norm, scale_rows)
+from quant.balance import (PRODUCT_SAMPLES, balance, balance_group, balance_product, balance_vector, channel_max,
+                           check_folds, error_with, fold_into_norm, scale_rows)
 from quant.capture import inputs_of
 from quant.convert import quant_layers, set_input_quantization
-from quant.layers import QuantLayer
+from quant.layers import QuantLayer, QuantMatmul
 from quant.passes import run_passes
 from quant.quantizer import QuantSpec
 from quant.timeline import Timeline
@@ -118,6 +118,27 @@ def test_a_smaller_gain_is_served_best_in_between():
     identity, *errors = relative_errors(10, False)
     assert identity == pytest.approx(0.171, rel=0.1) and min(errors) < 0.6 * identity
     assert 0 < errors.index(min(errors)) < 10
+
+
+def test_balance_and_scales_of_time_segments_repair_together_what_neither_does_alone():
+    """x = exp(a_t + b_c) * Gaussian, read by weights that make up for b_c: the range of (t, c) is a product of both."""
+    t, a, b = torch.tensor([100.0, 500, 900]).repeat(8), torch.tensor([-2.0, 0, 2]).repeat(8), 1.5 * normal(32, seed=2)
+    x, errors = (a[:, None] + b).exp()[:, :, None, None] * normal(24, 32, 6, 6), {}
+    for boundaries in ((), (300, 700)):
+        for balanced in (False, True):
+            timeline, layer = Timeline(boundaries), tag("conv1", nn.Conv2d(32, 32, 3, padding=1, bias=False))
+            layer.weight.data = normal(32, 32, 3, 3, seed=1) / b.exp()[:, None, None]
+            target, spec = layer(x).detach(), dict(bits=4, range="mse")
+            quant = QuantLayer(layer, QuantSpec(per="channel", **spec), QuantSpec(**spec), timeline, False, True)
+            quant.requires_grad_(False)
+            timeline.set_time(t)
+            if balanced:
+                balance_group(["x"], [quant], x, timeline.segments_of(t), timeline, [0.0, 0.5, 1.0])
+                assert torch.allclose(-quant.inverse_balance.log(), b - b.mean(), atol=0.4)
+            error = (fit(quant, x)(x) - target).square().mean((1, 2, 3)) / target.square().mean((1, 2, 3))
+            errors[len(boundaries) > 0, balanced] = float(error.mean())
+    together = errors.pop((True, True))
+    assert together == pytest.approx(0.0245, rel=0.1) and 10 * together < min(errors.values())
 
 
 def test_identity_wins_ties_and_leaves_the_layer_alone():
@@ -241,6 +262,39 @@ def test_an_uneven_channel_of_v_is_folded_into_its_rows(tiny_net, tmp_path):
     assert torch.equal(job.net.mid.attn_1.proj_out.inverse_balance, torch.ones(16))
     ratio = (job.net.mid.attn_1.v.weight / tiny_net.mid.attn_1.v.weight)[:, :, 0, 0].mean(1)
     assert ratio.argmin() == 5 and float(ratio[5]) < 0.1
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_an_uneven_dimension_of_q_is_shared_with_k(network, tmp_path):
+    """50 times larger in q, as much smaller in k."""
+    net = randomize(build_network(**network)).eval().requires_grad_(False)
+    part = attention_parts(net)[0]
+    for name, rows, gain in ((part.q, part.q_rows, 50), (part.k, part.k_rows, 1 / 50)):
+        for value in net.get_submodule(name).parameters():
+            value[rows[5]] *= gain
+    job = make_job(net, tmp_path, RULES, context=6 if "context_dim" in network else 0)
+
+    def operands(net):
+        return inputs_of(net, [part.qk], job.calibration, 10, whole=True)[part.qk]
+
+    def error(q, k):
+        spec = QuantSpec(bits=4, range="mse")
+        product = QuantMatmul(net.get_submodule(part.qk), (spec, spec), Timeline())
+        return float((fit(product, q, k)(q, k) - q @ k).square().mean())
+    q, k = operands(net)                                   # (N, [heads,] L, D), (N, [heads,] D, L)
+    heads = [(q, k)] if q.dim() == 3 else zip(q.unbind(1), k.unbind(1))
+    s = torch.tensor([(float(a[:, :, d].abs().max()) / float(b[:, d].abs().max())) ** 0.5
+                      for a, b in heads for d in range(q.shape[-1])])
+    facts = balance_product(job, part, job.calibration)
+    assert facts["alpha"] == 1 and s.argmax() == 5 and s[5] > 30
+    for name, rows, factors in ((part.q, part.q_rows, 1 / s), (part.k, part.k_rows, s)):
+        found, layer = job.net.get_submodule(name), net.get_submodule(name)
+        expected = layer.weight[rows].flatten(1) * factors[:, None]
+        assert torch.allclose(found.weight[rows].flatten(1), expected, rtol=1e-5)
+        assert layer.bias is None or torch.allclose(found.bias[rows], layer.bias[rows] * factors, rtol=1e-5)
+    assert error(q, k) == pytest.approx(facts["error_before"], rel=1e-4)
+    assert error(*operands(full_precision(job))) == pytest.approx(facts["error_after"], rel=1e-3)
+    assert 10 * facts["error_after"] < facts["error_before"]
 
 
 @pytest.mark.parametrize("reader, found", [

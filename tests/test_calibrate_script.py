@@ -209,6 +209,25 @@ def test_latent_model_begins_in_encoded_images_and_with_guidance_the_features_of
     assert len(both) == 24 and torch.equal(both.x[:12], both.x[12:]) and len(both.cond) == 7
 
 
+def test_pairs_of_a_network_with_its_own_clock_give_the_eps_of_the_trajectory_bit_for_bit(tmp_path):
+    """One image at a time, so that the samples of the set run in the batches of the trajectory."""
+    facts = MODELS["learned"] | {"name": "learned", "checkpoint": str(tmp_path / "model.safetensors"), "weights": "raw"}
+    save_file(randomize(build_network(**facts["network"])).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(facts))
+    found = collect(tmp_path / "model.yaml", "run", "calibration.builder=normal", "calibration.options.std=0.5",
+                    "calibration.steps=4", "calibration.images=4", "sampling.batch_size=1")
+    model, made = load_model(facts, device="cpu"), {}
+    for image in range(4):
+        sample(model, model.eps, [image], steps=5, seed=1000, batch_size=1, **facts["sampling"],
+               callback=lambda step, t, x, eps, *_: made.__setitem__((image, step), (x, eps)))
+    times = [997.5, 747.5, 500.0, 250.0, 0.0]              # steps 399, 299, 200, 100 and 0 of 400, the noisiest first
+    assert len(found) == 16 and len(made) == 20 and set(found.t.tolist()) <= set(times) and len(found.t.unique()) > 2
+    for k, image in enumerate(found.trajectory.tolist()):
+        x, eps = made[image, times.index(float(found.t[k]))]
+        assert torch.equal(found.x[k:k + 1], x)
+        assert torch.equal(model.eps(*found.arguments(slice(k, k + 1))), eps)
+
+
 @pytest.mark.parametrize("words, sentence", [
     (["calibration.start=d2in"], "calibration.start 'd2in' is unknown; did you mean 'di2n'"),
     (["calibration.start=i2n"], "which needs images; give calibration.data=FOLDER"),

@@ -6,18 +6,19 @@ import torch
 from torch import nn
 
 from ddim.unet import tag
+from quant import learn
 from quant.convert import input_quantizers
 from quant.layers import QuantLayer
-from quant.learn import (DROPPED_INPUTS, Mixed, Unit, batch_loss, comparable, learn_rounding, optimise,
-                         output_loss, rounding_penalty, scale_penalty)
+from quant.learn import (DROPPED_INPUTS, Mixed, Unit, batch_loss, comparable, learn_jointly, learn_rounding, mixed,
+                         optimise, output_loss, rounding_penalty, scale_penalty)
 from quant.passes import run_passes
 from quant.quantizer import Quantizer, QuantSpec
 from quant.rounding import Rounding
 from quant.timeline import Timeline
 from tiny import fit, make_job, normal, rules
 
-ALL = dict(batch_size=4, bfloat16=False, layer_weight=0.0, active=0.0, weight_norm=2.0, round_weight=0.1, warmup=0.2,
-           beta_start=20.0, beta_end=2.0, smooth=0.0, gptq=False)
+ALL = dict(batch_size=4, bfloat16=False, layer_weight=0.0, active=0.0, visit_cost=0.0, weight_norm=2.0,
+           round_weight=0.1, warmup=0.2, beta_start=20.0, beta_end=2.0, smooth=0.0, gptq=False)
 
 
 class Two(nn.Module):
@@ -37,13 +38,18 @@ def test_inner_layers_add_their_own_error():
                   for layer in (plain.first, plain.second))).requires_grad_(False)
     for layer in (quant.first, quant.second):
         layer.fit_weight()
-    x = normal(1, 3)
-    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None, original=plain, float_inputs=[x])
-    loss = batch_loss(unit, [x], plain(x), torch.Generator(), ALL | {"layer_weight": 0.8}, 2.0)
-    inner = (quant.first(x) - plain.first(x)).square().sum()
-    outer = (quant(x) - plain(x)).square().sum()
-    assert math.isclose(float(loss), float(outer + 0.8 * inner), rel_tol=1e-5)
-    assert math.isclose(float(batch_loss(unit, [x], plain(x), torch.Generator(), ALL, 2.0)), float(outer), rel_tol=1e-5)
+    x, exact, generator = normal(5, 3), normal(5, 3, seed=1), torch.Generator()
+    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None, original=plain, float_inputs=[exact])
+
+    def found(layer_weight):
+        return float(batch_loss(unit, [x], plain(exact), generator.manual_seed(0), ALL | {"layer_weight": layer_weight},
+                                2.0))
+    inner = outer = 0.0
+    for row in torch.randint(5, (4,), generator=generator.manual_seed(0)):
+        inner += float((quant.first(x[row]) - plain.first(exact[row])).square().sum()) / 4
+        outer += float((quant(x[row]) - plain(exact[row])).square().sum()) / 4
+    assert inner > 0 and math.isclose(found(0.8), outer + 0.8 * inner, rel_tol=1e-5)
+    assert math.isclose(found(0.0), outer, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 2, 2), (5, 4, 3)])          # maps; tokens
@@ -120,9 +126,18 @@ def test_smoothness_is_the_squared_step_of_the_logarithm():
 
 
 def test_mixed_inputs_are_of_either_kind_half_and_half():
-    mixed = Mixed(torch.zeros(10, 500), torch.ones(10, 500), torch.Generator().manual_seed(0))[torch.tensor([1, 4, 7])]
-    assert mixed.shape == (3, 500) and set(mixed.unique().tolist()) == {0.0, 1.0}
-    assert abs(float(mixed.mean()) - DROPPED_INPUTS) < 0.05
+    found = Mixed(torch.zeros(10, 500), torch.ones(10, 500), torch.Generator().manual_seed(0))[torch.tensor([1, 4, 7])]
+    assert found.shape == (3, 500) and set(found.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(found.mean()) - DROPPED_INPUTS) < 0.05
+
+
+def test_only_the_main_input_is_mixed_the_others_are_those_of_the_quantized_network():
+    shapes, rows = [(6, 4, 8, 8), (6, 16), (6, 3, 5)], torch.tensor([5, 0, 3])      # features, embedding, context
+    quant, exact = ([normal(*shape, seed=seed) for shape in shapes] for seed in (0, 1))
+    x, *others = (part[rows] for part in mixed(quant, exact, torch.Generator().manual_seed(0)))
+    taken = x == exact[0][rows]
+    assert 0.4 < float(taken.float().mean()) < 0.6 and torch.equal(x[~taken], quant[0][rows][~taken])
+    assert len(others) == 2 and all(torch.equal(a, b[rows]) for a, b in zip(others, quant[1:]))
 
 
 def test_dropped_elements_are_not_quantized():
@@ -136,6 +151,24 @@ def test_dropped_elements_are_not_quantized():
     dropped = quant(x)
     quant.input_quantizer.drop = None
     assert torch.equal(dropped, quant(x)) and not torch.allclose(dropped, layer(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.2, 1.0])
+def test_the_share_of_dropped_elements_is_the_option(drop, monkeypatch):
+    """0 quantizes all of the input, 1 none, anew in every step."""
+    quant = QuantLayer(tag("x", nn.Linear(100, 3)), QuantSpec(), QuantSpec(bits=2), Timeline(), False)
+    x, q, steps = normal(300, 100), quant.requires_grad_(False).input_quantizer, []
+    rounded = fit(quant, x).input_quantizer(x)
+    monkeypatch.setattr(learn, "optimise", lambda *_: steps.extend(q(x).detach() for _ in range(2)))
+    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
+    learn_jointly(unit, [], [q], [x], quant(x), torch.Generator().manual_seed(0),
+                  ALL | {"drop": drop, "weight_iters": 1, "input_lr": 1e-3, "soft_lr": 1e-3})
+    for found in steps:
+        dropped = found != rounded
+        assert abs(float(dropped.float().mean()) - drop) <= 4 * (drop * (1 - drop) / x.numel()) ** 0.5
+        assert torch.allclose(found[dropped], x[dropped], atol=1e-6)
+    assert len(steps) == 2 and torch.equal(*steps) == (drop != 0.2)
+    assert q.drop is None and torch.equal(q(x), rounded)
 
 
 @pytest.mark.parametrize("options", [

@@ -8,9 +8,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from models.zoo import build_network
+from quant.calibration import load_calibration
 from quant.checkpoint import load_quantized
 from quant.config import load
-from quant.convert import convert, input_quantizers
+from quant.convert import convert, input_quantizers, quant_layers
 from scripts import calibrate, quantize, retabulate, sample
 from scripts.run_folder import RunConfig
 
@@ -114,3 +115,38 @@ def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path, mo
     assert len(list((tmp_path / "other/samples").glob("*.png"))) == 4
     with pytest.raises(ValueError, match="holds a quantized model already"):
         retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
+
+
+COMPOSED = """
+method: composed
+segments: per_step
+calibration: {builder: tdac, options: {least: 1}}
+rules:
+  - {match: '*', weight: {bits: '${bits.weight}', per: channel, range: mse}, input: {bits: '${bits.input}', range: mse},
+     balance: true}
+  - {kind: matmul, role: probs, input: {bits: '${bits.softmax}', range: minmax}}
+passes:
+  - balance: {}
+  - fit_ranges: {neighbours: 2}
+  - dynamic_scales: {}
+  - reconstruct: {weight_iters: 2, input_iters: 2, batch_size: 4}
+  - correct_noise: {num_images: 4}
+"""
+
+
+def test_parts_of_four_methods_compose_by_lists(models, tmp_path, monkeypatch):
+    """TinyDM's balance, EDA-DM's calibration set, TDQ's table of scales, PTQD's correction: each leaves its mark."""
+    (tmp_path / "composed.yaml").write_text(COMPOSED)
+    run = tmp_path / "run"
+    calibrate.run([str(models["fused"]), str(PROJECT / "configs/bits/w4a4.yaml"), str(tmp_path / "composed.yaml"),
+                   *WORDS, "calibration.images=16", f"out={run}"])
+    quantized(run, monkeypatch)
+    made = load_calibration(run / "calibration.safetensors").made
+    assert made["builder"] == "tdac" and sum(made["samples_per_step"]) == 128
+    net = load_quantized(run / "quantized.safetensors", build_network)
+    assert any(layer.inverse_balance is not None for layer in quant_layers(net).values())
+    table = net.input_blocks[0][0].input_quantizer.scale
+    assert table.shape[0] == 8 and len(table.unique()) > 1 and (run / "dynamic.safetensors").exists()
+    assert net.correction.bias.abs().sum() > 0
+    sample.run([str(run)])
+    assert len(list((run / "samples").glob("*.png"))) == 4

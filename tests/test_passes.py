@@ -73,6 +73,8 @@ QUICK = {"reconstruct": {"weight_iters": 1, "input_iters": 0, "batch_size": 2}}
     ([{"segment_models": {"passes": ["fit_ranges", {"group_scales": {"groups": 1}}]}}], "need more than one time segm"),
     ([{"segment_models": {"passes": [{"segment_models": {"passes": []}}]}}], "needs several time segments"),
     (["correct", "fit_ranges"], "correct_noise measured the finished network, which fit_ranges would change"),
+    (["fit_ranges", "bypass_input", QUICK], "bypass_input measured the finished network, which reconstruct would chan"),
+    (["fit_ranges", {"group_scales": {"axis": "channel"}}], "has one scale for all of them; .* per: channel"),
 ])
 def test_an_order_that_cannot_be_composed_is_refused_in_words(order, sentence, tiny_net, tmp_path, monkeypatch):
     monkeypatch.setitem(passes.PASSES, "correct", lambda job: job.net.__setattr__("correction", object()) or [])

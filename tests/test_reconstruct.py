@@ -45,7 +45,7 @@ def test_learned_rounding_beats_nearest_on_correlated_inputs():
     unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
     learn_rounding(unit, [quant], [x], target, torch.Generator().manual_seed(0), dict(
         weight_lr=0.1, weight_iters=400, warmup=0.2, beta_start=20.0, beta_end=2.0, round_weight=0.01, batch_size=32,
-        weight_norm=2.0, bfloat16=False, layer_weight=0.0, active=0.0, weight_cosine=False, gptq=False))
+        weight_norm=2.0, bfloat16=False, layer_weight=0.0, active=0.0, visit_cost=0.0, weight_cosine=False, gptq=False))
     assert float((quant(x) - target).square().mean()) < 0.6 * nearest
 
 

@@ -81,9 +81,17 @@ def test_a_quiet_stretch_gets_more_samples():
     assert counts[4:8].min() > counts[9:].max()
 
 
-def test_negative_lamda_is_refused():
-    with pytest.raises(ValueError, match="must not be negative"):
-        tdac(12, 7, 20, torch.Generator(), drifting, lamda=-1.0)
+def test_every_step_has_the_least_and_its_share_of_the_rest():
+    features = drifting()
+    weight = rescaled(density(features, 0.5)) + 1.2 * rescaled(variety(features))
+    step, _ = tdac(12, 7, 60, torch.Generator().manual_seed(0), lambda: features, radius=0.5, least=3)
+    assert step.bincount(minlength=12).tolist() == [3 + count for count in apportion(weight, 60 - 3 * 12).tolist()]
+
+
+@pytest.mark.parametrize("options", [{"lamda": -1.0}, {"least": -1}, {"least": 2}])
+def test_what_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match=r"must not be negative, least 0 to 1 \(20 samples, 12 steps\)"):
+        tdac(12, 7, 20, torch.Generator(), drifting, **options)
 
 
 def model_around(net):

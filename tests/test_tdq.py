@@ -3,7 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import assert_close
 from quant.convert import input_quantizers, quant_layers
+from quant.layers import QuantLayer, QuantMatmul
 from quant.passes import run_passes
 from quant.quantizer import Quantizer, QuantSpec
 from quant.tdq import DynamicScale, dynamic_scales, functions_of, retabulated, retimed
@@ -73,6 +75,32 @@ def test_a_batch_of_mixed_times_equals_single_samples(tiny_net, tmp_path):
     whole = job.net(x, t)
     for i in range(3):
         assert torch.allclose(job.net(x[i:i + 1], t[i:i + 1])[0], whole[i], atol=1e-5)
+
+
+def test_while_it_learns_each_sample_of_a_mixed_batch_has_the_scale_of_its_own_time(tiny_net, tmp_path):
+    job = make_job(tiny_net.requires_grad_(False), tmp_path, rules(32, 6), num=4, boundaries=[166, 500, 833])
+    run_passes(job, ["fit_ranges"])
+    dynamic_scales(job, warm_steps=3)
+    x, t, seen = normal(3, *SHAPE), job.calibration.t[[2, 0, 3]], {}       # of 999, 666, 333, 0; one in each segment
+    torch.manual_seed(0)
+    for q in input_quantizers(job.net).values():
+        torch.nn.init.normal_(q.soft_scale.layers[-1].weight, std=0.05)
+        assert (q.soft_scale().amax(0) > 1.01 * q.soft_scale().amin(0)).all()
+    for m in job.net.modules():
+        if isinstance(m, QuantLayer | QuantMatmul):
+            m.register_forward_hook(lambda m, x, out: seen.__setitem__(m, (x, out)))
+    job.net(x, t)
+    for m, (operands, out) in seen.items():
+        for n, time in enumerate(t):
+            on_grid = []
+            for a, q in zip(operands, input_quantizers(m).values(), strict=True):
+                scale, zero = q.soft_scale.at(time[None])[0], q.zero_point[job.net.timeline.segments_of(time)]
+                scale, zero = scale[q.group_of], zero[q.group_of]
+                on_grid.append(((a[n] / scale).round() + zero).clamp(0, 63).sub(zero) * scale)
+            expected = on_grid[0] @ on_grid[-1] if isinstance(m, QuantMatmul) else m.operation(
+                on_grid[0][None], m.weight, m.bias)[0]
+            assert_close(out[n].detach(), expected.detach(), 1e-5)
+    assert sum(len(operands) for operands, _ in seen.values()) == len(input_quantizers(job.net))
 
 
 def test_other_steps_get_their_table_from_the_same_mlp():

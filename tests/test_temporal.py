@@ -6,7 +6,9 @@ import torch
 
 from conftest import TINY, randomize
 from models.zoo import build_network
-from quant.convert import quant_layers
+from quant import temporal
+from quant.convert import quant_layers, set_input_quantization
+from quant.learn import batch_loss
 from quant.passes import fit_ranges, run_passes
 from quant.temporal import TemporalBlock, reconstruct_temporal
 from tiny import SHAPE, make_job, normal, rules
@@ -27,6 +29,28 @@ def test_block_gives_what_the_network_adds(network, labels):
     expected, seen[:] = [out.detach() for out in seen], []
     found = TemporalBlock(net)(*arguments).detach()
     assert sorted(map(float, found.sum(0))) == sorted(map(float, torch.cat(expected, 1).sum(0)))
+
+
+def test_its_loss_is_the_sum_over_the_projections_of_what_each_adds_to_its_block(tiny_net, tmp_path, monkeypatch):
+    job, seen = make_job(tiny_net.requires_grad_(False), tmp_path, rules(3, 8)), {}
+    fit_ranges(job)
+
+    def learn(unit, layers, inputs, target, generator, settings):
+        settings = settings | {"active": 0.0, "visit_cost": 0.0}
+        loss = batch_loss(unit, inputs, target, torch.Generator().manual_seed(3), settings, settings["weight_norm"])
+        seen.update(t=inputs[0], loss=float(loss))
+    monkeypatch.setattr(temporal, "learn_rounding", learn)
+    reconstruct_temporal(job, batch_size=4)
+    t, added = seen["t"][torch.randint(10, (4,), generator=torch.Generator().manual_seed(3))], []
+    set_input_quantization(job.net, False)
+    for net in (tiny_net, job.net):
+        added.append([])
+        for m in net.modules():
+            if getattr(m, "role", None) == "emb_proj":
+                m.register_forward_hook(lambda m, x, out: added[-1].append(out))
+        net(normal(4, *SHAPE), t)
+    losses = [float((quantized - exact).square().sum()) / 4 for exact, quantized in zip(*added)]
+    assert len(losses) == 8 and min(losses) > 0 and seen["loss"] == pytest.approx(sum(losses), rel=1e-5)
 
 
 def test_its_layers_are_hard_afterwards_and_later_passes_leave_them(tiny_net, tmp_path):
