@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ddim.unet import AttnBlock, Matmul
+from ddim.unet import AttnBlock
 from ldm.attention import AttentionBlock, BasicTransformerBlock
 
 
@@ -22,8 +22,8 @@ class AttentionPart:
     k: str
     v: str
     proj: str
-    qk: str
-    av: str
+    qk: str                                # the product of queries and keys
+    av: str                                # that of the attention map and values
     q_rows: torch.Tensor
     k_rows: torch.Tensor
     v_rows: torch.Tensor
@@ -31,6 +31,11 @@ class AttentionPart:
     @property
     def layers(self):
         return {*self.readers, self.q, self.k, self.v, self.proj}
+
+    @property
+    def is_to_itself(self):
+        """Whether keys come from the same positions as queries, and not from a context."""
+        return self.k in self.readers
 
 
 def attention_parts(net):
@@ -64,11 +69,6 @@ def received_attention(probs):
     """probs (N, [heads,] L queries, L keys), rows sum to 1 -> (N, L), mean 1 over L."""
     received = probs.sum(-2)
     return received.mean(1) if received.dim() == 3 else received
-
-
-def self_attention_products(net):
-    """Names of the products of attention maps and values, whose operands have the roles v and probs."""
-    return [name for name, m in net.named_modules() if isinstance(m, Matmul) and "probs" in m.roles]
 
 
 class Saliency:
@@ -109,9 +109,8 @@ def record_maps(net, calibration, batch_size):
         probs = operands[module.roles.index("probs")]
         if module.roles[0] == "v":                         # (.., keys, queries)
             probs = probs.transpose(-1, -2)
-        if probs.shape[-1] == probs.shape[-2]:
-            found.setdefault(int(probs.shape[-1] ** 0.5), []).append(received_attention(probs.float()))
-    hooks = [modules[name].register_forward_pre_hook(note) for name in self_attention_products(net)]
+        found.setdefault(int(probs.shape[-1] ** 0.5), []).append(received_attention(probs.float()))
+    hooks = [modules[part.av].register_forward_pre_hook(note) for part in attention_parts(net) if part.is_to_itself]
     device, maps = next(net.parameters()).device, {}
     try:
         for arguments in calibration.batches(batch_size):

@@ -2,7 +2,7 @@
 weights (log2 quantization of attention: Lin et al. 2022, arXiv:2111.13824)."""
 import torch
 
-from quant.attention import self_attention_products
+from quant.attention import attention_parts
 from quant.balance import refit
 from quant.capture import inputs_of
 from quant.layers import QuantMatmul
@@ -17,7 +17,7 @@ def softmax_grid(job, *, num_samples=16):
     """
     sample = job.calibration.spread(num_samples, job.net.timeline, job.seed).thinned(job.batch(num_samples))
     facts, rules = [], []
-    for name in self_attention_products(job.model.net):
+    for name in (part.av for part in attention_parts(job.model.net)):
         product = job.net.get_submodule(name)
         if not isinstance(product, QuantMatmul):
             continue
