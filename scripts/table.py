@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from quant.config import load  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.run_folder import FREE, RunConfig, open_run, split_arguments  # noqa: E402
+from scripts.run_folder import RunConfig, open_run, split_arguments, without_free  # noqa: E402
 
 LEGEND = """MB = 1e6 bytes. FD to FP32, PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds;
 SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and run of the
@@ -96,7 +96,7 @@ def row_of(folder):
 def empty_row(config, **more):
     """The row of a recipe, which leaves out the seeds of calibration and what changes no artefact."""
     facts = asdict(replace(config, seed=0, calibration=replace(config.calibration, seed=0)))
-    recipe = json.dumps({key: value for key, value in facts.items() if key not in FREE}, sort_keys=True)
+    recipe = json.dumps(without_free(facts), sort_keys=True)
     return Row(config.name, config.sampling.steps, f"{config.bits.weight}/{config.bits.input}", config.method,
                recipe=recipe, **more)
 

@@ -82,8 +82,10 @@ def test_another_protocol_gets_its_own_table(tmp_path):
 
 
 def test_another_recipe_of_the_same_method_is_another_row(tmp_path):
-    """Only seeds may be averaged; device, threads and folders do not count."""
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=2, threads=3), make_run(tmp_path / "c", preset="x")]
+    """Only seeds may be averaged; device, threads, folders and memory, also that of a pass, do not count."""
+    runs = [make_run(tmp_path / "a", passes=[{"reconstruct": {"memory_gb": 4.0, "drop": 0.5}}]),
+            make_run(tmp_path / "b", seed=2, threads=3, passes=[{"reconstruct": {"drop": 0.5}}]),
+            make_run(tmp_path / "c", preset="x")]
     rows = assemble([row_of(run) for run in runs])
     assert [[run.name for run in row.runs] for row in rows] == [[], ["a", "b"], ["c"]]
     assert [row["Runs"] for row in csv.DictReader(io.StringIO(csv_text(rows)))] == ["", f"{runs[0]} {runs[1]}",
