@@ -13,7 +13,7 @@ from torch_fidelity.registry import register_feature_extractor
 
 from evaluation.classifier import build_classifier
 from models.data import read_image
-from quant.files import load_tensors, save_tensors
+from quant.files import alone, load_tensors, save_tensors
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "weights" / "cifar10-classifier.safetensors"
 INCEPTION_SHA256 = "6726825d"               # first digits, as in the name of the file
@@ -177,10 +177,11 @@ def extract_once(folder, net, name, weights_path, source, *, device="cpu", **how
             facts = file.stat()
             key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     path = Path(folder) / f"features-{key.hexdigest()[:16]}.safetensors"
-    if not path.exists():
-        found = extract_all(net, name, source, device=device, **how)
-        tensors = {kind: value for kind, value in found.items() if torch.is_tensor(value)}
-        save_tensors(path, tensors, {kind: value for kind, value in found.items() if kind not in tensors})
+    with alone(path.parent):                               # others wait, and read what the first one wrote
+        if not path.exists():
+            found = extract_all(net, name, source, device=device, **how)
+            tensors = {kind: value for kind, value in found.items() if torch.is_tensor(value)}
+            save_tensors(path, tensors, {kind: value for kind, value in found.items() if kind not in tensors})
     tensors, facts = load_tensors(path)
     return tensors | facts
 

@@ -1,7 +1,9 @@
 """Atomic writing: a file is either the old one or the complete new one, whatever happens in between; and safetensors
 with metadata of ours."""
+import fcntl
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +22,18 @@ def write_atomically(path, write):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder):
+    """One process at a time inside: several may write the same files of a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text):

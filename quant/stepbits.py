@@ -1,5 +1,5 @@
 """Step-aware mixed precision of activations (PTQD, He et al. 2023, arXiv:2305.10657, Section 3.4): few bits where the
-image is mostly noise, more where it is mostly noise.
+image is mostly noise, more where it is mostly signal.
 
     bits(t) = the smallest b with SNR_Q^b(t) > SNR_F(t), else the largest
 

@@ -1,10 +1,8 @@
 """The run folder: its recipe, what is done in it, and how a stage refuses a folder that belongs to another recipe."""
-import fcntl
 import hashlib
 import importlib.metadata
 import inspect
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -24,7 +22,7 @@ from models.diffusion import PROJECT, load_model, resolve_device
 from quant.calibration import check_builder
 from quant.config import load, unknown_word
 from quant.convert import check_bits, check_rules
-from quant.files import write_text
+from quant.files import alone, write_text
 from quant.passes import changed_passes, check_passes
 from quant.timeline import segment_boundaries
 
@@ -228,18 +226,6 @@ class Run:
         everything = asdict(self.config)
         return {k: everything[k] for k in keep} | {"passes": self.config.all_passes,
                                                    "weights_hash": self.model.weights_hash}
-
-
-@contextmanager
-def alone(folder):
-    """One process at a time: shards write to the same files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def check(config):

@@ -1,4 +1,6 @@
 """Choice of the extractor, never silent, and features that do not depend on how images are batched."""
+import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 
 import numpy as np
@@ -62,6 +64,20 @@ def test_what_is_kept_is_extracted_once_for_the_same_images(tmp_path, monkeypatc
         assert extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)["sha256"] != wanted["sha256"]
     extract_once("", net, "cifar-resnet", WEIGHTS, source)                               # not kept
     assert len(calls) == 3 + as_files and len(list((tmp_path / "kept").iterdir())) == 2 + as_files
+
+
+def test_runs_that_score_at_once_extract_once(tmp_path, monkeypatch):
+    images, calls = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8), []
+
+    def slow(*arguments, **how):
+        calls.append(1)
+        time.sleep(0.3)
+        return extract_all(*arguments, **how)
+    monkeypatch.setattr(features, "extract_all", slow)
+    net = build_extractor("cifar-resnet", WEIGHTS)
+    with ThreadPoolExecutor(2) as pool:
+        a, b = pool.map(lambda _: extract_once(tmp_path, net, "cifar-resnet", WEIGHTS, images), range(2))
+    assert len(calls) == 1 and torch.equal(a["pooled"], b["pooled"])
 
 
 def test_other_and_mixed_sizes_are_refused(tmp_path):
