@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ddim.sampler import SAMPLERS, STOCHASTIC, SeededNoise, nothing
 from ddim.schedule import Schedule, make_schedule, step_sequence
@@ -180,15 +181,25 @@ def sample(model, eps, indices, *, sampler="ddim", steps=100, skip="uniform", et
         first = batch[0] // batch_size * batch_size
         batch, rows = range(first, first + batch_size), [i - first for i in rows]
         assert 0 <= min(rows) and max(rows) < batch_size, "indices must lie in one block of batch_size"
-    noise, cond = model.noise(seed, batch), model.labels(seed, batch)
-    options = {"correction": model.correction} if sampler in STOCHASTIC else {}
-    x, sequence = noise.draw(), step_sequence(skip, steps, model.schedule)
-    if start is not None:                  # the first noise is drawn all the same: those of the steps stay the same
-        x, sequence = start[0], sequence[:start[1]]
-    x = SAMPLERS[sampler](lambda x, t: eps(x, t, cond), x, sequence, model.schedule,
-                          noise=noise.draw, eta=eta, callback=callback, **options)
+    x = denoise(model, eps, batch, sampler=sampler, steps=steps, skip=skip, eta=eta, seed=seed, start=start,
+                callback=callback)
     if not torch.isfinite(x).all():
         raise ValueError(f"sampling of {model.name} ended in NaN or infinite values; "
                          "with quantized weights use more bits or more calibration data")
     images = model.decode(x)
     return images[rows] if batch_size else images
+
+
+def denoise(model, eps, batch, *, sampler, steps, skip, eta, seed, start=None, callback=nothing, differentiable=False):
+    """x_0 (N, C, H, W) of the images `batch`, not decoded; as `sample`. `differentiable` asks for the gradient of x_0
+    by whatever the network computed on the way, whose activations are then computed twice and held for one step."""
+    noise, cond = model.noise(seed, batch), model.labels(seed, batch)
+    options = {"correction": model.correction} if sampler in STOCHASTIC else {}
+    x, sequence = noise.draw(), step_sequence(skip, steps, model.schedule)
+    if start is not None:                  # the first noise is drawn all the same: those of the steps stay the same
+        x, sequence = start[0], sequence[:start[1]]
+
+    def network(x, t):
+        return checkpoint(eps, x, t, cond, use_reentrant=False) if differentiable else eps(x, t, cond)
+    return SAMPLERS[sampler](network, x.requires_grad_(differentiable), sequence, model.schedule, noise=noise.draw,
+                             eta=eta, callback=callback, **options)

@@ -33,6 +33,7 @@ class Unit:
     segments: Any = None                   # time segment of every row, and how often each was drawn
     visits: Any = None
     saliency: Any = None                   # rows, output -> weights that broadcast to the output, mean 1; None: alike
+    frequency: Any = None                  # rows, error -> error filtered by what it does to the image; None: as it is
 
     def __call__(self, inputs, rows):
         return self.call(self.module, inputs, rows)
@@ -229,7 +230,8 @@ def draw_rows(unit, target, generator, s):
 
 def output_loss(unit, out, target, rows, norm):
     weights = unit.saliency(rows, out) if unit.saliency else None
-    return lp(out.float(), target[rows].to(unit.device), norm, weights)
+    error = out.float() - target[rows].to(unit.device)
+    return lp(unit.frequency(rows, error) if unit.frequency else error, 0, norm, weights)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Job:
     memory_gb: float = 4.0                 # captured activations held in memory; the rest spills to disk
     log: Callable = print                  # one line of progress
     note: Callable = lambda facts: None    # facts so far of the running pass
+    differentiable: Callable = None        # (num_images, seed) -> x_0 (N, C, H, W), with gradients, of batch by batch
     trajectory: Callable = None            # (num_images, seed) -> (step, t, x, cond, eps) of the float model, in turn
 
     def batch(self, usual):

@@ -17,6 +17,7 @@ from quant.attention import Saliency
 from quant.capture import Store, Stream
 from quant.convert import input_quantizers, quant_layers, set_input_quantization
 from quant.files import load_tensors, save_tensors
+from quant.frequency import FrequencyFilter
 from quant.learn import Unit, learn_jointly, learn_rounding, learn_scales, mixed
 
 ERROR_ROWS = 256                           # samples on which the error before and after is measured
@@ -25,7 +26,7 @@ ERROR_ROWS = 256                           # samples on which the error before a
 def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
                 soft_lr=1e-4, weight_cosine=False, round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0,
                 weight_norm=2.0, input_norm=2.4, joint=False, drop=0.5, layer_weight=0.0, saliency=0.0, smooth=0.0,
-                active=0.0, visit_cost=0.0, gptq=False, bfloat16=False):
+                frequency=0.0, active=0.0, visit_cost=0.0, gptq=False, bfloat16=False):
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `bfloat16` computes the steps under
     autocast. Captured activations beyond `job.memory_gb` spill to disk.
 
@@ -34,8 +35,9 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     With `gptq` the rounding begins halfway between the weight and second-order codes (quant/gptq.py), else at the
     weight.
     `layer_weight` adds the error of a block's inner layers. `saliency` in [0, 1] is the share of the error's weights
-    that follows received attention (quant/attention.py). `smooth` holds the scales of neighbouring time segments
-    together. `active` or `visit_cost` > 0 takes the batches from the segment that needs them most (quant/learn.py).
+    that follows received attention (quant/attention.py); `frequency` in [0, 1] how far it is weighed by what errors
+    of each spatial frequency do to the image (quant/frequency.py). `smooth` holds the scales of neighbouring time
+    segments together. `active` or `visit_cost` > 0 takes the batches from the segment that needs them most (quant/learn.py).
     `soft_lr` is the rate of what gives scales while they are learned (quant/tdq.py, quant/apq.py).
 
     Each finished unit is saved in `job.resume_folder`; a run that is killed and started again ends in the same bytes.
@@ -48,6 +50,7 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     original, quantized = (Stream(net, names, uses, calibration, batch_size=job.batch(64), store=store)
                            for net in (job.model.net, job.net))
     weights_of = Saliency(job.model.net, calibration, saliency, job.batch(64)) if saliency else None
+    filters = FrequencyFilter(job, names, frequency) if frequency else None
     segments = job.net.timeline.segments_of(calibration.t)
     set_input_quantization(job.net, joint)
     share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()
@@ -56,6 +59,8 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
         unit = Unit(name, quantized.modules[name], quantized.device,
                     lambda rows: job.net.timeline.set_time(calibration.t[rows]), original=original.modules[name],
                     saliency=weights_of, segments=segments, visits=torch.zeros(job.net.timeline.num_segments))
+        if filters:
+            unit.frequency = lambda rows, error: filters(name, calibration.t[rows], error)
         unit.float_inputs, quant_inputs = original.inputs(name), quantized.inputs(name)
         target = original.advance(name, unit.float_inputs)
         new = load_unit(unit.module, path) if path.is_file() else None

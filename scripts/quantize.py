@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from models.diffusion import example_arguments, sample  # noqa: E402
+from models.diffusion import denoise, example_arguments, sample  # noqa: E402
 from models.zoo import build_network  # noqa: E402
 from quant.calibration import load_calibration  # noqa: E402
 from quant.checkpoint import packed_bytes, save_quantized  # noqa: E402
@@ -77,6 +77,7 @@ def quantize(run):
         job = Job(model=model, net=net, calibration=calibration, graph=graph, resume_folder=run.path("resume/quantize"),
                   rules=run.config.all_rules, seed=run.config.seed, max_batch=run.config.max_batch,
                   memory_gb=run.config.memory_gb, trajectory=partial(trajectory, run),
+                  differentiable=partial(differentiable, run),
                   log=lambda line: print(line, flush=True),
                   note=lambda rows: write_text(run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)))
         run_passes(job, run.config.all_passes)
@@ -109,6 +110,15 @@ def trajectory(run, num_images, seed):
         cond = run.model.labels(seed, indices)
         for step, t, x, eps in seen:
             yield step, t, x.to(device), cond, eps.to(device)
+
+
+def differentiable(run, num_images, seed):
+    """x_0 of images 0 .. num_images-1 of `seed`, batch by batch, with the gradient by all that the float network
+    computes."""
+    s = run.config.sampling
+    for start in range(0, num_images, s.batch_size):
+        yield denoise(run.model, run.model.eps, range(start, min(start + s.batch_size, num_images)), sampler=s.sampler,
+                      steps=s.steps, skip=s.skip, eta=s.eta, seed=seed, differentiable=True)
 
 
 if __name__ == "__main__":
