@@ -1,5 +1,6 @@
 """Errors weighed by what their spatial frequencies do to the image."""
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,17 @@ import torch
 from scipy.fft import dctn
 from torch import nn
 
-from models.diffusion import denoise, load_model
+from models.diffusion import denoise, load_model, sample
+from quant.convert import quant_layers
 from quant.frequency import FrequencyFilter, as_maps, dct, gradient_energies, idct
-from tiny import normal
+from quant.learn import output_loss
+from quant.passes import fit_ranges
+from quant.reconstruct import reconstruct
+from scripts.quantize import differentiable
+from scripts.run_folder import Sampling
+from tiny import make_job, normal, rules
+
+STEPS = {"steps": 4, "skip": "uniform", "sampler": "ddim", "eta": 0.0}
 
 
 def test_the_transform_is_scipys_and_its_inverse_brings_back():
@@ -142,3 +151,37 @@ def test_every_samplers_gradient_is_its_finite_difference(tiny_config, sampler, 
         total = (n * x0(differentiable=True)).sum()
         gradient, = torch.autograd.grad(total, [first["out"]])
     assert float((gradient * wiggle).sum()) == pytest.approx(difference, rel=2e-2, abs=1e-4)
+
+
+def test_weighted_loss_by_hand():
+    """Sum over channels, mean over samples and positions, of the filtered error's square: 16 times the means' square
+    where the mean has all of the weight."""
+    torch.manual_seed(0)
+    filters = FrequencyFilter(job_of(MeansAlone(), [7.0]), ["unit"], 1.0)
+    out, target, rows = normal(2, 2, 4, 4, seed=1), normal(3, 2, 4, 4, seed=2), torch.tensor([2, 0])
+    unit = SimpleNamespace(device="cpu", saliency=None,
+                           frequency=lambda rows, error: filters("unit", torch.full((2,), 7.0), error))
+    expected = 16 * (out - target[rows]).mean((2, 3)).square().sum(1).mean()
+    assert output_loss(unit, out, target, rows, 2.0) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_reconstruction_by_frequencies_of_a_pretrained_model(tiny_model, tmp_path):
+    """The pass with gradients of the very images that sampling draws, before they are decoded; the second time, with
+    one unit learned anew, it ends in the same bytes."""
+    run = SimpleNamespace(model=tiny_model, config=SimpleNamespace(sampling=Sampling(**STEPS, batch_size=3)))
+    with torch.enable_grad():
+        x0 = torch.cat(list(differentiable(run, 4, 5)))
+    assert x0.requires_grad
+    drawn = sample(tiny_model, tiny_model.eps, range(4), seed=5, batch_size=4, **STEPS).float()
+    assert (tiny_model.decode(x0.detach()).float() - drawn).abs().max() <= 1 and drawn.std() > 20
+    learned = []
+    for frequency in (0.5, 0.5, 0.0):
+        folder = tmp_path / f"{frequency}"
+        folder.mkdir(exist_ok=True)
+        job = make_job(tiny_model.net, folder, rules(4, 4), differentiable=partial(differentiable, run))
+        job.model = tiny_model
+        fit_ranges(job)
+        reconstruct(job, joint=True, weight_iters=3, batch_size=4, weight_lr=0.5, frequency=frequency)
+        learned.append([layer.weight_int.clone() for layer in quant_layers(job.net).values()])
+        sorted(folder.glob("*.safetensors"))[-1].unlink()
+    assert all(map(torch.equal, learned[0], learned[1])) and not all(map(torch.equal, learned[0], learned[2]))
