@@ -115,9 +115,9 @@ def trajectory(run, num_images, seed):
 def differentiable(run, num_images, seed):
     """x_0 of images 0 .. num_images-1 of `seed`, batch by batch, with the gradient by all that the float network
     computes."""
-    s = run.config.sampling
-    for start in range(0, num_images, s.batch_size):
-        yield denoise(run.model, run.model.eps, range(start, min(start + s.batch_size, num_images)), sampler=s.sampler,
+    s, size = run.config.sampling, min(run.config.sampling.batch_size, run.config.max_batch)
+    for start in range(0, num_images, size):
+        yield denoise(run.model, run.model.eps, range(start, min(start + size, num_images)), sampler=s.sampler,
                       steps=s.steps, skip=s.skip, eta=s.eta, seed=seed, differentiable=True)
 
 

@@ -168,7 +168,7 @@ def test_weighted_loss_by_hand():
 def test_reconstruction_by_frequencies_of_a_pretrained_model(tiny_model, tmp_path):
     """The pass with gradients of the very images that sampling draws, before they are decoded; the second time, with
     one unit learned anew, it ends in the same bytes."""
-    run = SimpleNamespace(model=tiny_model, config=SimpleNamespace(sampling=Sampling(**STEPS, batch_size=3)))
+    run = SimpleNamespace(model=tiny_model, config=SimpleNamespace(sampling=Sampling(**STEPS, batch_size=8), max_batch=3))
     with torch.enable_grad():
         x0 = torch.cat(list(differentiable(run, 4, 5)))
     assert x0.requires_grad
