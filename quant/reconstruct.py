@@ -37,8 +37,8 @@ def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, wei
     `layer_weight` adds the error of a block's inner layers. `saliency` in [0, 1] is the share of the error's weights
     that follows received attention (quant/attention.py); `frequency` in [0, 1] how far it is weighed by what errors
     of each spatial frequency do to the image (quant/frequency.py). `smooth` holds the scales of neighbouring time
-    segments together. `active` or `visit_cost` > 0 takes the batches from the segment that needs them most (quant/learn.py).
-    `soft_lr` is the rate of what gives scales while they are learned (quant/tdq.py, quant/apq.py).
+    segments together. `active` or `visit_cost` > 0 takes the batches from the segment that needs them most
+    (quant/learn.py). `soft_lr` is the rate of what gives scales while they are learned (quant/tdq.py, quant/apq.py).
 
     Each finished unit is saved in `job.resume_folder`; a run that is killed and started again ends in the same bytes.
     Returns one fact per unit and stage: error before and after (relative to the mean square of the target), seconds.

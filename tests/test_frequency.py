@@ -127,7 +127,7 @@ def test_tokens_of_no_square_map_have_no_frequencies():
 def test_every_samplers_gradient_is_its_finite_difference(tiny_config, sampler, eta):
     """By the first layer's output, at the first of the steps alone."""
     model, first = load_model(tiny_config, device="cpu"), {}
-    model.schedule = replace(model.schedule, clip=False)                   # where x_0 is clipped, a difference is no gradient
+    model.schedule = replace(model.schedule, clip=False)   # where x_0 is clipped, a difference is no gradient
     wiggle = normal(1, *model.net.conv_in(torch.zeros(1, *model.shape)).shape[1:], seed=5)
 
     def x0(size=0.0, **options):
@@ -168,7 +168,8 @@ def test_weighted_loss_by_hand():
 def test_reconstruction_by_frequencies_of_a_pretrained_model(tiny_model, tmp_path):
     """The pass with gradients of the very images that sampling draws, before they are decoded; the second time, with
     one unit learned anew, it ends in the same bytes."""
-    run = SimpleNamespace(model=tiny_model, config=SimpleNamespace(sampling=Sampling(**STEPS, batch_size=8), max_batch=3))
+    config = SimpleNamespace(sampling=Sampling(**STEPS, batch_size=8), max_batch=3)
+    run = SimpleNamespace(model=tiny_model, config=config)
     with torch.enable_grad():
         x0 = torch.cat(list(differentiable(run, 4, 5)))
     assert x0.requires_grad
