@@ -11,8 +11,8 @@ two-dimensional cosine transform (DCT-II), over which J is taken for diagonal, i
     F(t, u, v) e_hat(u, v)^2,    F(t, u, v) = mean over images and channels of (J^T n)_hat(u, v)^2,  n ~ Normal(0, 1)
 
 and the error to minimise becomes the filtered one, W^(1/2) e_hat with W = F^p / mean over (u, v) of F^p: every step
-keeps its weight. With p = 1 it is the diagonal of the Fisher matrix, as BRECQ (Li et al. 2021, arXiv:2102.05426,
-Eq. 10) weighs elements, in another basis and for the loss that counts here; p = 0 is the plain error.
+keeps its weight. With p = 1 it is the diagonal of the Fisher matrix, as BRECQ (Li et al. 2021, arXiv:2102.05426) weighs
+elements, in another basis and for the loss that counts here; p = 0 is the plain error.
 
 Axes: N samples, C channels, H x W positions, G groups of steps.
 """
@@ -27,7 +27,8 @@ NUM_IMAGES = 8
 
 class FrequencyFilter:
     """filter(name, t, error) -> error of the unit `name` at the steps t (N,), filtered: maps (N, C, H, W), tokens
-    (N, L, C) of a square map; others as they are. `power` is p above, in [0, 1]. Raises ValueError beyond that."""
+    (N, L, C) of a square map; others as they are. `power` is p above, in [0, 1]. Raises ValueError beyond that, and
+    where gradients are not finite."""
 
     def __init__(self, job, names, power):
         if not 0 <= power <= 1:
@@ -41,6 +42,9 @@ class FrequencyFilter:
         """Energies by step {t: (H, W)} -> W^(1/2) (G, H, W)."""
         by_step = torch.stack([energy[float(t)] for t in self.times])
         total = torch.zeros(int(self.group[-1]) + 1, *by_step.shape[1:]).index_add(0, self.group, by_step)
+        if not torch.isfinite(total).all():
+            raise ValueError("the gradient of the image by the network's maps is NaN or infinite on this sampler; set "
+                             "frequency: 0 in reconstruct")
         weight = total.clamp(min=1e-30) ** power
         return (weight / weight.mean((1, 2), keepdim=True)).sqrt()
 

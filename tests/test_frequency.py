@@ -118,6 +118,11 @@ def test_times_between_the_samplers_take_the_nearest_and_neighbours_share_a_tabl
     assert torch.equal(first, second) and not torch.allclose(first, other)
 
 
+def test_gradients_that_grow_beyond_all_numbers_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinite on this sampler; set frequency: 0"):
+        FrequencyFilter(job_of(Linear(), [float(t) for t in range(400, 0, -10)]), ["unit"], 1.0)
+
+
 def test_tokens_of_no_square_map_have_no_frequencies():
     assert as_maps(torch.zeros(2, 6, 3)) is None and as_maps(torch.zeros(2, 3)) is None
     assert as_maps(torch.zeros(2, 9, 5)).shape == (2, 5, 3, 3)
