@@ -109,7 +109,7 @@ def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
         q.drop = lambda x: uniform_like(x, generator) < s["drop"]
     try:
         if groups:
-            optimise(unit, groups, s["weight_iters"] + s["input_iters"],
+            optimise(unit, groups, s["weight_iters"],
                      lambda done: rounding_penalty(layers, done, s) + scale_penalty(learned, s), inputs, target,
                      generator, s, s["weight_norm"])
     finally:

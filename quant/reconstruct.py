@@ -23,7 +23,7 @@ from quant.learn import Unit, learn_jointly, learn_rounding, learn_scales, mixed
 ERROR_ROWS = 256                           # samples on which the error before and after is measured
 
 
-def reconstruct(job, *, weight_iters=20000, input_iters=0, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
+def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
                 soft_lr=1e-4, weight_cosine=False, round_weight=0.01, warmup=0.2, beta_start=20.0, beta_end=2.0,
                 weight_norm=2.0, input_norm=2.4, joint=False, drop=0.5, layer_weight=0.0, saliency=0.0, smooth=0.0,
                 frequency=0.0, active=0.0, visit_cost=0.0, gptq=False, bfloat16=False):
@@ -31,7 +31,7 @@ def reconstruct(job, *, weight_iters=20000, input_iters=0, batch_size=32, weight
     autocast. Captured activations beyond `job.memory_gb` spill to disk.
 
     Rates of scales fall to 0 along a cosine, that of the rounding only with `weight_cosine`. `joint` learns both at
-    once in `weight_iters` + `input_iters` steps, each activation unquantized with probability `drop`.
+    once in `weight_iters` steps, each activation unquantized with probability `drop`.
     With `gptq` the rounding begins halfway between the weight and second-order codes (quant/gptq.py), else at the
     weight.
     `layer_weight` adds the error of a block's inner layers. `saliency` in [0, 1] is the share of the error's weights
