@@ -112,8 +112,10 @@ def load_quantized(path, build_network, *, expected=None):
         q.zero_point.copy_(zero_point)
         layer.set_unsigned_codes(unpack(codes, q.spec.bits, layer.codes_shape))
         stored[f"{name}.weight_int"], stored[f"{name}.weight_quantizer.zero_point"] = layer.weight_int, zero_point
-    times = stored.get("correction.times")
-    net.correction = None if times is None else Correction(times, net.in_channels)
+    times, rows, columns = (stored.get(f"correction.{name}") for name in ("times", "rows", "columns"))
+    net.correction = None
+    if times is not None and rows is not None and columns is not None:
+        net.correction = Correction(times, net.in_channels, *rows.shape[2:3], *columns.shape[3:4])
     if "bypass.gain" in stored:
         Bypass(net, stored["bypass.gain"].shape[1])
     own = net.state_dict()
