@@ -147,6 +147,6 @@ def test_parts_of_four_methods_compose_by_lists(models, tmp_path, monkeypatch):
     assert any(layer.inverse_balance is not None for layer in quant_layers(net).values())
     table = net.input_blocks[0][0].input_quantizer.scale
     assert table.shape[0] == 8 and len(table.unique()) > 1 and (run / "dynamic.safetensors").exists()
-    assert net.correction.bias.abs().sum() > 0
+    assert net.correction.rows.abs().sum() > 0
     sample.run([str(run)])
     assert len(list((run / "samples").glob("*.png"))) == 4
