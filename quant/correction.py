@@ -2,7 +2,7 @@
 disentanglement" and "Quantization noise correction").
 
 At every time t the error d = eps_q - eps splits into a part that follows eps and a residual r of mean b, per channel
-(PTQD) or for every row and column of a channel, for errors near the border differ from those inside:
+(PTQD) or for every row and column of a channel, as errors near the border differ from those inside:
     d = k eps + r,    eps' = (eps_q - b) / (1 + k) = eps + (r - b) / (1 + k).
 The sampler goes on with eps'. What is left of the error has the variance sigma_q^2 = var(r) / (1 + k)^2, and a sampler
 that adds noise of its own adds that much less (ddim/sampler.py).
@@ -17,9 +17,9 @@ from quant.convert import quant_layers
 
 
 class Correction(nn.Module):
-    """Tables over the network's time, zero (the identity) until they are filled: `slope` k (S,), `rows` (S, C, H, 1) and
-    `columns` (S, C, 1, W), whose sum is b (per channel H = W = 1), and `variance` sigma_q^2 (S,), of the corrected eps.
-    `times` (S,) ascend. A module, so that the network that it belongs to moves and stores it."""
+    """Tables over the network's time, zero (the identity) until they are filled: `slope` k (S,), `rows` (S, C, H, 1)
+    and `columns` (S, C, 1, W), whose sum is b (per channel H = W = 1), and `variance` sigma_q^2 (S,), of the corrected
+    eps. `times` (S,) ascend. A module, so that the network that it belongs to moves and stores it."""
 
     def __init__(self, times, num_channels, height=1, width=1):
         super().__init__()
@@ -100,7 +100,8 @@ def correct_noise(job, *, num_images=1024, seed=2000, slope=True, bias="residual
         getattr(correction, name).copy_(torch.stack([tables[name] for tables in fits]))
     job.net.correction = correction
     return [{"pass": "correct_noise", "t": t, "slope": float(tables["slope"]),
-             "bias": float((tables["rows"] + tables["columns"]).abs().mean()), "sigma": float(tables["variance"]) ** 0.5,
+             "bias": float((tables["rows"] + tables["columns"]).abs().mean()),
+             "sigma": float(tables["variance"]) ** 0.5,
              "mse_before": float(tables["mse_before"]), "mse_after": float(tables["mse_after"])}
             for t, tables in zip(times, fits)]
 

@@ -157,7 +157,8 @@ def test_an_error_that_shrinks_eps_is_divided_out_where_slopes_are_signed():
     lost = fit(sums(*planted(-0.9, [0.0, 0.0, 0.0], 0.01)), **EVERYTHING | {"slope": "signed"})
     assert float(lost["slope"]) == -0.5                                   # at most doubled: nearly all of it is lost
     constant = fit(sums(torch.ones(2, 3, 2, 2), torch.full((2, 3, 2, 2), 0.5)), **EVERYTHING)
-    assert bias_of(constant).flatten().tolist() == [0.5] * 3 and float(constant["slope"]) == float(constant["mse_after"]) == 0
+    assert bias_of(constant).flatten().tolist() == [0.5] * 3
+    assert float(constant["slope"]) == float(constant["mse_after"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ the pass
