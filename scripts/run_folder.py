@@ -23,7 +23,7 @@ from quant.calibration import check_builder
 from quant.config import load, unknown_word
 from quant.convert import check_bits, check_rules
 from quant.files import alone, write_text
-from quant.passes import changed_passes, check_passes
+from quant.passes import changed_passes, check_passes, find_pass
 from quant.timeline import segment_boundaries
 
 
@@ -249,6 +249,7 @@ def check(config):
     check_passes(config.all_passes)
     check_builder(config.calibration.builder, config.calibration.options)
     check_start(config.calibration)
+    check_seeds(config)
     if config.sampling.sampler not in SAMPLERS:
         word = config.sampling.sampler
         raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
@@ -261,6 +262,19 @@ def check(config):
         value = reduce(getattr, key.split("."), config)
         if value < 1:
             raise ValueError(f"{key} is {value}; it must be at least 1")
+
+
+def check_seeds(config):
+    """Raises ValueError where the images to be scored are those that the network would be fitted to."""
+    fitted = {} if config.calibration.file else {"calibration.seed": config.calibration.seed}
+    for name, options in check_passes(config.all_passes):
+        known = {} if "." in name else inspect.signature(find_pass(name)).parameters
+        if "seed" in known:
+            fitted[f"seed of the pass {name}"] = options.get("seed", known["seed"].default)
+    for key, seed in fitted.items():
+        if seed == config.sampling.seed:
+            raise ValueError(f"sampling.seed and the {key} are both {seed}: the network would be fitted to the images "
+                             "that it is scored on; choose another sampling.seed")
 
 
 def check_start(c):

@@ -231,6 +231,9 @@ def test_pairs_of_a_network_with_its_own_clock_give_the_eps_of_the_trajectory_bi
 @pytest.mark.parametrize("words, sentence", [
     (["calibration.start=d2in"], "calibration.start 'd2in' is unknown; did you mean 'di2n'"),
     (["calibration.start=i2n"], "which needs images; give calibration.data=FOLDER"),
+    (["sampling.seed=1000"], "sampling.seed and the calibration.seed are both 1000"),
+    (["passes=[correct_noise]", "sampling.seed=2000"], "the seed of the pass correct_noise are both 2000"),
+    (["passes=[{correct_noise: {seed: 7}}]", "sampling.seed=7"], "the seed of the pass correct_noise are both 7"),
     (["calibration.start_step=0.5"], "calibration.start_step is 0.5 with start 'normal'"),
     (["calibration.start=di2n", "calibration.start_step=0.0"], "must lie above 0"),
     (["calibration.builder=normal", "calibration.options.menan=0.5"], "has no option 'menan'; did you mean 'mean'"),

@@ -212,10 +212,10 @@ def test_the_figure_has_each_row_beside_its_own_full_precision(tmp_path, monkeyp
     (["methods=[minmaxx]"], "minmaxx.yaml does not exist; did you mean minmax.yaml"),
     (["methods=[tinydm,TWIN]"], "tinydm and .*twin.yaml are both called 'tinydm'"),
     (["models=[]"], "nothing to compare: models is empty"),
-    (["seeds=[1,0]"], "seed 0 is that of the images that are scored"),
+    (["seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
     (["overrides=[sampling.stps=4]"], "did you mean 'steps'"),
     (["modles=[]"], "did you mean 'models'"),
-    (["--jobs", "1", "seeds=[1,0]"], "seed 0 is that of the images that are scored"),
+    (["--jobs", "1", "seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
     (["--jobs", "0"], "--jobs is 0")])
 def test_mistakes_get_one_sentence_before_any_work(models, tmp_path, words, sentence):
     twin = tmp_path / "twin.yaml"
