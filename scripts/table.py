@@ -202,10 +202,14 @@ def text(row, column):
 def markdown(rows):
     parts = []
     for line, head, lines in tables(rows):
-        body = ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-                for cells in (head, ["---"] * len(head), *lines)]
-        parts.append("\n".join([f"Protocol: {line}.", "", *body]))
+        parts.append("\n".join([f"Protocol: {line}.", "", *lines_of(head, lines)]))
     return "\n\n".join([*parts, LEGEND]) + "\n"
+
+
+def lines_of(head, lines):
+    """A table in Markdown, line by line."""
+    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+            for cells in (head, ["---"] * len(head), *lines)]
 
 
 def csv_text(rows):

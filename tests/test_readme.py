@@ -1,0 +1,48 @@
+"""README.md against results/, and its blocks from planted run folders."""
+import pytest
+
+from scripts import readme
+from scripts.readme import BLOCK, PROJECT, rewritten
+from test_table import make_run
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """results/equal/tiny beside a plan of three methods at two widths."""
+    runs = tmp_path / "results/equal/tiny"
+    runs.mkdir(parents=True)
+    for number, (method, weight) in enumerate([("third", 4), ("unlisted", 4), ("first", 4), ("first", 8)]):
+        make_run(runs / str(number), method=method, bits={"weight": weight, "input": 8})
+    (tmp_path / "configs/compare").mkdir(parents=True)
+    (tmp_path / "configs/compare/equal.yaml").write_text("bits: [w8a8, w4a8]\nmethods: [first, second, third]")
+    monkeypatch.setattr(readme, "PROJECT", tmp_path)
+    return tmp_path
+
+
+def test_the_readme_says_what_results_say():
+    page = (PROJECT / "README.md").read_text()
+    assert len(BLOCK.findall(page)) >= 3
+    head, number, tail = page.partition("| tinydm | 51.87 / 0.0001 |")
+    assert number and rewritten(head + number.replace("51", "52") + tail) == page
+
+
+def test_blocks_follow_the_plan(project):
+    page = rewritten("before\n<!-- results/equal/tiny -->\nold\n<!-- end -->\nafter <!-- end -->\n")
+    assert page.startswith("before\n<!-- results/equal/tiny -->\n| Method | W8A8 | W4A8 |\n")
+    assert page.endswith("</details>\n<!-- end -->\nafter <!-- end -->\n") and "old" not in page
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:2] == "| "]
+    assert [line[:3] for line in cells[2:5]] == [["first"] + ["30.00 / 0.2500"] * 2, ["third", "–", "30.00 / 0.2500"],
+                                                 ["unlisted", "–", "30.00 / 0.2500"]]
+    assert [line[2:4] for line in cells[7:]] == [["32/32", "full precision"], ["8/8", "first"], ["4/8", "first"],
+                                                 ["4/8", "third"], ["4/8", "unlisted"]]
+    assert "All columns, 5 rows" in page
+
+
+def test_the_figure_lies_where_the_page_shows_it(project):
+    (project / "docs").mkdir()
+    page = project / "page.md"
+    page.write_text("<!-- results/equal/tiny -->\n<!-- end -->\n")
+    readme.run([str(page)])
+    assert "| first |" in page.read_text() and (project / "docs/compare-tiny.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="expected one Markdown file, found page.md more"):
+        readme.run(["page.md", "more"])
