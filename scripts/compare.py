@@ -61,7 +61,6 @@ class Cell:
     folder: Path
     arguments: list
     config: RunConfig
-    variant: str = ""
     note: str = ""
 
 
@@ -120,10 +119,11 @@ def cell_of(plan, model, bits, method, seed, variant, words):
     files = [yaml_path(*pair) for pair in (("model", model), ("bits", bits), *own, ("preset", plan.preset))]
     parts = Path(method).stem, Path(bits).stem, variant, str(seed)
     folder = Path(plan.out) / Path(model).stem / "-".join(filter(None, parts))
-    words = [*plan.overrides, *changes, f"calibration.seed={seed}", f"seed={seed}", f"out={folder}"]
+    words = [*plan.overrides, *changes, f"calibration.seed={seed}", f"seed={seed}", f"out={folder}",
+             *([f"variant={variant}"] if variant else [])]
     config = load(RunConfig, files, words)
     check(config)
-    return Cell(folder, [*files, *words], config, variant)
+    return Cell(folder, [*files, *words], config)
 
 
 def yaml_path(kind, name):
@@ -230,7 +230,6 @@ def report(plan, cells):
     protocol = {images_of(cell): row.protocol for cell, row in zip(cells, rows) if row.runs}
     for cell, row in zip(cells, rows):
         row.protocol = row.protocol or protocol.get(images_of(cell), "")
-        row.method += f" ({cell.variant})" if cell.variant else ""
     rows, out = assemble(rows), Path(plan.out)
     write_text(out / "table.md", markdown(rows))
     write_text(out / "table.csv", csv_text(rows))

@@ -1,22 +1,25 @@
-"""Write the measured tables of README.md, and their figures, anew from results/:  python scripts/readme.py README.md
+"""Write what README.md shows of results/ anew, tables and figures:  python scripts/readme.py README.md
 
 A block of the file between <!-- results/PLAN/MODEL --> and <!-- end --> holds the overview and, folded, all columns of
-the run folders there, in the order of configs/compare/PLAN.yaml. The figures are of W4A8 and W4A4 at equal widths.
+the run folders there, in the order of configs/compare/PLAN.yaml. Figures that it shows: docs/compare-MODEL.png (W4A8
+and W4A4 of equal.yaml), docs/ablation-NAME.png.
 """
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.diffusion import PROJECT  # noqa: E402
-from quant.config import load, read_yaml  # noqa: E402
+from quant.config import load  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main  # noqa: E402
-from scripts.compare import CompareConfig, draw, yaml_path  # noqa: E402
+from scripts.compare import CompareConfig, draw  # noqa: E402
 from scripts.table import assemble, lines_of, row_of, tables  # noqa: E402
 
 BLOCK = re.compile(r"<!-- results/(\S+)/(\S+) -->\n.*?<!-- end -->", re.DOTALL)
+FIGURE = re.compile(r"\((docs/(compare|ablation)-(\S+)\.png)\)")
 DRAWN = "32/32", "4/8", "4/4"
 
 
@@ -26,9 +29,12 @@ def run(arguments):
         raise ValueError(f"expected one Markdown file, found {' '.join(arguments)}")
     page = Path(path).read_text()
     write_text(path, rewritten(page))
-    for plan, model in BLOCK.findall(page):
-        if plan == "equal":
-            draw([row for row in rows_of(plan, model) if row.bits in DRAWN], PROJECT / f"docs/compare-{model}.png")
+    for figure, kind, name in FIGURE.findall(page):
+        if kind == "ablation":
+            rows = rows_of(f"ablation-{name}", "latent-compact")
+        else:
+            rows = [row for row in rows_of("equal", name) if row.bits in DRAWN]
+        draw(rows, PROJECT / figure)
 
 
 def rewritten(page):
@@ -45,15 +51,13 @@ def block(plan, model):
 
 
 def rows_of(plan, model):
-    """The rows of results/PLAN/MODEL, widths and methods as the plan lists them, what it leaves out at the end."""
+    """The rows of results/PLAN/MODEL in the order of the plan, at the end what it leaves out."""
     listed = load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
-    bits = ["32/32", *("{weight}/{input}".format(**read_yaml(yaml_path("bits", name))["bits"]) for name in listed.bits)]
-    methods = ["full precision", *listed.methods]
-    folders = sorted(path.parent for path in (PROJECT / "results" / plan / model).glob("*/metrics.json"))
-
-    def place(row):
-        return bits.index(row.bits), methods.index(row.method) if row.method in methods else len(methods), row.method
-    return sorted(assemble([row_of(folder) for folder in folders]), key=place)
+    found = {path.parent.name: path.parent for path in (PROJECT / "results" / plan / model).glob("*/metrics.json")}
+    names = ["-".join(filter(None, (method, bits, variant, str(seed)))) for bits, method, variant, seed in
+             product(listed.bits, listed.methods, listed.variants or [""], listed.seeds)]
+    order = [*(name for name in names if name in found), *sorted(found.keys() - set(names))]
+    return assemble([row_of(found[name]) for name in order])
 
 
 if __name__ == "__main__":

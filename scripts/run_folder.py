@@ -110,6 +110,7 @@ class RunConfig:
     schedule: dict[str, Any] = field(default_factory=dict)
     bits: Bits = field(default_factory=Bits)
     method: str = ""
+    variant: str = ""                        # of the method in a comparison, as its tables call it
     segments: Any = 1                        # of time: 1, a number, per_step, or [boundaries]
     rules: list[Any] = field(default_factory=list)
     exceptions: list[Any] = field(default_factory=list)          # rules on top of those of any method
@@ -141,7 +142,8 @@ class RunConfig:
         return changed_passes(self.passes, self.pass_options)
 
 
-FREE = {"num", "out", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}   # change no artefact
+# These change no artefact.
+FREE = {"num", "out", "variant", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}
 
 
 class Run:

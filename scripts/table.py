@@ -97,8 +97,9 @@ def empty_row(config, **more):
     """The row of a recipe, which leaves out the seeds of calibration and what changes no artefact."""
     facts = asdict(replace(config, seed=0, calibration=replace(config.calibration, seed=0)))
     recipe = json.dumps(without_free(facts), sort_keys=True)
-    return Row(config.name, config.sampling.steps, f"{config.bits.weight}/{config.bits.input}", config.method,
-               recipe=recipe, **more)
+    method = config.method + (f" ({config.variant})" if config.variant else "")
+    return Row(config.name, config.sampling.steps, f"{config.bits.weight}/{config.bits.input}", method, recipe=recipe,
+               **more)
 
 
 def full_precision_row(folder):
