@@ -5,6 +5,7 @@ Parameter names are those of the public checkpoints (`cond_stage_model.` without
 
 Axes: N images, T tokens, D features.
 """
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def clip_library():
         if error.name != "transformers":                     # installed, but broken
             raise
         raise ValueError("the text encoder needs the package transformers, which is not installed; "
-                         "run: pip install -e .[text]") from None
+                         f"run: {sys.executable} -m pip install -e .[text]") from None
     return transformers
 
 

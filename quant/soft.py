@@ -1,5 +1,5 @@
-"""What gives a quantizer its table of scales while a pass learns it: a model with few parameters instead of one free
-scale per segment. At its end the table stays and the model goes, so running it costs nothing."""
+"""What gives a quantizer its table of scales while a pass learns it: a model in place of a free scale for every
+segment. At its end the table stays and the model goes, so running it costs nothing."""
 from torch import nn
 
 from quant.convert import input_quantizers

@@ -32,7 +32,7 @@ class Bits:
     """Widths that the rules of a method refer to; 32 = floating point."""
     weight: int = 8
     input: int = 8
-    softmax: int = 8
+    softmax: int = 8                         # of attention maps; a model may want more
 
 
 STARTS = ("normal", "i2n", "di2n")

@@ -107,4 +107,4 @@ def test_absent_package(monkeypatch):
     with pytest.raises(ValueError) as error:
         build_network("clip-text", **TINY)
     assert str(error.value) == ("the text encoder needs the package transformers, which is not installed; "
-                                "run: pip install -e .[text]")
+                                f"run: {sys.executable} -m pip install -e .[text]")

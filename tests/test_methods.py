@@ -105,6 +105,15 @@ def test_32_bit_activations_are_left_alone_everywhere(models, method):
     assert list(input_quantizers(net)) == ["conv_out.input_quantizer"]   # unless asked for
 
 
+@pytest.mark.parametrize("model, bits, width", [("sd-v1-4", "w4a8", 16), ("sd-v1-4", "w4a32", 32),
+                                                ("bedroom", "w4a8", 8), ("bedroom", "w8a32", 32)])
+def test_a_model_may_want_more_bits_for_its_attention_maps(model, bits, width):
+    config = load(RunConfig, [PROJECT / "configs" / p for p in (f"model/{model}.yaml", f"bits/{bits}.yaml",
+                                                               "method/qdiffusion.yaml", "preset/demo.yaml")])
+    rule, = (rule for rule in config.all_rules if rule.get("role") == "probs")
+    assert rule["input"]["bits"] == width
+
+
 def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path, monkeypatch):
     run = prepared(models["pixel"], "tdq", tmp_path / "run")
     quantized(run, monkeypatch)
