@@ -61,8 +61,8 @@ def search_1d(values, bits, symmetric):
 
 def search_2d(values, bits, symmetric):
     """Both ends on their own (QDrop's search for two-sided data): from the best of the 1-D search on, rounds of nearby
-    zero points and widths, in ever smaller steps of the zero point. Costs 2 (4 bits) to 3.5 (8 bits) of the 1-D search; all
-    100 widths x 2^b zero points would cost 20 and more, for ranges measured no better."""
+    zero points and widths, in ever smaller steps of the zero point. Costs 2 (4 bits) to 3.5 (8 bits) of the 1-D search;
+    all 100 widths x 2^b zero points would cost 20 and more, for ranges measured no better."""
     best = search_1d(values, bits, symmetric)
     if symmetric:
         return best
