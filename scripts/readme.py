@@ -51,11 +51,12 @@ def block(plan, model):
 
 
 def rows_of(plan, model):
-    """The rows of results/PLAN/MODEL in the order of the plan, at the end what it leaves out."""
+    """The rows of results/PLAN/MODEL in the order of the plan, methods that it leaves out below the others."""
     listed = load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
     found = {path.parent.name: path.parent for path in (PROJECT / "results" / plan / model).glob("*/metrics.json")}
+    methods = dict.fromkeys([*listed.methods, *sorted(name.split("-")[0] for name in found)])
     names = ["-".join(filter(None, (method, bits, variant, str(seed)))) for bits, method, variant, seed in
-             product(listed.bits, listed.methods, listed.variants or [""], listed.seeds)]
+             product(listed.bits, methods, listed.variants or [""], listed.seeds)]
     order = [*(name for name in names if name in found), *sorted(found.keys() - set(names))]
     return assemble([row_of(found[name]) for name in order])
 

@@ -11,7 +11,7 @@ def project(tmp_path, monkeypatch):
     """results/equal/tiny beside a plan of three methods at two widths."""
     runs = tmp_path / "results/equal/tiny"
     runs.mkdir(parents=True)
-    for method, weight in [("third", 4), ("extra", 4), ("first", 4), ("first", 8)]:
+    for method, weight in [("third", 4), ("extra", 4), ("extra", 8), ("first", 4), ("first", 8)]:
         make_run(runs / f"{method}-w{weight}a8-1000", method=method, bits={"weight": weight, "input": 8})
     (tmp_path / "configs/compare").mkdir(parents=True)
     (tmp_path / "configs/compare/equal.yaml").write_text("bits: [w8a8, w4a8]\nmethods: [first, second, third]")
@@ -32,10 +32,10 @@ def test_blocks_follow_the_plan(project):
     assert page.endswith("</details>\n<!-- end -->\nafter <!-- end -->\n") and "old" not in page
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:2] == "| "]
     assert [line[:3] for line in cells[2:5]] == [["first"] + ["30.00 / 0.2500"] * 2, ["third", "–", "30.00 / 0.2500"],
-                                                 ["extra", "–", "30.00 / 0.2500"]]
-    assert [line[2:4] for line in cells[7:]] == [["32/32", "full precision"], ["8/8", "first"], ["4/8", "first"],
-                                                 ["4/8", "third"], ["4/8", "extra"]]
-    assert "All columns, 5 rows" in page
+                                                 ["extra"] + ["30.00 / 0.2500"] * 2]
+    assert [line[2:4] for line in cells[7:]] == [["32/32", "full precision"], ["8/8", "first"], ["8/8", "extra"],
+                                                 ["4/8", "first"], ["4/8", "third"], ["4/8", "extra"]]
+    assert "All columns, 6 rows" in page
 
 
 def test_figures_that_the_page_shows_are_drawn(project, monkeypatch):
