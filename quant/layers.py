@@ -25,7 +25,6 @@ from ddim.unet import Matmul
 from ldm.unet import Operand
 from quant.groups import activation_groups, weight_groups
 from quant.quantizer import Quantizer
-from quant.rounding import Rounding
 
 
 def operation(layer):

@@ -29,9 +29,9 @@ from models.zoo import build_network  # noqa: E402
 from quant.analysis import Ranges, decide, describe, layer_errors, observe_ranges  # noqa: E402
 from quant.checkpoint import load_quantized  # noqa: E402
 from quant.files import load_tensors, save_tensors, write_text  # noqa: E402
-from scripts.cli import main  # noqa: E402
+from scripts.cli import main, one_folder  # noqa: E402
 from scripts.quantize import trajectory  # noqa: E402
-from scripts.run_folder import one_folder, open_run  # noqa: E402
+from scripts.run_folder import open_run  # noqa: E402
 
 NUM_DRAWN = 8                              # points with pictures of their own
 

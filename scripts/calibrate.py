@@ -31,8 +31,8 @@ from models.diffusion import DECODED_AT_ONCE, sample  # noqa: E402
 from quant.calibration import BUILDERS, load_calibration, pick  # noqa: E402
 from quant.files import load_tensors, save_tensors  # noqa: E402
 from quant.tdac import middle_features  # noqa: E402
-from scripts.cli import main  # noqa: E402
-from scripts.run_folder import create, facts_of_images, split_arguments  # noqa: E402
+from scripts.cli import main, split_arguments  # noqa: E402
+from scripts.run_folder import create, facts_of_images  # noqa: E402
 
 OWN = 2 ** 33                              # added to the seed: draws that no trajectory of the same seed makes
 

@@ -34,3 +34,16 @@ def stop(status, sentence):
 def disk_is_full(error):
     """Whether `error` comes from a full disk; libraries wrap the system's error in their own and keep its words."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def split_arguments(arguments):
+    """Command line -> (what is no key=value, the key=value words)."""
+    return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+
+
+def one_folder(arguments):
+    """Command line of a later stage -> (run folder, overrides)."""
+    plain, overrides = split_arguments(arguments)
+    if len(plain) != 1:
+        raise ValueError(f"expected one run folder and key=value words, found {' '.join(plain) or 'no folder'}")
+    return plain[0], overrides

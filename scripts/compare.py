@@ -33,8 +33,8 @@ from evaluation.report import write_report  # noqa: E402
 from models.diffusion import PROJECT, find_checkpoint  # noqa: E402
 from quant.config import load, read_yaml  # noqa: E402
 from quant.files import write_text  # noqa: E402
-from scripts.cli import main  # noqa: E402
-from scripts.run_folder import RunConfig, check, differences, split_arguments, without_free  # noqa: E402
+from scripts.cli import main, split_arguments  # noqa: E402
+from scripts.recipe import RunConfig, check, differences, without_free  # noqa: E402
 from scripts.table import assemble, columns_of, csv_text, empty_row, markdown, row_of, tables  # noqa: E402
 
 SHARED = [("calibrate",), ("sample", "precision=float")]       # stages that also write beside the run folder

@@ -15,9 +15,9 @@ from evaluation.metrics import (MIN_IMAGES, bit_operations, distance_to_float, d
                                 paired_scores)
 from quant.analysis import step_sqnr  # noqa: E402
 from quant.files import write_text  # noqa: E402
-from scripts.cli import main  # noqa: E402
+from scripts.cli import main, one_folder  # noqa: E402
 from scripts.quantize import trajectory  # noqa: E402
-from scripts.run_folder import one_folder, open_run  # noqa: E402
+from scripts.run_folder import open_run  # noqa: E402
 from scripts.sample import model_of, sample_folder  # noqa: E402
 
 

@@ -28,9 +28,9 @@ from quant.graph import captured_bytes, trace  # noqa: E402
 from quant.passes import Job, run_passes  # noqa: E402
 from quant.tdq import functions_of  # noqa: E402
 from quant.timeline import Timeline  # noqa: E402
-from scripts.cli import main  # noqa: E402
-from scripts.run_folder import (RunConfig, boundaries, check, network_times, one_folder, open_run,  # noqa: E402
-                                split_arguments)
+from scripts.cli import main, one_folder, split_arguments  # noqa: E402
+from scripts.recipe import RunConfig, boundaries, check, network_times  # noqa: E402
+from scripts.run_folder import open_run  # noqa: E402
 
 
 DRY_RUN = "dry_run=true"

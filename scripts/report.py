@@ -5,8 +5,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.report import write_report  # noqa: E402
-from scripts.cli import main  # noqa: E402
-from scripts.run_folder import open_run, split_arguments  # noqa: E402
+from scripts.cli import main, split_arguments  # noqa: E402
+from scripts.run_folder import open_run  # noqa: E402
 
 
 def run(arguments):

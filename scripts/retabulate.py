@@ -21,9 +21,10 @@ from quant.files import load_tensors  # noqa: E402
 from quant.graph import trace  # noqa: E402
 from quant.tdq import retabulated, retimed  # noqa: E402
 from quant.timeline import Timeline  # noqa: E402
-from scripts.cli import main  # noqa: E402
+from scripts.cli import main, one_folder  # noqa: E402
 from scripts.quantize import write_map  # noqa: E402
-from scripts.run_folder import RunConfig, Run, check, network_times, one_folder, open_run, write_config  # noqa: E402
+from scripts.recipe import RunConfig, check, network_times  # noqa: E402
+from scripts.run_folder import Run, open_run, write_config  # noqa: E402
 
 
 def run(arguments):

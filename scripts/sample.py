@@ -24,8 +24,8 @@ from models.diffusion import sample  # noqa: E402
 from models.zoo import build_network  # noqa: E402
 from quant.checkpoint import load_quantized  # noqa: E402
 from quant.files import write_atomically  # noqa: E402
-from scripts.cli import main  # noqa: E402
-from scripts.run_folder import facts_of_images, one_folder, open_run  # noqa: E402
+from scripts.cli import main, one_folder  # noqa: E402
+from scripts.run_folder import facts_of_images, open_run  # noqa: E402
 
 
 def run(arguments):

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quant.config import load  # noqa: E402
 from quant.files import write_text  # noqa: E402
-from scripts.cli import main  # noqa: E402
-from scripts.run_folder import RunConfig, open_run, split_arguments, without_free  # noqa: E402
+from scripts.cli import main, split_arguments  # noqa: E402
+from scripts.recipe import RunConfig, without_free  # noqa: E402
+from scripts.run_folder import open_run  # noqa: E402
 
 LEGEND = """MB = 1e6 bytes. FD to FP32, PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds;
 SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and run of the

@@ -32,10 +32,10 @@ from quant.files import save_tensors, write_text  # noqa: E402
 from quant.graph import trace  # noqa: E402
 from quant.qat import finish  # noqa: E402
 from quant.timeline import PER_STEP  # noqa: E402
-from scripts.cli import main  # noqa: E402
+from scripts.cli import main, split_arguments  # noqa: E402
 from scripts.quantize import write_map  # noqa: E402
-from scripts.run_folder import (Bits, Calibration, Run, RunConfig, check, differences, network_times,  # noqa: E402
-                                provenance, split_arguments, write_config)
+from scripts.recipe import Bits, Calibration, RunConfig, check, differences, network_times  # noqa: E402
+from scripts.run_folder import Run, provenance, write_config  # noqa: E402
 
 
 @dataclass

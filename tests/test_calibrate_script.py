@@ -15,7 +15,7 @@ from models.weights import PREFIXES
 from models.zoo import build_network
 from quant.calibration import load_calibration
 from quant.config import load
-from scripts import calibrate, run_folder
+from scripts import calibrate, recipe
 from test_latent_pipeline import MODELS
 from test_pipeline import PROJECT
 
@@ -246,7 +246,7 @@ def test_impossible_choices_get_one_sentence_before_any_sampling(model, monkeypa
 
 
 def test_every_start_that_the_recipe_knows_is_there():
-    assert tuple(calibrate.STARTS) == run_folder.STARTS
+    assert tuple(calibrate.STARTS) == recipe.STARTS
 
 
 @pytest.mark.parametrize("method, builder, start", [("ptq4dm", "normal", "normal"), ("uniform", "linspace", "normal"),
@@ -254,7 +254,7 @@ def test_every_start_that_the_recipe_knows_is_there():
 def test_method_files(model, data, method, builder, start):
     words = [f"calibration.data={data}"] if start == "i2n" else []
     found = collect(model, "run", *words, method=method)
-    config = load(run_folder.RunConfig, [model.parent / "run/config.yaml"])
+    config = load(recipe.RunConfig, [model.parent / "run/config.yaml"])
     assert (config.method, config.calibration.builder, config.calibration.start) == (method, builder, start)
     assert len(found) == 12 and [name for entry in config.passes for name in entry] == ["fit_ranges"]
     first, probs, *embedding = config.rules

@@ -1,9 +1,6 @@
 """Streaming from unit to unit equals complete forward passes; spilling and freeing change no number."""
-import itertools
-
 import pytest
 import torch
-from torch import nn
 
 from quant.capture import Store, Stream, answering
 from quant.graph import trace

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from models.zoo import build_network
 from quant.convert import (BITS, check_bits, check_rules, convert, format_map, input_quantizers, quant_layers,
                            quantization_map, resolve, set_input_quantization)
 from quant.graph import trace

@@ -22,7 +22,8 @@ from quant.correction import SUMMED, Correction, correct_noise, fit, sums
 from quant.files import load_tensors, save_tensors
 from quant.passes import fit_ranges
 from scripts import calibrate, evaluate, quantize
-from scripts.run_folder import Sampling, open_run
+from scripts.recipe import Sampling
+from scripts.run_folder import open_run
 from scripts.sample import draw, model_of
 from tiny import SHAPE, make_job, normal, rules
 

@@ -16,7 +16,7 @@ from quant.learn import output_loss
 from quant.passes import fit_ranges
 from quant.reconstruct import reconstruct
 from scripts.quantize import differentiable
-from scripts.run_folder import Sampling
+from scripts.recipe import Sampling
 from tiny import make_job, normal, rules
 
 STEPS = {"steps": 4, "skip": "uniform", "sampler": "ddim", "eta": 0.0}

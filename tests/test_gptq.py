@@ -69,7 +69,7 @@ def test_columns_times_the_flat_weight_are_the_layers_answer(layer, shape, balan
     quant, x = quantized(layer, balanced=balanced), normal(*shape)
     if balanced:
         quant.balance(0.5 + normal(6, seed=1).abs())
-    bias, quant.bias = quant.bias, None
+    quant.bias = None
     quant.weight_quantizer = None                              # the answer of the weight as it is
     answer = quant(x)
     answer = answer.flatten(2).transpose(1, 2) if quant.trailing else answer

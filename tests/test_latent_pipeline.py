@@ -16,7 +16,7 @@ from quant.capture import Store, Stream
 from quant.config import load
 from quant.graph import trace
 from scripts.quantize import plan
-from scripts.run_folder import RunConfig
+from scripts.recipe import RunConfig
 from test_pipeline import WORDS, everything, files
 from tiny import capture_whole
 

@@ -13,7 +13,7 @@ from quant.checkpoint import load_quantized
 from quant.config import load
 from quant.convert import convert, input_quantizers, quant_layers
 from scripts import calibrate, quantize, retabulate, sample
-from scripts.run_folder import RunConfig
+from scripts.recipe import RunConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 METHODS = sorted(p.stem for p in (PROJECT / "configs/method").glob("*.yaml"))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, read_recipe
-from scripts import calibrate, evaluate, quantize, report, run_folder, sample
+from scripts import calibrate, evaluate, quantize, recipe, report, run_folder, sample
 
 PROJECT = Path(__file__).resolve().parents[1]
 NETWORK = {"family": "ddim-unet", "image_size": 16, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
@@ -347,7 +347,7 @@ def test_killed_in_every_stage_the_run_ends_in_the_same_bytes(model, done, tmp_p
 
 
 def test_a_stage_counts_the_seconds_and_the_largest_memory_of_all_its_parts(tmp_path, monkeypatch):
-    clock, config = iter([0.0, 2.5, 10.0, 11.0, 20.0, 20.25]), run_folder.RunConfig(out=str(tmp_path))
+    clock, config = iter([0.0, 2.5, 10.0, 11.0, 20.0, 20.25]), recipe.RunConfig(out=str(tmp_path))
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: next(clock))
     whole = {"peak_rss_bytes": 7, "peak_cuda_bytes": 3}
     for peaks, force in ((whole, False), ({"peak_rss_bytes": 5}, False), ({}, True)):
@@ -361,11 +361,11 @@ def test_a_stage_counts_the_seconds_and_the_largest_memory_of_all_its_parts(tmp_
 
 
 def test_flatten_and_differences_ignore_what_changes_no_artefact():
-    a, b = run_folder.RunConfig(name="m"), run_folder.RunConfig(name="m")
+    a, b = recipe.RunConfig(name="m"), recipe.RunConfig(name="m")
     b.device, b.memory_gb, b.sampling.num = "cuda", 1.0, 7
-    assert run_folder.differences(a, b) == []
+    assert recipe.differences(a, b) == []
     b.bits.weight = 4
-    assert run_folder.differences(a, b) == ["bits.weight (8 there, 4 here)"]
+    assert recipe.differences(a, b) == ["bits.weight (8 there, 4 here)"]
 
 
 def test_driver_refuses_a_word_that_is_no_override():

@@ -16,7 +16,7 @@ from quant.layers import QuantOperand
 from quant.quantizer import Quantizer, QuantSpec
 from quant.stepbits import input_rules
 from quant.timeline import Timeline
-from scripts.run_folder import RunConfig
+from scripts.recipe import RunConfig
 from tiny import EXAMPLE, SHAPE, fit, normal, quantized, rules
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -11,7 +11,7 @@ from quant.convert import convert
 from quant.graph import trace
 from quant.passes import Job, fit_ranges
 from quant.timeline import Timeline
-from scripts.run_folder import RunConfig
+from scripts.recipe import RunConfig
 
 ATTENTION = {"role": ["q", "k", "v", "qkv", "probs", "proj", "proj_in"]}
 
