@@ -3,7 +3,6 @@
 Every file of a run may be absent; its section then names the command that makes it. The page loads nothing and runs
 nothing, all text from the runs is escaped, and the same run folders give the same bytes.
 """
-import base64
 import html
 import io
 import json
@@ -17,8 +16,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from omegaconf import OmegaConf
 from PIL import Image
 
+from evaluation.markup import Html, data_uri, document, drawing, element, number, table
 from models.data import read_image
-from quant.config import read_yaml
+from quant.config import flatten, read_yaml
 from quant.files import write_atomically
 
 CALIBRATE = ("python scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml configs/method/METHOD.yaml "
@@ -32,67 +32,6 @@ COMMANDS = {"config.yaml": CALIBRATE,
             "metrics.json": "python scripts/evaluate.py {run}"}
 FLOAT_COLOUR, QUANTIZED_COLOUR = "#9aa5b1", "#b4441c"
 LINE_COLOURS = ("#b4441c", "#1f5f8b", "#3c7a3a", "#7a4b94", "#8a6d1b", "#4d5763")
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2126; background: #fff; max-width: 76rem; margin: 2rem auto;
-       padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.35rem; border-top: 2px solid #1c2126; margin-top: 3rem;
-     padding-top: 0.6rem; } h3 { font-size: 1.05rem; margin: 2rem 0 0.5rem; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #dde2e6; }
-th { font-weight: 600; } .number { text-align: right; } td.number { white-space: nowrap; }
-td small, th small { display: block; color: #5c6670; font-weight: 400; }
-.wide { overflow-x: auto; } .grids { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
-figcaption, .missing, .note { color: #5c6670; font-size: 0.875rem; } .missing code { color: #1c2126; }
-img { max-width: 100%; } img.pixels { image-rendering: pixelated; max-width: none; }
-code { font-size: 0.85em; background: #f2f4f5; padding: 0.1em 0.3em; overflow-wrap: anywhere; }
-"""
-
-
-# ---------------------------------------------------------------------------------------------------- HTML and numbers
-class Html(str):
-    """Text that is already markup; any other text is escaped when it enters an element."""
-
-
-def element(tag, *children, **attributes):
-    inside = "".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children)
-    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-                    for key, value in attributes.items())
-    return Html(f"<{tag}{words}>" if tag in ("img", "meta") else f"<{tag}{words}>{inside}</{tag}>")
-
-
-def number(value, digits=3):
-    """A number for a reader: `digits` decimals, or significant digits below 1; a dash where there is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "–" if value is None else str(value)
-    if isinstance(value, int) or not math.isfinite(value):
-        return f"{value:,}"
-    return f"{value:,.{digits}f}" if abs(value) >= 1 or value == 0 else f"{value:.{digits}g}"
-
-
-def table(head, rows):
-    """Columns of numbers (or of Html made from numbers) are set right, columns of text left."""
-    sides = ["text" if any(type(row[i]) is str for row in rows) else "number" for i in range(len(head))]
-    titles = [element("th", title, scope="col", class_=side) for title, side in zip(head, sides)]
-    body = [element("tr", *(element("td", value if isinstance(value, str) else number(value), class_=side)
-                            for value, side in zip(row, sides))) for row in rows]
-    content = element("table", element("thead", element("tr", *titles)), element("tbody", *body))
-    return element("div", content, class_="wide")
-
-
-def missing(run, name, what=""):
-    command = element("code", COMMANDS[name].format(run=run["path"]))
-    return element("p", f"{what or name} not there yet; this makes it: ", command, class_="missing")
-
-
-def data_uri(content, kind):
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def drawing(figure, alt):
-    """A matplotlib figure as an SVG image inside the page, the same bytes every time."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return element("img", src=data_uri(buffer.getvalue(), "svg+xml"), alt=alt)
 
 
 # ------------------------------------------------------------------------------------------------------- reading a run
@@ -123,6 +62,11 @@ def read_run(folder):
     run["float_path"] = folder / float_samples if float_samples else None
     run["float_samples"] = sample_names(run["float_path"]) if float_samples else []
     return run
+
+
+def missing(run, name, what=""):
+    command = element("code", COMMANDS[name].format(run=run["path"]))
+    return element("p", f"{what or name} not there yet; this makes it: ", command, class_="missing")
 
 
 def sample_names(folder):
@@ -320,18 +264,10 @@ def width(bits):
 def protocol_section(run):
     rows = flatten({"protocol": (run["metrics"] or {}).get("protocol") or {},
                     **{key: run["config"].get(key) or {} for key in ("sampling", "provenance")}})
-    parts = [table(["setting", "value"], [[key, str(value)] for key, value in rows])] if rows else []
+    parts = [table(["setting", "value"], [[key, str(value)] for key, value in rows.items()])] if rows else []
     parts += [missing(run, "config.yaml")] if not run["config"] else []
     parts += [missing(run, "metrics.json")] if run["metrics"] is None else []
     return element("div", *parts)
-
-
-def flatten(tree, prefix=""):
-    """Nested dicts -> [(dotted key, value)]."""
-    rows = []
-    for key, value in tree.items():
-        rows += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -347,12 +283,7 @@ def write_report(runs, path, comparison=()):
                 element("h2", "Error at each sampling step"),
                 sqnr_plot(runs) if any(curve(run) for run in runs) else ""]
     compared += [missing(run, "metrics.json", f"SQNR per step of {run['name']}") for run in runs if not curve(run)]
-    body = [*compared, *(run_page(run) for run in runs)]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = element("head", element("meta", charset="utf-8"),
-                   element("meta", http_equiv="Content-Security-Policy", content=policy),
-                   element("title", "TinyDM report"), element("style", Html(STYLE)))
-    page = "<!DOCTYPE html>\n" + element("html", head, element("body", *body), lang="en") + "\n"
+    page = document("TinyDM report", *compared, *(run_page(run) for run in runs))
     write_atomically(path, lambda part: part.write_text(page, encoding="utf-8"))
     return path
 

@@ -89,3 +89,11 @@ def unknown_word(complaint, word, known):
     """'<complaint>; did you mean x?' or the list of what is known."""
     near = difflib.get_close_matches(word, known, 1, 0.5)
     return complaint + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(map(str, known))}")
+
+
+def flatten(tree, prefix=""):
+    """Nested dicts -> {dotted key: value}; an empty dict leaves nothing."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {name: value for key, sub in tree.items()
+            for name, value in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}

@@ -7,7 +7,7 @@ from typing import Any
 from ddim.sampler import SAMPLERS
 from ddim.schedule import make_schedule, step_sequence
 from quant.calibration import check_builder
-from quant.config import unknown_word
+from quant.config import flatten, unknown_word
 from quant.convert import check_bits, check_rules
 from quant.passes import changed_passes, check_passes, find_pass
 from quant.timeline import segment_boundaries
@@ -202,13 +202,6 @@ def network_times(config):
 def boundaries(config):
     """Of the time segments that `segments` asks for."""
     return segment_boundaries(network_times(config), config.segments)
-
-
-def flatten(tree, prefix=""):
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {name: value for key, sub in tree.items()
-            for name, value in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def differences(a, b):

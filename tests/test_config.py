@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from quant.config import load, read_yaml
+from quant.config import flatten, load, read_yaml
 
 
 @dataclass
@@ -106,3 +106,7 @@ def test_mistakes_about_a_base(write, text, sentence):
     write("a.yaml", "name: a\nrules: [one]")
     with pytest.raises(ValueError, match=sentence):
         load(Schema, [write("c.yaml", text)])
+
+
+def test_flat_keys():
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": {}, "f": None}) == {"a.b": 1, "a.c.d": [2], "f": None}
