@@ -13,19 +13,20 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import prod
+from typing import Literal
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from quant.config import unknown_word
 from quant.convert import quant_layers, set_input_quantization
 
 BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}           # what gets widths out of `choices`
 UNITS = {"size": "bits of weights", "bops": "bit operations"}
 
 
-def allocate_bits(job, *, budget="size", average=None, choices=(2, 3, 4, 6, 8), num_samples=16):
+def allocate_bits(job, *, budget: Literal["size", "bops"] = "size", average=None, choices=(2, 3, 4, 6, 8),
+                  num_samples=16):
     """The pass, before any that changes the network: choose bits out of `choices` and add a rule for each layer. All
     layers together take no more than they would with `average` bits everywhere (None: with the widths that the rules
     give them). Layers that the rules make an exception of, with other widths than most, keep theirs and do not count.
@@ -33,8 +34,6 @@ def allocate_bits(job, *, budget="size", average=None, choices=(2, 3, 4, 6, 8), 
     Facts: first the budget, what is used of it, and the rules, as they would stand in a YAML; then bits and errors of
     every layer.
     """
-    if budget not in BUDGETS:
-        raise ValueError(unknown_word(f"budget '{budget}' is unknown", budget, BUDGETS))
     if not set(choices) <= set(range(2, 9)):
         raise ValueError(f"allocate_bits chooses among widths of 2 to 8 bits, not {list(choices)}")
     parts = BUDGETS[budget]

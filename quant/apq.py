@@ -10,6 +10,8 @@ With `axis: channel`, as in the released code, every step has its own groups and
 
     x_q[c] = sum_g sigma[t, c, g] * s[t, g] * Phi(x[c] / s[t, g]),   sigma[t, c] = softmax(logits[t, c]).
 """
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -71,14 +73,12 @@ class GroupedScale(SoftScale):
         return self.entropy_weight * self.entropy().mean()
 
 
-def group_scales(job, *, groups=8, axis="timestep", entropy_weight=0.8):
+def group_scales(job, *, groups=8, axis: Literal["timestep", "channel"] = "timestep", entropy_weight=0.8):
     """The pass: replace every fitted table by `groups` shared scales with soft assignments, which the reconstruction
     that follows learns and hardens.
 
     Raises ValueError before fit_ranges, for more groups than time segments on axis "timestep", and on axis "channel"
     for inputs with one scale for all channels."""
-    if axis not in ("timestep", "channel"):
-        raise ValueError(f"axis '{axis}' is unknown; choose timestep or channel")
     if axis == "timestep" and not 1 <= groups <= job.net.timeline.num_segments:
         raise ValueError(f"{groups} groups of time segments asked for, there are {job.net.timeline.num_segments}; "
                          "choose at most that many")

@@ -5,10 +5,13 @@ A schema is a dataclass; everything that reads a configuration gets a resolved p
 import difflib
 import re
 from pathlib import Path
+from typing import NewType
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+Share = NewType("Share", float)            # annotates an option that lies in [0, 1]
 
 
 def read_yaml(path, above=()):

@@ -59,6 +59,9 @@ def check_rules(rules):
                     complaint = f"{part} of rule {dict(rule)} has an unknown key '{key}'"
                     raise ValueError(unknown_word(complaint, key, known))
             check_bits(rule.get(part, {}).get("bits", 32), part)
+        if rule.get("input", {}).get("grid") == "log2" and listed(rule.get("role")) != ["probs"]:
+            raise ValueError(f"rule {dict(rule)} has grid log2, which is for softmax outputs, numbers in [0, 1]; give it "
+                             "role: probs")
 
 
 def listed(value):

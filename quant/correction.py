@@ -9,6 +9,8 @@ that adds noise of its own adds that much less (ddim/sampler.py).
 
 Axes: S times, N images, C channels of eps of H x W pixels.
 """
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -66,7 +68,9 @@ SUMMED = {"channel": (0, 2, 3), "line": (0,)}       # `per`: axes of eps to sum 
 
 
 @torch.no_grad()
-def correct_noise(job, *, num_images=1024, seed=2000, slope=True, bias="residual", per="channel", variance=True):
+def correct_noise(job, *, num_images=1024, seed=2000, slope: Literal[True, "signed", False] = True,
+                  bias: Literal["residual", "total", False] = "residual", per: Literal["channel", "line"] = "channel",
+                  variance=True):
     """The pass: measure k, b and sigma_q^2 at every time that the sampler visits, both networks on the full-precision
     trajectories of `num_images` images of `seed`, and give them to the quantized network as `correction`. `slope`
     (true: of errors that enlarge eps; signed; false), `bias` (residual, total or false), one `per` channel or per line
@@ -74,12 +78,8 @@ def correct_noise(job, *, num_images=1024, seed=2000, slope=True, bias="residual
 
     The images had better not be those of the calibration set: on these a network that was fitted to them errs
     otherwise. The weights are hardened first. Returns one fact per time: k, mean |b|, sigma_q, and the mean square of
-    eps_q - eps and of eps' - eps. Raises ValueError for another word or no images.
+    eps_q - eps and of eps' - eps. Raises ValueError for no images.
     """
-    for name, word, words in (("slope", slope, SLOPES), ("bias", bias, BIASES), ("per", per, SUMMED)):
-        if word not in words:
-            *most, last = (str(known).lower() for known in words)
-            raise ValueError(f"{name} '{word}' of correct_noise is unknown; choose {', '.join(most)} or {last}")
     if num_images < 1:
         raise ValueError(f"correct_noise cannot measure on {num_images} images; set num_images to 1 or more")
     for layer in quant_layers(job.net).values():

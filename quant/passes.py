@@ -9,12 +9,12 @@ import importlib
 import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, get_args
 
 import torch
 
 from quant.calibration import CalibrationSet
-from quant.config import unknown_word
+from quant.config import Share, unknown_word
 from quant.allocate import allocate_bits
 from quant.apq import group_scales
 from quant.balance import balance
@@ -24,6 +24,7 @@ from quant.correction import correct_noise
 from quant.decide import decide_by_ranges
 from quant.finetune import finetune
 from quant.graph import Graph
+from quant.order import check_order
 from quant.quantizer import Quantizer
 from quant.reconstruct import reconstruct
 from quant.segments import segment_models
@@ -65,9 +66,14 @@ class Job:
         self.rules = [*self.rules, *rules]
         self.net = convert(self.model.net, self.rules, timeline or Timeline(self.net.timeline.boundaries.tolist()))
 
+    @property
+    def has_ranges(self):
+        """Whether every scale has been fitted."""
+        return all(q.is_fitted for q in self.net.modules() if isinstance(q, Quantizer))
+
     def need_ranges(self, name):
         """Raises ValueError unless every scale has been fitted, which the pass `name` begins with."""
-        if not all(q.is_fitted for q in self.net.modules() if isinstance(q, Quantizer)):
+        if not self.has_ranges:
             raise ValueError(f"{name} needs scales to begin with; list it after fit_ranges")
 
     def need_float_weights(self, name):
@@ -126,6 +132,11 @@ PASSES = {"fit_ranges": fit_ranges, "reconstruct": reconstruct, "balance": balan
           "decide_by_ranges": decide_by_ranges}
 
 
+# Kind of an option's default, what may stand in its place, how that is called
+KINDS = [(bool, bool, "true or false"), (int, int, "a whole number, 0 or more"), (float, (int, float), "a number"),
+         ((list, tuple), (list, tuple), "a list")]
+
+
 def find_pass(name):
     """The function behind a name in the YAML."""
     module, _, function = name.rpartition(".")
@@ -180,38 +191,51 @@ def changed_passes(passes, changes):
 
 
 def check_passes(passes, *, importing=False):
-    """Raises ValueError for an unknown pass or option; returns [(name, options)]. Passes named module.function are
-    taken as they are unless `importing`."""
+    """Raises ValueError for an unknown pass or option, a value of another kind than the option's default, or an order
+    that cannot work; returns [(name, options)]. Passes named module.function are taken as they are unless
+    `importing`."""
     checked = []
     for entry in passes:
         name, options = named(entry)
         if importing or "." not in name:
-            known = [k for k in inspect.signature(find_pass(name)).parameters if k != "job"]
-            for key in options:
+            known = dict(inspect.signature(find_pass(name)).parameters)
+            del known["job"]
+            for key, value in options.items():
                 if key not in known:
                     raise ValueError(unknown_word(f"pass '{name}' has no option '{key}'", key, known))
+                check_option(name, key, value, known[key])
         check_passes(options.get("passes", []), importing=importing)
         checked.append((name, options))
+    check_order(checked)
     return checked
 
 
-# What the pass of the second name measured when the network was finished -> the passes that may still follow.
-FINISHED = {"correction": ("correct_noise", ["correct_noise"]),
-            "bypass": ("bypass_input", ["bypass_input", "finetune", "correct_noise"])}
+def check_option(name, key, value, parameter):
+    """Raises ValueError for a word that is none of the option's Literal, a value of another kind than its default, or
+    a Share that is none; null is left to the pass."""
+    words, default = get_args(parameter.annotation), parameter.default
+    if words and value not in words:
+        *most, last = (str(word).lower() for word in words)
+        raise ValueError(f"{key} '{value}' of {name} is unknown; choose {', '.join(most)} or {last}")
+    kind, accepted, called = next((row for row in KINDS if isinstance(default, row[0])), (None, object, ""))
+    if words or value is None or kind is None:
+        return
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool) or kind is int and value < 0:
+        raise ValueError(f"{key} of {name} is {value}; it must be {called}")
+    if parameter.annotation is Share and not 0 <= value <= 1:
+        raise ValueError(f"{key} of {name} is {value}; it must lie between 0 and 1")
 
 
 def run_passes(job, passes):
     """Run them in order, then harden what is still soft; returns all facts. Each has a resume folder of its own."""
     facts, write, folder = [], job.note, job.resume_folder
     for i, (name, options) in enumerate(check_passes(passes, importing=True)):
-        for module, (measured, may_follow) in FINISHED.items():
-            if getattr(job.net, module, None) is not None and name not in may_follow:
-                raise ValueError(f"{measured} measured the finished network, which {name} would change; list it "
-                                 f"before {measured}")
         job.note, job.resume_folder = lambda new: write(facts + new), folder / f"{i}_{name}"
         facts += find_pass(name)(job, **options)
         write(facts)
     job.resume_folder = folder
+    if not job.has_ranges:
+        raise ValueError("the passes are over and no one has fitted all scales; list fit_ranges")
     for layer in quant_layers(job.net).values():
         layer.harden()
     for q in input_quantizers(job.net).values():

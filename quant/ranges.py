@@ -4,7 +4,8 @@
     mse, mse2d  argmin over candidates (low, high) of mean |x - Q(x; low, high)|^p; 1-D (both ends shrunk alike) or 2-D
 
 The searches are those of the code that the field shares: BRECQ (Li et al. 2021, arXiv:2102.05426), QDrop (Wei et al.
-2022, arXiv:2203.05740), Q-Diffusion (Li et al. 2023, arXiv:2302.04304).
+2022, arXiv:2203.05740), Q-Diffusion (Li et al. 2023, arXiv:2302.04304). One set of candidates serves all methods;
+PTQ4DM and EDA-DM have others (R i / 100 for i = 1 .. 100, EDA-DM those of a symmetric interval).
 
 The interval always contains zero, so zero is exactly representable (convolutions pad with it).
 """

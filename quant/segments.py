@@ -10,13 +10,6 @@ import torch
 
 from quant.convert import convert, input_quantizers, quant_layers
 
-WHOLE = "it decides for the whole network; list it before segment_models"
-OUTSIDE = {"softmax_grid": WHOLE, "allocate_bits": WHOLE, "step_bits": WHOLE, "decide_by_ranges": WHOLE,
-           "balance": "it changes what scales are fitted to, also of norms, which the segments share; leave it out",
-           "finetune": "it changes norms and biases, which the segments share; leave it out",
-           "bypass_input": "it fits the finished network; list it after segment_models",
-           "correct_noise": "it measures the finished network; list it after segment_models"}
-
 
 def segment_models(job, *, passes):
     """The pass: run `passes` on one copy of the network for each segment of the timeline, then put the copies' weights
@@ -26,9 +19,6 @@ def segment_models(job, *, passes):
     """
     from quant.passes import run_passes                    # this is itself one of the passes
     timeline, facts, parts = job.net.timeline, [], []
-    for name in (next(iter(entry)) if isinstance(entry, dict) else entry for entry in passes):
-        if name in OUTSIDE:
-            raise ValueError(f"{name} cannot be inside segment_models: {OUTSIDE[name]}")
     if timeline.num_segments < 2:
         raise ValueError("segment_models needs several time segments; set segments: 3 or more")
     segments = timeline.segments_of(job.calibration.t)

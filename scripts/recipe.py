@@ -4,11 +4,12 @@ from dataclasses import asdict, dataclass, field
 from functools import reduce
 from typing import Any
 
-from ddim.sampler import SAMPLERS
+from ddim.sampler import SAMPLERS, STOCHASTIC
 from ddim.schedule import make_schedule, step_sequence
 from quant.calibration import check_builder
 from quant.config import flatten, unknown_word
 from quant.convert import check_bits, check_rules
+from quant.order import check_needs
 from quant.passes import changed_passes, check_passes, find_pass
 from quant.timeline import segment_boundaries
 
@@ -148,15 +149,20 @@ def check(config):
         kind = type(known[key].default)
         if kind in (int, float) and (type(value) not in (int, kind) or value <= 0):
             raise ValueError(f"schedule.{key} is {value}; it must be a {'whole ' * (kind is int)}number above 0")
-    boundaries(config)
+    num_segments = len(boundaries(config)) + 1
     check_rules(config.all_rules)
-    check_passes(config.all_passes)
+    passes = check_passes(config.all_passes)
+    if config.passes:
+        check_needs(passes, config.all_rules, num_segments)
     check_builder(config.calibration.builder, config.calibration.options)
     check_start(config.calibration)
     check_seeds(config)
     if config.sampling.sampler not in SAMPLERS:
         word = config.sampling.sampler
         raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
+    if config.sampling.eta and config.sampling.sampler not in STOCHASTIC:
+        raise ValueError(f"{config.sampling.sampler} is deterministic, but sampling.eta is {config.sampling.eta}; set it "
+                         f"to 0, or choose {' or '.join(STOCHASTIC)}")
     num_steps = len(step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule)))
     if config.calibration.steps > num_steps and not config.calibration.file:
         raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "

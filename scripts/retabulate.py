@@ -40,8 +40,11 @@ def run(arguments):
     check(after.config)
     if after.path("quantized.safetensors").exists():
         raise ValueError(f"{after.folder} holds a quantized model already; choose another out= folder")
-    tensors, _ = load_tensors(before.need("dynamic.safetensors", "quantize"))
     path = before.need("quantized.safetensors", "quantize")
+    if not before.path("dynamic.safetensors").exists():
+        raise ValueError(f"{folder} is of the method {before.config.method}, whose scales are no functions of time; only "
+                         "a run of tdq or of training with dynamic=true has tables for other steps")
+    tensors, _ = load_tensors(before.path("dynamic.safetensors"))
     times = sorted(network_times(after.config))
     recipe, boundaries = read_recipe(path)
     nearest = Timeline(boundaries).segments_of(torch.tensor(times)).tolist()

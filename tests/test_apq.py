@@ -230,9 +230,6 @@ def test_the_pass_shares_few_scales_among_steps(tiny_net, tmp_path):
         assert q.scale.shape[0] == 5 and all(len(column.unique()) <= 2 for column in q.scale.T)
 
 
-@pytest.mark.parametrize("options, sentence", [({"groups": 9}, "9 groups of time segments asked for, there are 2"),
-                                               ({"axis": "row"}, "axis 'row' is unknown; choose timestep or channel")])
-def test_impossible_options(tiny_net, tmp_path, options, sentence):
-    job = make_job(tiny_net, tmp_path, rules(32, 6), boundaries=[500])
-    with pytest.raises(ValueError, match=sentence):
-        group_scales(job, **options)
+def test_more_groups_than_segments(tiny_net, tmp_path):
+    with pytest.raises(ValueError, match="9 groups of time segments asked for, there are 2"):
+        group_scales(make_job(tiny_net, tmp_path, rules(32, 6), boundaries=[500]), groups=9)

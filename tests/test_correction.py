@@ -197,16 +197,9 @@ def test_the_pass_finds_a_planted_error_at_every_time(tiny_net, tmp_path):
     assert all(layer.weight_int is not None for layer in quant_layers(job.net).values())
 
 
-@pytest.mark.parametrize("options, complaint", [
-    ({"bias": "residul"}, "bias 'residul' of correct_noise is unknown; choose residual, total or false"),
-    ({"bias": True}, "bias 'True' of correct_noise is unknown"),
-    ({"slope": "sign"}, "slope 'sign' of correct_noise is unknown; choose true, signed or false"),
-    ({"per": "tensor"}, "per 'tensor' of correct_noise is unknown; choose channel or line"),
-    ({"num_images": 0}, "cannot measure on 0 images"),
-])
-def test_wrong_options_of_the_pass(options, complaint, tiny_net, tmp_path):
-    with pytest.raises(ValueError, match=complaint):
-        correct_noise(make_job(tiny_net, tmp_path, rules(8, 8)), **options)
+def test_it_needs_images(tiny_net, tmp_path):
+    with pytest.raises(ValueError, match="cannot measure on 0 images"):
+        correct_noise(make_job(tiny_net, tmp_path, rules(8, 8)), num_images=0)
 
 
 @pytest.fixture(params=[{}, {"slope": "signed", "per": "line", "variance": False}])

@@ -103,7 +103,7 @@ def test_dynamic_scales_leave_static_ones_alone(tiny_net, tmp_path):
 
 @pytest.mark.parametrize("passes, boundaries, message", [
     ([{"decide_by_ranges": {}}], [], "set segments: per_step"),
-    ([{"fit_ranges": {}}, {"decide_by_ranges": {}}], BOUNDARIES, "list it before the passes"),
+    ([{"fit_ranges": {}}, {"decide_by_ranges": {}}], BOUNDARIES, "list it before fit_ranges"),
     ([{"segment_models": {"passes": [{"decide_by_ranges": {}}]}}], BOUNDARIES, "cannot be inside segment_models")])
 def test_refusals(tiny_net, tmp_path, passes, boundaries, message):
     job = make_job(tiny_net, tmp_path, rules(4, 4), boundaries=boundaries)

@@ -61,26 +61,60 @@ QUICK = {"reconstruct": {"weight_iters": 1, "input_iters": 0, "batch_size": 2}}
     (["dynamic_scales"], "dynamic_scales needs scales"),
     (["reconstruct_temporal"], "reconstruct_temporal needs scales"),
     (["finetune"], "finetune needs scales"),
+    (["softmax_grid"], "no one has fitted all scales; list fit_ranges"),
     (["fit_ranges", "balance"], "balance changes what scales are fitted to; list it before fit_ranges"),
-    (["fit_ranges", "softmax_grid"], "begins with the network as it was"),
-    (["fit_ranges", QUICK, "reconstruct_temporal"], "weights are integers already when reconstruct_temporal begins"),
-    (["fit_ranges", QUICK, "fit_ranges"], "weights are integers already when fit_ranges begins"),
-    (["fit_ranges", {"group_scales": {"groups": 2}}, "dynamic_scales"], "scales are already given by an earlier pass"),
-    ([{"segment_models": {"passes": ["softmax_grid", "fit_ranges"]}}], "softmax_grid cannot be inside segment_models"),
-    ([{"segment_models": {"passes": ["allocate_bits"]}}], "allocate_bits cannot be inside .* list it before"),
-    ([{"segment_models": {"passes": ["step_bits"]}}], "step_bits cannot be inside"),
-    ([{"segment_models": {"passes": ["fit_ranges", "correct_noise"]}}], "correct_noise cannot be .* list it after"),
-    ([{"segment_models": {"passes": ["fit_ranges", {"group_scales": {"groups": 1}}]}}], "need more than one time segm"),
-    ([{"segment_models": {"passes": [{"segment_models": {"passes": []}}]}}], "needs several time segments"),
-    (["correct", "fit_ranges"], "correct_noise measured the finished network, which fit_ranges would change"),
-    (["fit_ranges", "bypass_input", QUICK], "bypass_input measured the finished network, which reconstruct would chan"),
+    (["fit_ranges", {"segment_models": {"passes": []}}], "begins every segment with the network as it was"),
     (["fit_ranges", {"group_scales": {"axis": "channel"}}], "has one scale for all of them; .* per: channel"),
 ])
-def test_an_order_that_cannot_be_composed_is_refused_in_words(order, sentence, tiny_net, tmp_path, monkeypatch):
-    monkeypatch.setitem(passes.PASSES, "correct", lambda job: job.net.__setattr__("correction", object()) or [])
+def test_what_cannot_be_composed_is_refused_in_words(order, sentence, tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, rules(4, 8), num=12, boundaries=[300, 700])
     with pytest.raises(ValueError, match=sentence):
         run_passes(job, order)
+
+
+@pytest.mark.parametrize("before, name, sentence", [
+    (["fit_ranges"], "balance", "balance changes what scales are fitted to; list it before fit_ranges"),
+    (["fit_ranges"], "softmax_grid", "begins with the network as it was"),
+    (["fit_ranges", QUICK], "reconstruct_temporal", "weights are integers already when reconstruct_temporal begins"),
+    (["fit_ranges", QUICK], "fit_ranges", "weights are integers already when fit_ranges begins"),
+    (["fit_ranges", {"group_scales": {"groups": 2}}], "dynamic_scales", "scales are already given by an earlier pass"),
+])
+def test_a_pass_that_others_call_finds_out_by_itself_what_it_comes_too_late_for(before, name, sentence, tiny_net,
+                                                                              tmp_path):
+    """Passes from elsewhere may have done anything before."""
+    job = make_job(tiny_net, tmp_path, rules(4, 8), num=12, boundaries=[300, 700])
+    for entry in before:
+        for one, options in check_passes([entry]):
+            passes.PASSES[one](job, **options)
+    with pytest.raises(ValueError, match=sentence):
+        passes.PASSES[name](job)
+
+
+@pytest.mark.parametrize("entry, sentence", [
+    ({"correct_noise": {"bias": "residul"}}, "bias 'residul' of correct_noise is unknown; choose residual, total"),
+    ({"correct_noise": {"bias": True}}, "bias 'True' of correct_noise is unknown"),
+    ({"correct_noise": {"slope": "sign"}}, "slope 'sign' of correct_noise is unknown; choose true, signed or false"),
+    ({"correct_noise": {"per": "tensor"}}, "per 'tensor' of correct_noise is unknown; choose channel or line"),
+    ({"group_scales": {"axis": "row"}}, "axis 'row' of group_scales is unknown; choose timestep or channel"),
+    ({"allocate_bits": {"budget": "bop"}}, "budget 'bop' of allocate_bits is unknown; choose size or bops"),
+    ({"allocate_bits": {"choices": 4}}, "choices of allocate_bits is 4; it must be a list"),
+    ({"reconstruct": {"weight_iters": "abc"}}, "weight_iters of reconstruct is abc; it must be a whole number"),
+    ({"reconstruct": {"weight_iters": -3}}, "weight_iters of reconstruct is -3"),
+    ({"reconstruct": {"weight_iters": True}}, "weight_iters of reconstruct is True"),
+    ({"reconstruct": {"joint": 1}}, "joint of reconstruct is 1; it must be true or false"),
+    ({"reconstruct": {"drop": "half"}}, "drop of reconstruct is half; it must be a number"),
+    ({"reconstruct": {"drop": 5}}, "drop of reconstruct is 5; it must lie between 0 and 1"),
+    ({"reconstruct": {"saliency": -0.1}}, "saliency of reconstruct is -0.1; it must lie"),
+    ({"segment_models": {"passes": [{"reconstruct": {"joint": "yes"}}]}}, "joint of reconstruct is yes")])
+def test_a_value_of_the_wrong_kind_is_refused_before_anything_runs(entry, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_passes([entry])
+
+
+def test_values_that_fit_are_taken_as_they_are():
+    options = {"num_samples": None, "batch_size": 3}
+    assert check_passes([{"fit_ranges": options}, {"reconstruct": {"weight_lr": 1, "joint": True}},
+                         {"correct_noise": {"slope": "signed", "bias": False}}])[0] == ("fit_ranges", options)
 
 
 def test_ranges_that_cannot_be_fitted_leave_the_switches_on(tiny_net, tmp_path):
@@ -134,23 +168,23 @@ def test_no_pass_takes_more_samples_at_once_than_memory_allows(tiny_net, tmp_pat
     assert max(sizes) == min(max_batch, 12)
 
 
-LIST = ["balance", {"fit_ranges": {"num_samples": 5}}, {"segment_models": {"passes": ["fit_ranges", "reconstruct"]}}]
+LIST = ["softmax_grid", {"segment_models": {"passes": [{"fit_ranges": {"num_samples": 5}}, "reconstruct"]}}, "finetune"]
 
 
 def test_options_on_top_of_a_list_of_passes():
-    assert changed_passes(LIST, {"fit_ranges": {"batch_size": 2}, "balance": None, "reconstruct": None}) == [
-        {"fit_ranges": {"num_samples": 5, "batch_size": 2}},
-        {"segment_models": {"passes": [{"fit_ranges": {"batch_size": 2}}]}}]
-    assert check_passes(changed_passes(LIST, {})) == [(name, options or {}) for name, options in check_passes(
-        ["balance", {"fit_ranges": {"num_samples": 5}}, {"segment_models": {"passes": [
-            {"fit_ranges": {}}, {"reconstruct": {}}]}}])]
-    assert LIST[1] == {"fit_ranges": {"num_samples": 5}}   # the list itself stays
+    changes = {"fit_ranges": {"batch_size": 2}, "softmax_grid": None, "reconstruct": None, "finetune": {"iters": 3}}
+    inner = {"fit_ranges": {"num_samples": 5, "batch_size": 2}}
+    assert changed_passes(LIST, changes) == [{"segment_models": {"passes": [inner]}}, {"finetune": {"iters": 3}}]
+    assert check_passes(changed_passes(LIST, {})) == [
+        ("softmax_grid", {}), ("segment_models", {"passes": [{"fit_ranges": {"num_samples": 5}}, {"reconstruct": {}}]}),
+        ("finetune", {})]
+    assert LIST[2] == "finetune" and LIST[0] == "softmax_grid"         # the list itself stays
 
 
 @pytest.mark.parametrize("changes, sentence", [
-    ({"finetune": None}, "names the pass 'finetune', which this method does not have; did you mean"),
+    ({"finetunes": None}, "names the pass 'finetunes', which this method does not have; did you mean 'finetune'"),
     ({"fit_range": {}}, "did you mean 'fit_ranges'"),
-    ({"balance": 3}, "pass_options.balance is 3; it must be a mapping such as .*, or null")])
+    ({"softmax_grid": 3}, "pass_options.softmax_grid is 3; it must be a mapping such as .*, or null")])
 def test_options_of_passes_that_are_not_there(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         changed_passes(LIST, changes)
