@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from quant.convert import quant_layers, set_input_quantization
+from quant.convert import in_full_precision, quant_layers
 
 BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}           # what gets widths out of `choices`
 UNITS = {"size": "bits of weights", "bops": "bit operations"}
@@ -84,17 +84,14 @@ def sensitivities(job, layers, parts, choices, num_samples):
     for bits in choices:
         rules = [{"match": name, "kind": "layer", **{part: {"bits": bits} for part in parts}} for name in layers]
         net = replace(job, calibration=sample).fitted_copy(rules)
-        set_input_quantization(net, False)
-        for layer in quant_layers(net).values():
-            if layer.weight_quantizer is not None:
-                layer.weight_quantizer.enabled = False
-        for name, part in product(layers, parts):
-            quantizer = getattr(net.get_submodule(name), f"{part}_quantizer")
-            quantizer.enabled = True
-            found = sum(float((net(*arguments) - target).double().square().sum())
-                        for arguments, target in zip(batches, targets))
-            quantizer.enabled = False
-            errors[name][part][bits] = found / len(sample)
+        with in_full_precision(net):
+            for name, part in product(layers, parts):
+                quantizer = getattr(net.get_submodule(name), f"{part}_quantizer")
+                quantizer.enabled = True
+                found = sum(float((net(*arguments) - target).double().square().sum())
+                            for arguments, target in zip(batches, targets))
+                quantizer.enabled = False
+                errors[name][part][bits] = found / len(sample)
         job.log(f"allocate_bits: measured the errors of {bits} bits in {len(layers)} layers")
     return errors
 

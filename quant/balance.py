@@ -19,10 +19,11 @@ from torch import nn
 from ddim.unet import Matmul
 from quant.attention import attention_parts
 from quant.capture import inputs_of
-from quant.convert import input_quantizers, quant_layers
+from quant.convert import in_full_precision, input_quantizers, quant_layers
 
 DEAD = 1e-5                                # channels whose data or weights stay below take no part
 LIMITS = 1e-3, 1e3                         # of s, relative to its geometric mean
+SAME = 1e-4                                # largest change of the network's answer that is float32's rounding
 PRODUCT_SAMPLES = 16                       # attention maps are large
 CAPTURED_BYTES = 2 ** 28                   # inputs of layers that are held at a time
 
@@ -72,10 +73,24 @@ def balance(job, *, num_samples=64, num_alphas=11):
     for part in parts:
         facts.append(balance_product(job, part, few))
         fold_into_values(job, part, few)
+    changed = deviation(job, sample.arguments(slice(0, job.batch(4))))
+    if not changed <= SAME:
+        raise ValueError(f"balancing changed the full-precision network's answer by {changed:.1e} of its largest, "
+                         "which is more than rounding; set balance: false for what cannot be folded")
     gained = [f["error_after"] / max(f["error_before"], 1e-30) for f in facts if f["pass"] == "balance"]
     job.log(f"balance: {sum(f['alpha'] is not None for f in facts)} of {len(facts)} groups balanced, mean error "
-            f"{sum(gained) / max(len(gained), 1):.2f} of that without")
+            f"{sum(gained) / max(len(gained), 1):.2f} of that without; without quantizers the network changed by "
+            f"{changed:.0e}")
     return facts
+
+
+@torch.no_grad()
+def deviation(job, arguments):
+    """max |difference| / max |answer| of the balanced network without quantizers and the float network."""
+    arguments = [a.to(job.device) for a in arguments]
+    wanted = job.model.net(*arguments)
+    with in_full_precision(job.net):
+        return float((job.net(*arguments) - wanted).abs().max() / wanted.abs().max())
 
 
 def chunks(job, sample, groups):

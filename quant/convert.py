@@ -7,6 +7,7 @@ operand role. What scales and shifts a norm (role scale_shift) stays in floating
 it has a scale for either half unless `split` is false.
 """
 import copy
+from contextlib import contextmanager
 from dataclasses import fields
 from fnmatch import fnmatchcase
 
@@ -60,8 +61,8 @@ def check_rules(rules):
                     raise ValueError(unknown_word(complaint, key, known))
             check_bits(rule.get(part, {}).get("bits", 32), part)
         if rule.get("input", {}).get("grid") == "log2" and listed(rule.get("role")) != ["probs"]:
-            raise ValueError(f"rule {dict(rule)} has grid log2, which is for softmax outputs, numbers in [0, 1]; give it "
-                             "role: probs")
+            raise ValueError(f"rule {dict(rule)} has grid log2, which is for softmax outputs, numbers in [0, 1]; give "
+                             "it role: probs")
 
 
 def listed(value):
@@ -127,6 +128,19 @@ def input_quantizers(net):
     """name -> activation quantizer, in registration order."""
     return {name: m for name, m in net.named_modules()
             if isinstance(m, Quantizer) and not name.endswith("weight_quantizer")}
+
+
+@contextmanager
+def in_full_precision(net):
+    """Without any of its quantizers, fitted or not, for a while; what balances channels stays."""
+    quantizers = [module for module in net.modules() if isinstance(module, Quantizer)]
+    for q in quantizers:
+        q.enabled = False
+    try:
+        yield
+    finally:
+        for q in quantizers:
+            q.enabled = True
 
 
 def set_input_quantization(net, enabled):

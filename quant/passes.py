@@ -19,7 +19,7 @@ from quant.allocate import allocate_bits
 from quant.apq import group_scales
 from quant.balance import balance
 from quant.bypass import bypass_input
-from quant.convert import convert, input_quantizers, quant_layers
+from quant.convert import convert, in_full_precision, input_quantizers, quant_layers
 from quant.correction import correct_noise
 from quant.decide import decide_by_ranges
 from quant.finetune import finetune
@@ -108,20 +108,18 @@ def fit_ranges(job, *, num_samples=256, batch_size=64, neighbours=0):
     quantizers = input_quantizers(job.net).values()
     for layer in layers:
         layer.fit_weight()
-    switched = [*quantizers, *(layer.weight_quantizer for layer in layers)]
-    for q in switched:
-        q.enabled = False
     try:
         sample = job.calibration.subset(num_samples, job.net.timeline, job.seed)
         for q in quantizers:
             q.begin_observing(len(sample))
-        for arguments in sample.batches(job.batch(batch_size)) if quantizers else ():
-            job.net(*(a.to(job.device) for a in arguments))
+        with in_full_precision(job.net):
+            for arguments in sample.batches(job.batch(batch_size)) if quantizers else ():
+                job.net(*(a.to(job.device) for a in arguments))
         for q in quantizers:
             q.fit_observed(neighbours, batch_size)
     finally:
-        for q in switched:
-            q.enabled, q.observed = True, None
+        for q in quantizers:
+            q.observed = None
     return [{"pass": "fit_ranges", "weights": len(layers), "inputs": len(quantizers)}]
 
 

@@ -27,7 +27,8 @@ ERROR_ROWS = 256                           # samples on which the error before a
 def reconstruct(job, *, weight_iters=20000, input_iters=5000, batch_size=32, weight_lr=1e-3, input_lr=4e-4,
                 soft_lr=1e-4, weight_cosine=False, round_weight=0.01, warmup: Share = 0.2, beta_start=20.0,
                 beta_end=2.0, weight_norm=2.0, input_norm=2.4, joint=False, drop: Share = 0.5, layer_weight=0.0,
-                saliency: Share = 0.0, smooth=0.0, frequency: Share = 0.0, active=0.0, visit_cost=0.0, gptq=False, bfloat16=False):
+                saliency: Share = 0.0, smooth=0.0, frequency: Share = 0.0, active=0.0, visit_cost=0.0, gptq=False,
+                bfloat16=False):
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `bfloat16` computes the steps under
     autocast. Captured activations beyond `job.memory_gb` spill to disk.
 

@@ -161,8 +161,8 @@ def check(config):
         word = config.sampling.sampler
         raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
     if config.sampling.eta and config.sampling.sampler not in STOCHASTIC:
-        raise ValueError(f"{config.sampling.sampler} is deterministic, but sampling.eta is {config.sampling.eta}; set it "
-                         f"to 0, or choose {' or '.join(STOCHASTIC)}")
+        raise ValueError(f"{config.sampling.sampler} is deterministic, but sampling.eta is {config.sampling.eta}; set "
+                         f"it to 0, or choose {' or '.join(STOCHASTIC)}")
     num_steps = len(step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule)))
     if config.calibration.steps > num_steps and not config.calibration.file:
         raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "

@@ -42,8 +42,8 @@ def run(arguments):
         raise ValueError(f"{after.folder} holds a quantized model already; choose another out= folder")
     path = before.need("quantized.safetensors", "quantize")
     if not before.path("dynamic.safetensors").exists():
-        raise ValueError(f"{folder} is of the method {before.config.method}, whose scales are no functions of time; only "
-                         "a run of tdq or of training with dynamic=true has tables for other steps")
+        raise ValueError(f"{folder} is of the method {before.config.method}, whose scales are no functions of time; "
+                         "only a run of tdq or of training with dynamic=true has tables for other steps")
     tensors, _ = load_tensors(before.path("dynamic.safetensors"))
     times = sorted(network_times(after.config))
     recipe, boundaries = read_recipe(path)

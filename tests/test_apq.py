@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddim.unet import tag
+from quant import reconstruct
 from quant.apq import GroupedScale, group_scales
 from quant.convert import input_quantizers
 from quant.groups import activation_groups
 from quant.layers import QuantLayer
-from quant.learn import Unit, draw_rows
+from quant.learn import Unit, draw_rows, scale_penalty
 from quant.passes import fit_ranges, run_passes
 from quant.quantizer import Quantizer, QuantSpec
 from quant.timeline import Timeline
@@ -35,6 +36,13 @@ def test_shares_sum_to_one_and_entropy_is_at_most_ln_of_the_groups():
     soft.logits.data.zero_()
     assert torch.allclose(soft.entropy(), torch.full((5,), math.log(3)))
     assert math.isclose(float(soft.penalty()), 0.8 * math.log(3), rel_tol=1e-5)
+
+
+def test_entropy_is_added_to_the_loss_of_the_scales():
+    q, free = quantizer(), quantizer()
+    q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
+    soft.logits.data.zero_()
+    assert math.isclose(float(scale_penalty([free, q], {"smooth": 0.0}).detach()), 0.8 * math.log(3), rel_tol=1e-5)
 
 
 def test_every_step_starts_with_the_nearest_group():
@@ -221,6 +229,17 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
     assert set(order) == {0, 2} and counts[1] == 0
     order, counts = visits([0.1, 0.9, 0.1], 6, 0.0, visit_cost=2.0)       # 0.9; -1.1, so 0.1 and 0.1; -1.1; -1.9 each
     assert order == [1, 0, 2, 1, 0, 2] and counts.tolist() == [2, 2, 2]
+
+
+def test_reconstruction_visits_the_segments_by_turns(tiny_net, tmp_path, monkeypatch):
+    """Entropies differ, but have no say beside so large a weight of what was seldom visited."""
+    units = []
+    monkeypatch.setattr(reconstruct, "Unit", lambda *a, **more: units.append(Unit(*a, **more)) or units[-1])
+    job = make_job(tiny_net, tmp_path, [{"match": "mid.*", "input": {"bits": 6}}], num=12, boundaries=[200, 400])
+    run_passes(job, ["fit_ranges", {"group_scales": {"groups": 2}},
+                     {"reconstruct": {"input_iters": 6, "batch_size": 4, "active": 1e6}}])
+    assert [unit.visits.tolist() for unit in units if unit.name.startswith("mid")] == [[2, 2, 2]] * 3
+    assert all(unit.segments.tolist() == [2] * 7 + [1] * 2 + [0] * 3 for unit in units)      # of 999, 908, .. 0
 
 
 def test_the_pass_shares_few_scales_among_steps(tiny_net, tmp_path):

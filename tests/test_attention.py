@@ -6,9 +6,11 @@ from conftest import TINY, assert_close, randomize
 from ddim.unet import AttnBlock
 from ldm.attention import AttentionBlock, BasicTransformerBlock
 from models.zoo import build_network
+from quant import learn
 from quant.attention import Saliency, attention_parts, received_attention, record_maps
 from quant.learn import lp
-from tiny import SHAPE, normal, samples
+from quant.passes import run_passes
+from tiny import SHAPE, make_job, normal, rules, samples
 
 LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
        "num_res_blocks": 1, "attention_resolutions": [1, 2], "channel_mult": [1, 2], "num_head_channels": 16}
@@ -114,6 +116,18 @@ def test_the_map_of_the_nearest_size_is_taken_and_resized(height, nearest):
 def test_weighted_loss_by_hand():
     a, b = torch.tensor([[[[1.0, 3.0]]]]), torch.zeros(1, 1, 1, 2)
     assert float(lp(a, b, 2, torch.tensor([[[[0.5, 1.5]]]]))) == (0.5 * 1 + 1.5 * 9) / 2
+
+
+def test_reconstruction_weighs_every_error_by_the_full_precision_maps_of_its_samples(tiny_net, tmp_path, monkeypatch):
+    job, rows, found = make_job(tiny_net, tmp_path, rules(4, 32)), torch.tensor([7, 2, 5]), []
+    monkeypatch.setattr(learn, "draw_rows", lambda *_: rows)
+    monkeypatch.setattr(learn, "lp", lambda a, b, norm, weights: found.append((a, weights)) or lp(a, b, norm, weights))
+    run_passes(job, ["fit_ranges", {"reconstruct": {"weight_iters": 1, "saliency": 0.25}}])
+    saliency = Saliency(tiny_net, job.calibration, 0.25, 64)
+    for error, weights in found:
+        assert weights is None if error.dim() == 2 else torch.equal(weights, saliency(rows, error))
+        assert weights is None or weights.std() > 0.01
+    assert [error.dim() for error, _ in found].count(4) == 16 and len(found) == 18
 
 
 def test_no_attention_and_impossible_kappa():

@@ -1,5 +1,6 @@
 """Channel-wise balancing: the product stays what it is, planted imbalance is found, and the identity is never beaten
 by something worse."""
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from ddim.unet import tag
 from models.zoo import build_network
 from quant.attention import attention_parts
 from quant.balance import (PRODUCT_SAMPLES, balance, balance_group, balance_product, balance_vector, channel_max,
-                           check_folds, error_with, fold_into_norm, scale_rows)
+                           check_folds, error_with, fold_into_norm, fold_into_values, scale_rows)
 from quant.capture import inputs_of
 from quant.convert import quant_layers, set_input_quantization
 from quant.layers import QuantLayer, QuantMatmul
@@ -38,6 +39,16 @@ def test_dead_channels_take_no_part():
     s = balance_vector(torch.tensor([4.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0]), 0.5)
     assert s.tolist() == [1.0, 1.0, 1.0]                   # one is alive, and its geometric mean is itself
     assert balance_vector(torch.zeros(2), torch.ones(2), 0.5).tolist() == [1.0, 1.0]
+    small, ones = torch.tensor([5e-6, 4.0, 1.0]), torch.ones(3)
+    assert balance_vector(small, ones, 1.0).tolist() == pytest.approx([1.0, 2.0, 0.5])
+    assert balance_vector(ones, small, 0.0).tolist() == pytest.approx([1.0, 0.5, 2.0])
+    assert float(balance_vector(torch.tensor([2e-5, 2.0]), torch.ones(2), 1.0)[0]) == pytest.approx(10 ** -2.5)
+
+
+@pytest.mark.parametrize("data, expected", [([1e8, 1, 1], [1e3, 10 ** (-8 / 3), 10 ** (-8 / 3)]),
+                                            ([1e8, 1e8, 1], [10 ** (8 / 3), 10 ** (8 / 3), 1e-3])])
+def test_vector_stays_within_a_factor_of_a_thousand(data, expected):
+    assert balance_vector(torch.tensor(data), torch.ones(3), 1.0).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("trailing, axis", [(2, 1), (1, 1), (0, 2)])
@@ -264,6 +275,21 @@ def test_an_uneven_channel_of_v_is_folded_into_its_rows(tiny_net, tmp_path):
     assert ratio.argmin() == 5 and float(ratio[5]) < 0.1
 
 
+@pytest.mark.parametrize("error_folded, folds", [(0.0, True), (0.1, False)])
+def test_values_take_the_balance_only_where_their_product_loses_nothing(tiny_net, tmp_path, monkeypatch, error_folded,
+                                                                        folds):
+    job = make_job(tiny_net.requires_grad_(False), tmp_path, RULES)
+    part, errors = attention_parts(job.net)[0], iter([0.0, error_folded])
+    proj, v = job.net.get_submodule(part.proj), job.net.get_submodule(part.v)
+    s = 2.0 ** (torch.arange(16) % 3 - 1)                  # powers of two: no error but the planted one
+    proj.balance(s)
+    monkeypatch.setattr("quant.balance.quantized_product", lambda net, name, a, b, sample: a @ b + next(errors))
+    fold_into_values(job, part, job.calibration)
+    assert torch.equal(proj.inverse_balance, torch.ones(16) if folds else 1 / s)
+    rows = tiny_net.get_submodule(part.v).weight
+    assert torch.equal(v.weight, rows / s[:, None, None, None] if folds else rows)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_an_uneven_dimension_of_q_is_shared_with_k(network, tmp_path):
     """50 times larger in q, as much smaller in k."""
@@ -300,11 +326,19 @@ def test_an_uneven_dimension_of_q_is_shared_with_k(network, tmp_path):
 @pytest.mark.parametrize("reader, found", [
     ("mid.block_1.conv1", "none of the layers"), ("mid.attn_1.q", "mid.attn_1.k")])
 def test_a_fold_through_silu_or_past_a_reader_is_refused(tiny_net, reader, found):
+    """Why: silu(x / s) * s is not silu(x)."""
     part = next(p for p in attention_parts(tiny_net) if p.norm == "mid.attn_1.norm")
     norm = "mid.block_1.norm1" if "block" in reader else part.norm
     check_folds(tiny_net, [part], EXAMPLE)
     with pytest.raises(ValueError, match=f"{norm} cannot take the balance of {reader}: what it .* {found}"):
         check_folds(tiny_net, [replace(part, norm=norm, readers=[reader])], EXAMPLE)
+
+
+def test_the_pass_refuses_a_norm_that_feeds_something_else(tiny_net, tmp_path, monkeypatch):
+    parts = [replace(part, norm="mid.block_1.norm1") for part in attention_parts(tiny_net)]
+    monkeypatch.setattr("quant.balance.attention_parts", lambda net: parts)
+    with pytest.raises(ValueError, match="mid.block_1.norm1 cannot take the balance of"):
+        balance(make_job(tiny_net.requires_grad_(False), tmp_path, RULES), num_samples=6, num_alphas=3)
 
 
 def test_balance_behind_silu_is_exact():
@@ -315,25 +349,22 @@ def test_balance_behind_silu_is_exact():
     assert (quant(x) - layer(x)).abs().max() <= 1e-6
 
 
-def test_folding_through_silu_would_be_wrong_and_the_online_form_is_exact():
-    """Why: silu(x / s) * s is not silu(x)."""
-    x, s = normal(4, 8).double(), (normal(8, seed=1).double() * 0.5).exp()
-    weight = normal(3, 8, seed=2).double()
-    wanted = torch.nn.functional.silu(x) @ weight.T
-    folded = torch.nn.functional.silu(x / s) @ (weight * s).T
-    online = (torch.nn.functional.silu(x) / s) @ (weight * s).T
-    assert (folded - wanted).abs().max() > 0.05 and (online - wanted).abs().max() < 1e-12
-
-
-def test_integers_of_the_merged_factor_are_those_of_two_factors():
-    x, scale, s = normal(1000).double(), 0.037, 1.7
-    assert torch.equal((x * (1 / (scale * s))).round(), ((x / s) / scale).round())
-
-
 def test_more_time_segments_than_samples_of_an_attention_product(tiny_net, tmp_path):
     steps = samples(40).t.sort().values
     job = make_job(tiny_net, tmp_path, RULES, num=40, boundaries=((steps[1:] + steps[:-1]) / 2).tolist())
     assert job.net.timeline.num_segments == 40 > PRODUCT_SAMPLES
-    facts = run_passes(job, [{"softmax_grid": {"num_samples": 4}}, {"balance": {"num_alphas": 2}}])
+    facts = run_passes(job, [{"softmax_grid": {"num_samples": 4}}, {"balance": {"num_alphas": 2}}, "fit_ranges"])
     products = [f for f in facts if f.get("layers") == ["mid.attn_1.qk_matmul"]]
     assert len(products) == 1 and products[0]["error_after"] <= products[0]["error_before"]
+
+
+def test_a_fold_that_changes_the_network_is_refused(tiny_net, tmp_path, monkeypatch):
+    """The norm keeps what its readers have given up."""
+    def half(net, part, layers):
+        for layer in layers:
+            layer.inverse_balance = torch.ones_like(layer.inverse_balance)
+    job = make_job(tiny_net, tmp_path, [*rules(4, 4), {"balance": True}])
+    run_passes(replace(job, net=copy.deepcopy(job.net)), [{"balance": {"num_alphas": 3}}, "fit_ranges"])
+    monkeypatch.setattr("quant.balance.fold_into_norm", half)
+    with pytest.raises(ValueError, match="balancing changed the full-precision network's answer by"):
+        balance(job, num_alphas=3)

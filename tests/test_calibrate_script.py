@@ -160,6 +160,9 @@ def test_di2n_begins_in_the_models_own_images_with_fresh_noise(model):
              if load_file(path)["t"][0] == 800]
     level, eps = loaded.schedule.level(400), loaded.noise(1000 + calibrate.OWN, range(6)).draw()
     torch.testing.assert_close(found.x[:6], level ** 0.5 * torch.cat(clean)[:6] + (1 - level) ** 0.5 * eps)
+    began_with = loaded.noise(1000, range(6)).draw()                  # as the trajectories to these images did
+    both = torch.stack([found.x[:6] - level ** 0.5 * torch.cat(clean)[:6], began_with]).flatten(1)
+    assert abs(float(both.corrcoef()[0, 1])) < 5 / began_with.numel() ** 0.5
     collect(model, "normal")
     assert len(folders(model)) == 2                                   # the clean images are those of the usual one
 
@@ -233,7 +236,7 @@ def test_pairs_of_a_network_with_its_own_clock_give_the_eps_of_the_trajectory_bi
     (["calibration.start=i2n"], "which needs images; give calibration.data=FOLDER"),
     (["sampling.seed=1000"], "sampling.seed and the calibration.seed are both 1000"),
     (["passes=[fit_ranges,correct_noise]", "sampling.seed=2000"], "the seed of the pass correct_noise are both 2000"),
-    (["passes=[fit_ranges,{correct_noise: {seed: 7}}]", "sampling.seed=7"], "the seed of the pass correct_noise are both 7"),
+    (["passes=[fit_ranges,{correct_noise: {seed: 7}}]", "sampling.seed=7"], "of the pass correct_noise are both 7"),
     (["calibration.start_step=0.5"], "calibration.start_step is 0.5 with start 'normal'"),
     (["calibration.start=di2n", "calibration.start_step=0.0"], "must lie above 0"),
     (["calibration.builder=normal", "calibration.options.menan=0.5"], "has no option 'menan'; did you mean 'mean'"),

@@ -14,6 +14,7 @@ from quant.learn import (DROPPED_INPUTS, Mixed, Unit, batch_loss, comparable, le
 from quant.passes import run_passes
 from quant.quantizer import Quantizer, QuantSpec
 from quant.rounding import Rounding
+from quant.soft import SoftScale
 from quant.timeline import Timeline
 from tiny import fit, make_job, normal, rules
 
@@ -87,6 +88,30 @@ def test_rates_fall_along_a_cosine_or_stay():
     optimise(unit, groups, 9, lambda done: -(falling + constant).sum(), [normal(4, 3)], normal(4, 3), torch.Generator(),
              ALL, 2.0)
     assert torch.allclose(constant, torch.tensor(0.9)) and torch.allclose(falling, torch.tensor(0.5), rtol=1e-4)
+
+
+class Noting(SoftScale):
+    """One learned scale; notes how far the learning is whenever it is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.noted = nn.Parameter(torch.ones(1, 1)), []
+
+    def codes(self, quantizer, x):
+        self.noted.append(self.done)
+        return super().codes(quantizer, x)
+
+    def forward(self):
+        return self.table
+
+
+def test_soft_scales_know_what_share_of_the_steps_is_done():
+    quant = QuantLayer(tag("x", nn.Linear(3, 5)), QuantSpec(), QuantSpec(bits=4), Timeline(), False)
+    fit(quant.requires_grad_(False), normal(4, 3)).input_quantizer.__dict__["soft_scale"] = soft = Noting()
+    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
+    optimise(unit, [{"params": [soft.table], "lr": 0.1, "cosine": True}], 4, lambda done: 0.0, [normal(4, 3)],
+             normal(4, 5), torch.Generator(), ALL, 2.0)
+    assert soft.noted == [0, 0.25, 0.5, 0.75]
 
 
 def test_steps_are_not_chosen_while_the_rounding_is_learned():
@@ -169,6 +194,17 @@ def test_the_share_of_dropped_elements_is_the_option(drop, monkeypatch):
         assert torch.allclose(found[dropped], x[dropped], atol=1e-6)
     assert len(steps) == 2 and torch.equal(*steps) == (drop != 0.2)
     assert q.drop is None and torch.equal(q(x), rounded)
+
+
+@pytest.mark.parametrize("soft", [{"dynamic_scales": {"warm_steps": 3}}, {"group_scales": {"groups": 2}}])
+def test_what_gives_the_scales_is_learned_at_a_rate_of_its_own(tiny_net, tmp_path, soft):
+    def tables(name, *passes):
+        job = make_job(tiny_net, tmp_path / name, [{"match": "mid.*", "input": {"bits": 6}}], num=6, boundaries=[500])
+        run_passes(job, ["fit_ranges", soft, *passes])
+        return [q.scale for q in input_quantizers(job.net).values()]
+    start, options = tables("start"), {"input_iters": 2, "batch_size": 4, "input_lr": 0.1}
+    assert all(map(torch.equal, tables("kept", {"reconstruct": options | {"soft_lr": 0.0}}), start))
+    assert not any(map(torch.equal, tables("learned", {"reconstruct": options | {"soft_lr": 0.05}}), start))
 
 
 @pytest.mark.parametrize("options", [

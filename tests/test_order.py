@@ -76,6 +76,7 @@ def test_rules_and_segments_that_a_list_of_passes_cannot_work_with(entries, rule
 
 @pytest.mark.parametrize("entries, rules, num_segments", [
     (["balance", "fit_ranges"], BALANCED, 1), ([SEGMENTS, "bypass_input"], OWN, 3),
-    ([SEGMENTS, "finetune"], EVERYTHING, 3), (["my.own"], EVERYTHING, 1), (["fit_ranges", "group_scales", ("reconstruct", {"active": 1.5})], EVERYTHING, 50)])
+    ([SEGMENTS, "finetune"], EVERYTHING, 3), (["my.own"], EVERYTHING, 1),
+    (["fit_ranges", "group_scales", ("reconstruct", {"active": 1.5})], EVERYTHING, 50)])
 def test_rules_and_segments_that_they_can(entries, rules, num_segments):
     check_needs(listed(*entries), rules, num_segments)

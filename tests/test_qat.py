@@ -1,5 +1,6 @@
 """Quantization-aware training: what is learned and how, what is exported, and a run folder like any other."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 from conftest import TINY, deviation, killed_training, randomize
 from models.diffusion import PROJECT
-from models.tasks import DiffusionTraining
+from models.tasks import Conditional, DiffusionTraining, QuantizedTraining
 from models.weights import PREFIXES
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, save_quantized
@@ -69,6 +70,21 @@ def test_everything_gets_a_gradient(tiny_net):
         inputs = input_quantizers(net)
         assert len(functions) == (len(inputs) if dynamic else 0)
         assert all(q.scale.requires_grad is not dynamic for q in inputs.values())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_scales_have_a_tenth_of_the_rate_and_no_weight_decay(tiny_net, dynamic):
+    net = Conditional(convert(tiny_net, RULES))
+    net.functions = prepare(net.unet, samples(16), dynamic)
+    task = SimpleNamespace(net=net, scales=scales_of(net.unet),
+                           config=SimpleNamespace(lr=0.02, beta2=0.99, weight_decay=0.3))
+    found = {id(p): (group["lr"], group["weight_decay"])
+             for group in QuantizedTraining.build_optimizer(task).param_groups for p in group["params"]}
+    learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert found.keys() == {id(p) for p in learned.values()}
+    for name, p in learned.items():
+        wanted = (0.002, 0.0) if name.endswith("quantizer.scale") else (0.02, 0.3)
+        assert found[id(p)] == pytest.approx(wanted), name
 
 
 def test_gradients_of_weight_and_scale_are_those_of_lsq(tiny_net):

@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from ddim.unet import tag
+from quant import learn
 from quant.convert import input_quantizers, quant_layers
 from quant.layers import QuantLayer
 from quant.passes import run_passes
 from quant.quantizer import QuantSpec
-from quant.learn import Unit, learn_rounding, lp
+from quant.learn import Mixed, Unit, learn_rounding, lp
 from quant.timeline import Timeline
-from tiny import make_job, normal, rules
+from tiny import capture_whole, make_job, normal, rules
 
 SHORT = dict(weight_iters=3, input_iters=3, batch_size=4)
 LONG = dict(weight_iters=40, input_iters=25, batch_size=8)
@@ -69,6 +70,28 @@ def test_scales_and_rounding_are_learned_and_nothing_else(tiny_net, tmp_path):
     assert not any(name.endswith("weight_quantizer.scale") for name in changed)
     for name, layer in quant_layers(net).items():
         assert (layer.weight_int - quant_layers(fitted.net)[name].weight_int).abs().max() <= 1
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_what_each_stage_learns_from_and_by_which_norm(tiny_net, tmp_path, monkeypatch, joint):
+    """Rounding from inputs of the network quantized so far, scales from full-precision ones, both at once from a mix;
+    all towards full-precision outputs."""
+    job, norms = make_job(tiny_net, tmp_path, rules(4, 4)), []
+
+    def check(unit, groups, iters, penalty, inputs, target, generator, s, norm):
+        exact, wanted = capture_whole(tiny_net, unit.name, job.calibration, 64)
+        so_far, _ = capture_whole(job.net, unit.name, job.calibration, 64)
+        if joint:
+            assert isinstance(inputs[0], Mixed) and torch.equal(inputs[0].b, exact[0]), unit.name
+            inputs = [inputs[0].a, *inputs[1:]]
+        expected = exact if iters == 5 else so_far
+        assert len(inputs) == len(expected) and all(map(torch.equal, inputs, expected)), unit.name
+        assert torch.equal(target, wanted), unit.name
+        assert unit.name != job.graph.units[-1] or not torch.equal(exact[0], so_far[0])
+        norms.append((iters, norm))
+    monkeypatch.setattr(learn, "optimise", check)
+    run_passes(job, ["fit_ranges", {"reconstruct": {"weight_iters": 3, "input_iters": 5, "joint": joint}}])
+    assert norms == ([(3, 2.0)] if joint else [(3, 2.0), (5, 2.4)]) * 18
 
 
 class Killed(Exception):

@@ -47,6 +47,13 @@ def test_a_feature_of_zeros_counts_like_in_the_loop():
                                atol=1e-5)
 
 
+@pytest.mark.parametrize("norm, cosine", [(1e-3, 1.0), (5e-7, 0.25)])
+def test_a_norm_counts_in_full_above_a_millionth(norm, cosine):
+    """The cosine is a . b over norms of at least 1e-6."""
+    f = torch.full((4, 2, 16, 3, 3), norm / 4)             # all alike: 3 other steps, 2 images, 9 positions
+    assert variety(f).tolist() == pytest.approx([3 * 2 * 9 * (1 - cosine)] * 4, abs=1e-4)
+
+
 def test_counts_by_hand():
     assert apportion(torch.tensor([1.0, 2.0, 1.0]), 8).tolist() == [2, 4, 2]
     assert apportion(torch.tensor([1.0, 1.0, 1.0]), 10).tolist() == [4, 3, 3]           # 3.33 each: one is missing
