@@ -49,7 +49,7 @@ def balance(job, *, num_samples=64, num_alphas=11):
     the time segments; `num_alphas` candidates from 0 to 1 beside the identity.
 
     Facts: per group of layers the chosen alpha (None: identity) and the squared error before and after. Raises
-    ValueError where scales or rounding were there before.
+    ValueError where scales or rounding were there before, and where the network without quantizers is not what it was.
     """
     job.need_float_weights("balance")
     if any(q.is_fitted for q in input_quantizers(job.net).values()):
