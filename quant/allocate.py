@@ -25,7 +25,7 @@ BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}           # what ge
 UNITS = {"size": "bits of weights", "bops": "bit operations"}
 
 
-def allocate_bits(job, *, budget: Literal["size", "bops"] = "size", average=None, choices=(2, 3, 4, 6, 8),
+def allocate_bits(job, *, budget: Literal[tuple(BUDGETS)] = "size", average=None, choices=(2, 3, 4, 6, 8),
                   num_samples=16):
     """The pass, before any that changes the network: choose bits out of `choices` and add a rule for each layer. All
     layers together take no more than they would with `average` bits everywhere (None: with the widths that the rules

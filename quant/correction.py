@@ -68,9 +68,8 @@ SUMMED = {"channel": (0, 2, 3), "line": (0,)}       # `per`: axes of eps to sum 
 
 
 @torch.no_grad()
-def correct_noise(job, *, num_images=1024, seed=2000, slope: Literal[True, "signed", False] = True,
-                  bias: Literal["residual", "total", False] = "residual", per: Literal["channel", "line"] = "channel",
-                  variance=True):
+def correct_noise(job, *, num_images=1024, seed=2000, slope: Literal[tuple(SLOPES)] = True,
+                  bias: Literal[tuple(BIASES)] = "residual", per: Literal[tuple(SUMMED)] = "channel", variance=True):
     """The pass: measure k, b and sigma_q^2 at every time that the sampler visits, both networks on the full-precision
     trajectories of `num_images` images of `seed`, and give them to the quantized network as `correction`. `slope`
     (true: of errors that enlarge eps; signed; false), `bias` (residual, total or false), one `per` channel or per line

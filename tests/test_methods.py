@@ -124,6 +124,9 @@ def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path, mo
     assert len(list((tmp_path / "other/samples").glob("*.png"))) == 4
     with pytest.raises(ValueError, match="holds a quantized model already"):
         retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
+    (run / "dynamic.safetensors").unlink()                 # as if of another method
+    with pytest.raises(ValueError, match="no functions of time; only a run of tdq or of training"):
+        retabulate.run([str(run), f"out={tmp_path / 'third'}", "sampling.steps=5"])
 
 
 COMPOSED = """
