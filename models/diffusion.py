@@ -162,6 +162,15 @@ def resolve_device(word):
     return device
 
 
+def computes_bfloat16(device):
+    """Whether a torch.device multiplies bfloat16 itself. A processor with AVX2 alone emulates it, several times slower
+    than float32; ONEDNN_MAX_CPU_ISA is minded."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    emulated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
+
+
 @torch.no_grad()
 def sample(model, eps, indices, *, sampler="ddim", steps=100, skip="uniform", eta=0.0, seed=0, batch_size=None,
            start=None, callback=nothing):

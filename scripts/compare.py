@@ -34,7 +34,7 @@ from models.diffusion import PROJECT, find_checkpoint  # noqa: E402
 from quant.config import load, read_yaml  # noqa: E402
 from quant.files import write_text  # noqa: E402
 from scripts.cli import main, split_arguments  # noqa: E402
-from scripts.recipe import RunConfig, check, differences, without_free  # noqa: E402
+from scripts.recipe import RunConfig, check, differences, load_recipe, without_free  # noqa: E402
 from scripts.table import assemble, columns_of, csv_text, empty_row, markdown, row_of, tables  # noqa: E402
 
 SHARED = [("calibrate",), ("sample", "precision=float")]       # stages that also write beside the run folder
@@ -121,7 +121,7 @@ def cell_of(plan, model, bits, method, seed, variant, words):
     folder = Path(plan.out) / Path(model).stem / "-".join(filter(None, parts))
     words = [*plan.overrides, *changes, f"calibration.seed={seed}", f"seed={seed}", f"out={folder}",
              *([f"variant={variant}"] if variant else [])]
-    config = load(RunConfig, files, words)
+    config = load_recipe(files, words)
     check(config)
     return Cell(folder, [*files, *words], config)
 

@@ -21,7 +21,6 @@ from models.diffusion import denoise, example_arguments, sample  # noqa: E402
 from models.zoo import build_network  # noqa: E402
 from quant.calibration import load_calibration  # noqa: E402
 from quant.checkpoint import packed_bytes, save_quantized  # noqa: E402
-from quant.config import load  # noqa: E402
 from quant.convert import convert, format_map, quantization_map  # noqa: E402
 from quant.files import save_tensors, write_text  # noqa: E402
 from quant.graph import captured_bytes, trace  # noqa: E402
@@ -29,7 +28,7 @@ from quant.passes import Job, run_passes  # noqa: E402
 from quant.tdq import functions_of  # noqa: E402
 from quant.timeline import Timeline  # noqa: E402
 from scripts.cli import main, one_folder, split_arguments  # noqa: E402
-from scripts.recipe import RunConfig, boundaries, check, network_times  # noqa: E402
+from scripts.recipe import boundaries, check, load_recipe, network_times  # noqa: E402
 from scripts.run_folder import open_run  # noqa: E402
 
 
@@ -39,7 +38,7 @@ DRY_RUN = "dry_run=true"
 def run(arguments):
     if DRY_RUN in arguments:
         files, words = split_arguments([a for a in arguments if a != DRY_RUN])
-        print(plan(load(RunConfig, files, ["out=none", *words])))
+        print(plan(load_recipe(files, ["out=none", *words])))
     else:
         quantize(open_run(*one_folder(arguments)))
 

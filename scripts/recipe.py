@@ -2,12 +2,14 @@
 import inspect
 from dataclasses import asdict, dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from ddim.sampler import SAMPLERS, STOCHASTIC
 from ddim.schedule import make_schedule, step_sequence
+from models.diffusion import computes_bfloat16, resolve_device
 from quant.calibration import check_builder
-from quant.config import flatten, unknown_word
+from quant.config import flatten, load, unknown_word
 from quant.convert import check_bits, check_rules
 from quant.order import check_needs
 from quant.passes import changed_passes, check_passes, find_pass
@@ -68,7 +70,7 @@ class Effort:
     weight_lr: float = 1e-3
     input_lr: float = 4e-4
     batch_size: int = 32
-    bfloat16: bool = False
+    bfloat16: Any = False                    # true | false | auto: where the device computes it; config.yaml says which
 
 
 @dataclass
@@ -127,6 +129,22 @@ class RunConfig:
     @property
     def all_passes(self):
         return changed_passes(self.passes, self.pass_options)
+
+
+def load_recipe(files, words=()):
+    """The RunConfig of `files` and key=value words, effort.bfloat16: auto decided: as the run folder says that is there
+    already, else by what the device computes."""
+    config = load(RunConfig, files, words)
+    if isinstance(config.effort.bfloat16, bool):
+        return config
+    if config.effort.bfloat16 != "auto":
+        raise ValueError(f"effort.bfloat16 is {config.effort.bfloat16}; it must be true, false or auto")
+    saved = Path(config.out) / "config.yaml"
+    if config.out and saved.exists():
+        chosen = load(RunConfig, [saved]).effort.bfloat16
+    else:
+        chosen = computes_bfloat16(resolve_device(config.device))
+    return load(RunConfig, files, [*words, f"effort.bfloat16={str(chosen).lower()}"])
 
 
 # These change no artefact.

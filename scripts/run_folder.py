@@ -18,7 +18,7 @@ from ddim.schedule import make_schedule, step_sequence
 from models.diffusion import PROJECT, load_model, resolve_device
 from quant.config import load
 from quant.files import alone, write_text
-from scripts.recipe import RunConfig, check, differences
+from scripts.recipe import RunConfig, check, differences, load_recipe
 
 
 class Run:
@@ -118,7 +118,7 @@ def facts_of_images(run):
 
 def create(files, overrides):
     """A new run folder for these files, or the one that is there if it has the same recipe."""
-    config = load(RunConfig, files, overrides)
+    config = load_recipe(files, overrides)
     check(config)
     saved = Path(config.out) / "config.yaml"
     run = Run(config)

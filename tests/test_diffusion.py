@@ -1,5 +1,8 @@
 """A model from its YAML; images that depend on seed and index alone."""
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,14 @@ def test_a_copied_checkpoint_gives_the_same_model(tiny_config, tmp_path, tiny_mo
     again = load_model({**tiny_config, "checkpoint": str(copy)}, device="cpu")
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10.0])
     assert again.weights_hash == tiny_model.weights_hash and deviation(again.eps(x, t), tiny_model.eps(x, t)) == 0
+
+
+@pytest.mark.parametrize("isa, native", [("AVX2", False), ("AVX512_CORE_BF16", None)])
+def test_bfloat16_is_computed_where_the_processor_has_it(isa, native):
+    """In a process of its own: oneDNN reads the variable once. What the machine has itself limits the second case."""
+    code = ("import torch; from models.diffusion import computes_bfloat16 as f; "
+            "print(f(torch.device('cpu')), torch.cpu._is_avx512_bf16_supported())")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                           env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa})
+    found, machine = (word == "True" for word in ended.stdout.split())
+    assert ended.returncode == 0 and found == (machine if native is None else native)

@@ -13,10 +13,9 @@ from models.weights import PREFIXES
 from models.zoo import build_network
 from quant.calibration import load_calibration
 from quant.capture import Store, Stream
-from quant.config import load
 from quant.graph import trace
 from scripts.quantize import plan
-from scripts.recipe import RunConfig
+from scripts.recipe import load_recipe
 from test_pipeline import WORDS, everything, files
 from tiny import capture_whole
 
@@ -134,7 +133,7 @@ def test_images_do_not_depend_on_what_is_drawn_with_them(model):
 
 
 def test_dry_run_needs_no_weights(model):
-    config = load(RunConfig, files(model), [*WORDS, "checkpoint=nowhere", "out=none"])
+    config = load_recipe(files(model), [*WORDS, "checkpoint=nowhere", "out=none"])
     text = plan(config)
     assert "reconstruction units" in text and "x smaller" in text and "GiB of activations" in text
 

@@ -371,3 +371,20 @@ def test_flatten_and_differences_ignore_what_changes_no_artefact():
 def test_driver_refuses_a_word_that_is_no_override():
     result = subprocess.run(["bash", "sample_cifar.sh", "bits.weight"], cwd=PROJECT, capture_output=True, text=True)
     assert result.returncode == 2 and "is not key=value" in result.stderr
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_demo_learns_in_bfloat16_where_the_device_computes_it_and_says_so(model, tmp_path, monkeypatch, native):
+    monkeypatch.setattr(recipe, "computes_bfloat16", lambda device: native)
+    words = [*files(model), *WORDS, f"out={tmp_path / 'run'}"]
+    calibrate.run(words)
+    monkeypatch.setattr(recipe, "computes_bfloat16", lambda device: not native)       # on another machine it goes on
+    calibrate.run(words)
+    run = run_folder.open_run(tmp_path / "run")
+    assert run.config.effort.bfloat16 is native
+    assert run.config.passes[1]["reconstruct"]["bfloat16"] is native
+
+
+def test_bfloat16_is_yes_no_or_auto(model, tmp_path):
+    with pytest.raises(ValueError, match="effort.bfloat16 is maybe; it must be true, false or auto"):
+        calibrate.run([*files(model), *WORDS, "effort.bfloat16=maybe", f"out={tmp_path}/run"])
