@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"      # sh may be another shell
 # Quantize the class-conditional latent-diffusion model of ImageNet (LDM-4, 20 steps, guidance 3.0) and draw images with
 # it: calibrate -> quantize -> sample -> evaluate -> report. Knobs as in sample_cifar.sh.
 #   bash sample_imagenet.sh                                 the public checkpoint

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@"      # sh may be another shell
 # Fetch public checkpoints into models; `--help` tells more. Needs Python 3.10 or newer and nothing else.
 set -euo pipefail
 if ! python="$(command -v python3 || command -v python)"; then
