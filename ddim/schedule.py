@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
 # ---- betas: (num, start, end, cosine_s) -> (num,) float64
 
 def linear(num, start, end, _):

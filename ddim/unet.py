@@ -6,51 +6,11 @@ layer carries its `role`, and a convolution that reads a concatenation knows whe
 
 Axes: N images, C channels, H x W pixels, E embedding features, L = H*W positions.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class Matmul(nn.Module):
-    """Batched matrix product of two activations, a module so that it can be replaced by a quantized one.
-
-    `roles` names the left and the right operand: ("q", "k") or ("v", "probs") and so on. With several heads they are
-    axis 1 of both operands.
-    """
-
-    def __init__(self, *roles, num_heads=1):
-        super().__init__()
-        self.roles, self.num_heads = roles, num_heads
-
-    def forward(self, a, b):
-        return a @ b
-
-
-def tag(role, layer, **facts):
-    """Note a layer's role (and e.g. its `input_splits`) for the quantization rules; returns the layer."""
-    layer.role = role
-    for name, value in facts.items():
-        setattr(layer, name, value)
-    return layer
-
-
-def timestep_embedding(t, width, *, cos_first=False):
-    """Sinusoids of the steps t (N,), fractions allowed -> (N, width).
-
-    Sines, then cosines, at frequencies from 1 to 1/10000 inclusive; with `cos_first` (the U-Nets in ldm/) cosines,
-    then sines, and 1/10000 is left out. An odd width ends in a zero.
-    """
-    half = width // 2
-    index = torch.arange(half, dtype=torch.float32, device=t.device)
-    if cos_first:
-        freqs = torch.exp(-math.log(10000) * index / half)
-    else:
-        freqs = torch.exp(index * -(math.log(10000) / (half - 1)))
-    angles = t.float()[:, None] * freqs[None]
-    waves = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
-    return F.pad(torch.cat(waves, dim=1), (0, width % 2))
+from base.network import AttentionPart, Matmul, tag, timestep_embedding
 
 
 def conv(role, in_ch, out_ch, size=3, **facts):
@@ -62,6 +22,7 @@ class ResnetBlock(nn.Module):
 
     Blocks of an autoencoder have no time embedding: `temb_ch` None, `temb` left out.
     """
+    is_unit = True
 
     def __init__(self, in_ch, out_ch, temb_ch, dropout, groups, input_splits=None):
         super().__init__()
@@ -85,6 +46,7 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """Single-head self-attention over pixels."""
+    is_unit = True
 
     def __init__(self, ch, groups):
         super().__init__()
@@ -95,6 +57,12 @@ class AttnBlock(nn.Module):
         self.qk_matmul = Matmul("q", "k")
         self.av_matmul = Matmul("v", "probs")
         self.proj_out = conv("proj", ch, ch, 1)
+
+    def attention_parts(self, name):
+        """The AttentionPart of this block, whose name in the network is `name`."""
+        rows = torch.arange(self.norm.num_channels)
+        q, k, v, proj, qk, av = (f"{name}.{part}" for part in ("q", "k", "v", "proj_out", "qk_matmul", "av_matmul"))
+        return [AttentionPart(f"{name}.norm", [q, k, v], q, k, v, proj, qk, av, rows, rows, rows)]
 
     def forward(self, x):
         n, c, height, width = x.shape

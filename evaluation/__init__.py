@@ -1,1 +1,1 @@
-"""Features, scores and the report."""
+"""Scores of image folders; knows no bits and no run folder."""

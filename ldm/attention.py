@@ -7,10 +7,12 @@ in float32. Parameter names are those of the public checkpoints.
 Axes: N images, C channels, H x W pixels; L tokens (pixels) of C features, M context tokens of E features; a head is D
 wide and always axis 1 of what a `Matmul` multiplies.
 """
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddim.unet import Matmul, conv, tag
+from base.network import AttentionPart, Matmul, tag
+from ddim.unet import conv
 
 
 class GroupNorm(nn.GroupNorm):
@@ -52,6 +54,7 @@ class QKVAttention(nn.Module):
 
 class AttentionBlock(nn.Module):
     """norm, fused multi-head self-attention over pixels, projection; plus the input."""
+    is_unit = True
 
     def __init__(self, ch, num_heads, new_order=False):
         super().__init__()
@@ -59,6 +62,14 @@ class AttentionBlock(nn.Module):
         self.qkv = tag("qkv", nn.Conv1d(ch, 3 * ch, 1))
         self.attention = QKVAttention(num_heads, new_order)
         self.proj_out = tag("proj", nn.Conv1d(ch, ch, 1))
+
+    def attention_parts(self, name):
+        """The AttentionPart of this block, whose name in the network is `name`."""
+        heads, rows = self.attention.num_heads, torch.arange(3 * self.norm.num_channels)
+        order = rows.reshape(3, -1) if self.attention.new_order else rows.reshape(heads, 3, -1).transpose(0, 1)
+        qkv, proj, inside = f"{name}.qkv", f"{name}.proj_out", f"{name}.attention"
+        return [AttentionPart(f"{name}.norm", [qkv], qkv, qkv, qkv, proj, f"{inside}.qk_matmul", f"{inside}.av_matmul",
+                              *(part.flatten() for part in order))]
 
     def forward(self, x):
         tokens = x.flatten(2)                                                                # (N, C, L)
@@ -116,6 +127,7 @@ class FeedForward(nn.Module):
 
 class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward; each behind a layer norm, each added to its input."""
+    is_unit = True
 
     def __init__(self, dim, context_dim, num_heads, head_dim):
         super().__init__()
@@ -123,6 +135,17 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.attn2 = CrossAttention(dim, context_dim, num_heads, head_dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def attention_parts(self, name):
+        """The AttentionParts of both attentions of this block, whose name in the network is `name`."""
+        parts = []
+        for attention, norm, own in (("attn1", "norm1", "qkv"), ("attn2", "norm2", "q")):
+            at = f"{name}.{attention}"
+            rows = torch.arange(self.get_submodule(attention).to_q.weight.shape[0])
+            parts.append(AttentionPart(f"{name}.{norm}", [f"{at}.to_{x}" for x in own], f"{at}.to_q", f"{at}.to_k",
+                                       f"{at}.to_v", f"{at}.to_out.0", f"{at}.qk_matmul", f"{at}.av_matmul", rows, rows,
+                                       rows))
+        return parts
 
     def forward(self, x, context=None):
         """x (N, L, C), context (N, M, E) -> (N, L, C)."""

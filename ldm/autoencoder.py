@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from base.errors import unknown_word
 from ddim.unet import AttnBlock, Downsample, ResnetBlock, Upsample, conv
-from quant.config import unknown_word
 
 COMMITMENT = 0.25                # weight of the commitment term (van den Oord et al. 2017, beta of Eq. 3)
 DISTANCES = 2 ** 24              # (position, code) pairs compared at a time: 128 MiB in double precision

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-PROJECT = Path(__file__).resolve().parents[1]
+from base.files import PROJECT
+
 TOKENIZER = "models/tokenizer/clip-vit-large-patch14"        # below the project
 VOCABULARY = ("vocab.json", "merges.txt")
 

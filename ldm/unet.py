@@ -11,7 +11,8 @@ Axes: N images, C channels, H x W pixels, E embedding features; M context tokens
 import torch
 from torch import nn
 
-from ddim.unet import Upsample, conv, tag, timestep_embedding
+from base.network import Operand, tag, timestep_embedding
+from ddim.unet import Upsample, conv
 from ldm.attention import AttentionBlock, BasicTransformerBlock, GroupNorm, SpatialTransformer
 
 
@@ -26,17 +27,13 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
-class Operand(nn.Identity):
-    """An activation (N, C), passed on as it is: a module so that it can be replaced by a quantized one. `input_splits`
-    are the channels of its parts."""
-
-
 class ResBlock(nn.Module):
     """norm, swish, resample, conv; norm, swish, dropout, conv; add the (resampled, projected) input.
 
     The embedding is added before the second norm, or scales and shifts what comes out of it. `resample` is a module
     without parameters.
     """
+    is_unit = True
 
     def __init__(self, in_ch, out_ch, emb_ch, *, dropout=0.0, scale_shift=False, resample=None, input_splits=None):
         super().__init__()

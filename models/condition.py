@@ -6,7 +6,7 @@ from typing import Any, Callable
 
 import torch
 
-from ddim.sampler import mix
+from base.seeds import mix
 
 
 @dataclass

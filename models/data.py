@@ -41,7 +41,9 @@ def load_images(data, split="train", size=32, choose=None):
     `choose`, a function of how many there are, says which of them are wanted, by their indices; no others are read.
     """
     if str(data).split(":")[0] == "cifar10":
-        from torchvision.datasets import CIFAR10             # takes seconds to import, and most have no use for it
+        from torchvision.datasets import (
+            CIFAR10,  # takes seconds to import, and most have no use for it
+        )
         root = str(data).partition(":")[2] or "data"
         try:
             source = CIFAR10(root, train=split == "train", download=True)

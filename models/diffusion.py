@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ddim.sampler import SAMPLERS, STOCHASTIC, SeededNoise, nothing
-from ddim.schedule import Schedule, make_schedule, step_sequence
+from base.files import PROJECT
+from base.seeds import SeededNoise
+from ddim.schedule import Schedule, make_schedule
 from models.condition import Condition, build_condition
 from models.weights import load_components, state_hash
 from models.zoo import build_network
-from quant.config import unknown_word
 
-PROJECT = Path(__file__).resolve().parents[1]
 PARTS = {"unet": "network", "first_stage": "first_stage", "cond_stage": "cond_stage"}    # component -> YAML key
 DECODED_AT_ONCE = 8                         # latents
 DOWNLOADED = Path("models/checkpoints")     # where scripts/download_models.sh puts files, below the project
@@ -143,72 +141,3 @@ def find_checkpoint(config):
     demo = f"; without it, the same pipeline runs on a model that ships: {config['demo']}" if config.get("demo") else ""
     raise ValueError(f"the checkpoint of {config['name']} is not at {' or '.join(map(str, places))}; {hint}"
                      f"say where it is with checkpoint=PATH{demo}")
-
-
-def resolve_device(word):
-    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device. GPUs then compute float32 as float32,
-    convolutions too, and the same bytes every time."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    if word == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(word)
-    except RuntimeError:
-        raise ValueError(f"device '{word}' is unknown; choose auto, cpu, cuda or cuda:NUMBER") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{word}' was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices; "
-                         "choose device=auto or device=cpu")
-    return device
-
-
-def computes_bfloat16(device):
-    """Whether a torch.device multiplies bfloat16 itself. A processor with AVX2 alone emulates it, several times slower
-    than float32; ONEDNN_MAX_CPU_ISA is minded."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    emulated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_avx512_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
-
-
-@torch.no_grad()
-def sample(model, eps, indices, *, sampler="ddim", steps=100, skip="uniform", eta=0.0, seed=0, batch_size=None,
-           start=None, callback=nothing):
-    """Images number `indices` of `seed` -> (len(indices), 3, H, W) uint8.
-
-    `eps(x, t, cond)` is `model.eps` or what stands for it; a correction of the model goes to samplers that take one.
-    With `batch_size` B the whole block of images kB ... kB+B-1 that holds `indices` runs and the rest is dropped: the
-    row in a batch can change the last bit of a float result, so image i always runs in row i % B beside the same
-    neighbours, and has the same bytes in any run. Without it the batch is `indices` as they come. `callback` is the
-    sampler's and sees the whole batch. `start` is None for the noise of the images, or (x of the whole batch,
-    number of last steps to do from there).
-    """
-    if sampler not in SAMPLERS:
-        raise ValueError(unknown_word(f"sampler '{sampler}' is unknown", sampler, SAMPLERS))
-    batch = rows = list(indices)
-    if batch_size:
-        first = batch[0] // batch_size * batch_size
-        batch, rows = range(first, first + batch_size), [i - first for i in rows]
-        assert 0 <= min(rows) and max(rows) < batch_size, "indices must lie in one block of batch_size"
-    x = denoise(model, eps, batch, sampler=sampler, steps=steps, skip=skip, eta=eta, seed=seed, start=start,
-                callback=callback)
-    if not torch.isfinite(x).all():
-        raise ValueError(f"sampling of {model.name} ended in NaN or infinite values; "
-                         "with quantized weights use more bits or more calibration data")
-    images = model.decode(x)
-    return images[rows] if batch_size else images
-
-
-def denoise(model, eps, batch, *, sampler, steps, skip, eta, seed, start=None, callback=nothing, differentiable=False):
-    """x_0 (N, C, H, W) of the images `batch`, not decoded; as `sample`. `differentiable` asks for the gradient of x_0
-    by whatever the network computed on the way, whose activations are then computed twice and held for one step."""
-    noise, cond = model.noise(seed, batch), model.labels(seed, batch)
-    options = {"correction": model.correction} if sampler in STOCHASTIC else {}
-    x, sequence = noise.draw(), step_sequence(skip, steps, model.schedule)
-    if start is not None:                  # the first noise is drawn all the same: those of the steps stay the same
-        x, sequence = start[0], sequence[:start[1]]
-
-    def network(x, t):
-        return checkpoint(eps, x, t, cond, use_reentrant=False) if differentiable else eps(x, t, cond)
-    return SAMPLERS[sampler](network, x.requires_grad_(differentiable), sequence, model.schedule, noise=noise.draw,
-                             eta=eta, callback=callback, **options)

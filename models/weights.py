@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from base.errors import unknown_word
 from models import diffusers, pickles
-from quant.config import unknown_word
 
 PICKLES = {".ckpt", ".pt", ".pth"}
 PREFIXES = {"unet": "model.diffusion_model.", "first_stage": "first_stage_model.", "cond_stage": "cond_stage_model."}

@@ -2,11 +2,11 @@
 import inspect
 from functools import partial
 
+from base.errors import unknown_word
 from ddim.unet import UNet
 from ldm.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm.conditioning import ClassEmbedder, TextEncoder
 from ldm.unet import UNet as LatentUNet
-from quant.config import unknown_word
 
 NETWORKS = {"ddim-unet": UNet, "ldm-unet": LatentUNet, "improved-unet": partial(LatentUNet, num_heads=1),
             "guided-unet": partial(LatentUNet, num_heads=1),

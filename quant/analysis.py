@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ddim.unet import AttnBlock, Matmul
-from ldm.attention import AttentionBlock, BasicTransformerBlock
+from base.network import Matmul
 from quant.layers import SWAP
 
 DEAD = 1e-8                                # a channel that never gets larger is left out of all ratios
 CONSTANT = 1e-6                            # deviation of ln r below which it is rounding of float32
-ATTENTION = AttnBlock, AttentionBlock, BasicTransformerBlock
 
 
 @torch.no_grad()
@@ -209,7 +207,7 @@ def layer_errors(net, quantized, batches_by_step):
 
 def comparable(net, twins):
     """Names of the modules that compute what their quantized twin {name: module} does, up to its error."""
-    folded = [name for name, twin in twins.items() if isinstance(twin, ATTENTION)
+    folded = [name for name, twin in twins.items() if hasattr(twin, "attention_parts")
               and any(getattr(layer, "inverse_balance", None) is not None for layer in twin.modules())]
     inside = tuple(f"{name}." for name in folded)
     return folded + [name for name, _ in replaced(net) if not name.startswith(inside)]

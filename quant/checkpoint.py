@@ -6,36 +6,15 @@ recipe, so that the file loads in a fresh process without calibration data and w
 """
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from quant.bypass import Bypass
+from base.files import load_tensors, save_tensors
 from quant.convert import convert, quant_layers
-from quant.correction import Correction
-from quant.files import load_tensors, save_tensors
+from quant.network import Bypass, Correction
+from quant.packing import pack, unpack
 from quant.timeline import Timeline
 
 FORMAT = "tinydm-quantized/1"
-CHUNK = 2 ** 20                            # codes unpacked at a time (a multiple of 8)
-
-
-def pack(codes, bits):
-    """Integer codes in 0..2^bits-1, any shape -> uint8 (ceil(count * bits / 8),)."""
-    flat = codes.flatten().to(torch.uint8).cpu().numpy()
-    pieces = [np.packbits((flat[i:i + CHUNK, None] >> np.arange(bits, dtype=np.uint8)) & 1, bitorder="little")
-              for i in range(0, len(flat), CHUNK)]
-    return torch.from_numpy(np.concatenate(pieces))
-
-
-def unpack(packed, bits, shape):
-    """Inverse of `pack` -> uint8 tensor of `shape`."""
-    count, data = int(torch.Size(shape).numel()), packed.numpy()
-    out = np.empty(count, dtype=np.uint8)
-    for i in range(0, count, CHUNK):
-        size = min(CHUNK, count - i)
-        spread = np.unpackbits(data[i * bits // 8:], count=size * bits, bitorder="little").reshape(size, bits)
-        out[i:i + size] = (spread << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
-    return torch.from_numpy(out).reshape(shape)
 
 
 def quantized_state(net):

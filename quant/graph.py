@@ -7,13 +7,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ddim.unet import AttnBlock, Matmul, ResnetBlock
-from ldm.attention import AttentionBlock, BasicTransformerBlock
-from ldm.unet import Operand, ResBlock
+from base.network import Matmul, Operand
 from quant.layers import SWAP
-
-# Blocks that are reconstructed as a whole; other layers are units themselves.
-UNITS = (ResnetBlock, AttnBlock, ResBlock, AttentionBlock, BasicTransformerBlock)
 
 
 @dataclass
@@ -106,9 +101,9 @@ def captured_bytes(graph, num_samples):
 
 
 def units_in_order(net, layers):
-    """Names of the reconstruction units in execution order: the enclosing block of each executed layer, or the layer
-    itself."""
-    blocks, units = [name for name, m in net.named_modules() if isinstance(m, UNITS)], []
+    """Names of the reconstruction units in execution order: of each executed layer the enclosing block that says
+    `is_unit = True`, or the layer itself."""
+    blocks, units = [name for name, m in net.named_modules() if getattr(m, "is_unit", False)], []
     for layer in layers:
         unit = next((b for b in blocks if layer.startswith(b + ".")), layer)
         if unit not in units:

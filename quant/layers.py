@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddim.unet import Matmul
-from ldm.unet import Operand
+from base.network import Matmul, Operand
 from quant.groups import activation_groups, weight_groups
 from quant.quantizer import Quantizer
 

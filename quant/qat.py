@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from quant.convert import input_quantizers, quant_layers
-from quant.passes import Job, fit_ranges
-from quant.tdq import DynamicScale, functions_of, retabulated
+from quant.passes.dynamic_scales import DynamicScale, functions_of, retabulated
+from quant.passes.fit_ranges import fit_ranges
+from quant.passes.job import Job
 
 SMALLEST = 1e-8                            # of a scale
 

@@ -6,84 +6,15 @@ there the gradient of the value to `scale` is round(x/s) - x/s, beyond them it i
 and Q-Diffusion counts the half step beyond an end code, which rounds to it, as inside. Where many values lie there, as
 the minimum of SiLU does, that gradient pulls the scale the wrong way.
 """
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from quant.grid import LOG2_TOP, StraightThrough, code_range, log2_codes, scale_zero_point
 from quant.groups import num_groups
-from quant.ranges import centered_codes, code_range, find_range, scale_zero_point
-
-LOG2_TOP = 14                              # exponent of the largest integer of the log2 grid
-VALUES_PER_GROUP = 2 ** 16                 # observed values kept for the range searches of a group, of all samples
-
-
-@dataclass
-class QuantSpec:
-    """How one tensor is quantized; the `weight:` or `input:` part of a rule."""
-    bits: int = 32                         # 2 to 8; 16 for softmax outputs; 32 leaves the tensor alone
-    per: str = "tensor"                    # tensor | channel | group | head
-    group_size: int = 0                    # channels per group for per: group
-    symmetric: bool = False                # signed codes and zero point 0
-    grid: str = "uniform"                  # uniform | log2: powers of two up to 1, for softmax outputs
-    range: str = "minmax"                  # a word of quant.ranges.RANGES
-    tail: float = 0.001                    # fraction left out at either end by range: percentile
-    ema: float = 0.0                       # > 0: average the interval of successive batches, old weight `ema`
-    per_segment: bool = False              # of a weight: an own one for every time segment
-    segment_bits: tuple = ()               # of an input: bits in each time segment, in place of `bits`
-    static: bool = False                   # of an input: one scale for all time segments
-
-    def options(self):
-        return {"tail": self.tail} if self.range == "percentile" else {}
-
-
-GRIDS = ("uniform", "log2")
-PER = ("tensor", "channel", "group", "head")
-
-
-def log2_codes(x, bits):
-    """Powers of two as integers: round(-log2 x) = q in 0..min(2^b-2, LOG2_TOP) gives 2^(LOG2_TOP - q), what lies below
-    gives 0; times the scale 2^-LOG2_TOP that is 2^-q. So more than 4 bits have no more codes, which end at 6e-5.
-    Gradients pass straight through. x in [0, 1]."""
-    ratio = x * 2.0 ** LOG2_TOP
-    q = (-x.detach().log2()).round().clamp(min=0)              # inf for 0
-    last = min(2 ** bits - 2, LOG2_TOP)
-    code = torch.where(q <= last, torch.exp2(LOG2_TOP - q.clamp(max=last)), 0.0)
-    return ratio + (code - ratio).detach() if ratio.requires_grad else code
-
-
-class StraightThrough(torch.autograd.Function):
-    """Centred codes with the gradients of LSQ for x and the scale."""
-
-    @staticmethod
-    def forward(ctx, x, scale, zero_point, low, high):
-        code = centered_codes(x, scale, zero_point, low, high)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, code, scale, zero_point)
-            ctx.codes = low, high
-        return code
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, code, scale, zero_point = ctx.saved_tensors
-        low, high = ctx.codes
-        inverse = scale.reciprocal()
-        ratio = x * inverse
-        inside = (ratio >= low - zero_point) & (ratio <= high - zero_point)
-        grad_ratio = grad * inside
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = (grad_ratio * ratio * -inverse).sum_to_size(scale.shape)
-        return grad_ratio * inverse, grad_scale, None, None, None
-
-
-def pooled(noted):
-    """What was observed of N samples, (N, groups, picks + 2) -> (groups, N * picks + 2): the extremes of the whole
-    once, so that they do not shift a percentile. A search counts them as values like any other, more than they are:
-    with extremes that only bounded it, and other picks in every sample, `tdq` at W8A8 on latent-compact clipped what
-    the next layers could not do without (44.8 dB of PSNR in place of 49.8)."""
-    picks, low, high = noted[:, :, :-2], noted[:, :, -2], noted[:, :, -1]
-    return torch.cat([picks.transpose(0, 1).flatten(1), low.amin(0)[:, None], high.amax(0)[:, None]], dim=1)
+from quant.observer import VALUES_PER_GROUP, pooled
+from quant.ranges import find_range
 
 
 class Quantizer(nn.Module):

@@ -11,35 +11,11 @@ The interval always contains zero, so zero is exactly representable (convolution
 """
 import torch
 
+from quant.grid import centered_codes, code_range, scale_zero_point
+
 NORM = 2.4                    # p of the searches
 NUM_SHRINKS = 80              # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
 CHUNK_ELEMENTS = 2 ** 22      # working set of one batch of candidates
-
-
-def code_range(bits, symmetric):
-    """Smallest and largest integer code."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
-
-
-def scale_zero_point(low, high, bits, symmetric):
-    """Interval -> (scale, zero_point), float tensors shaped as low. Asymmetric: scale = (high - low)/(2^b - 1),
-    zero_point = -round(low/scale) in 0..2^b-1. Symmetric: scale = max(|low|, high)/(2^(b-1) - 1), zero_point = 0."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if symmetric:
-        scale = torch.maximum(-low, high) / max(2 ** (bits - 1) - 1, 1)
-        return scale.clamp(min=1e-8), torch.zeros_like(low)
-    scale = ((high - low) / (2 ** bits - 1)).clamp(min=1e-8)
-    return scale, (-(low / scale).round()).clamp(0, 2 ** bits - 1)
-
-
-def centered_codes(x, scale, zero_point, low_code, high_code):
-    """The quantizer: integer code minus zero point, clamp(round(x / scale), low - z, high - z), as floats.
-
-    The one definition of quantization in this library; the division is a multiplication by the float32 reciprocal.
-    """
-    code = (x * scale.reciprocal()).round_()
-    torch.maximum(code, low_code - zero_point, out=code)       # clamp with tensors is ten times slower on CPUs
-    return torch.minimum(code, high_code - zero_point, out=code)
 
 
 def minmax(values, bits, symmetric):

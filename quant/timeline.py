@@ -4,7 +4,7 @@ With one segment for every sampled step, each activation has a scale of its own 
 the finite-set calibration of TFMQ-DM (Huang et al. 2024, arXiv:2311.16503)."""
 import torch
 
-from quant.config import unknown_word
+from base.errors import unknown_word
 
 PER_STEP = "per_step"
 

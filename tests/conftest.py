@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from models.diffusion import load_model
-from models.tasks import DiffusionTraining
 from models.zoo import build_network
+from tinydm.training.tasks import DiffusionTraining
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINTS = json.loads(gzip.decompress((FIXTURES / "ddim_checkpoints.json.gz").read_bytes()))   # public ones: shapes

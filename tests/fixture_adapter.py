@@ -5,15 +5,14 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+from base.config import read_yaml
+from models.diffusion import PARTS
+from models.weights import PREFIXES, load_components
+from models.zoo import build_network
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-
-import torch  # noqa: E402
-
-from fixture_adapter_samplers import sample, schedule  # noqa: E402, F401  (the checker looks for them here)
-from models.diffusion import PARTS  # noqa: E402
-from models.weights import PREFIXES, load_components  # noqa: E402
-from models.zoo import build_network  # noqa: E402
-from quant.config import read_yaml  # noqa: E402
 
 MODELS = Path(__file__).resolve().parents[1] / "configs/model"
 LISTINGS = {                               # public checkpoint -> model YAML

@@ -3,13 +3,13 @@ more. Used by the tests here and by an outside checker that brings runs of its o
 import sys
 from pathlib import Path
 
+import torch
+
+from ddim.dpm_solver import dpm_solver
+from ddim.sampler import ddim, ddpm, plms
+from ddim.schedule import make_betas, make_schedule, step_sequence
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch  # noqa: E402
-
-from ddim.dpm_solver import dpm_solver  # noqa: E402
-from ddim.sampler import ddim, ddpm, plms  # noqa: E402
-from ddim.schedule import make_betas, make_schedule, step_sequence  # noqa: E402
 
 VARIANCES = {"learned_range": "learned", "fixed_small": "small", "fixed_large": "large"}
 

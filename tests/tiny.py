@@ -4,10 +4,11 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from quant.calibration import CalibrationSet
+from quant.calibration.dataset import CalibrationSet
 from quant.convert import convert, input_quantizers
 from quant.graph import trace
-from quant.passes import Job, run_passes
+from quant.passes.job import Job
+from quant.passes.run import run_passes
 from quant.timeline import Timeline
 
 SHAPE = (3, 8, 8)

@@ -1,0 +1,1 @@
+"""Scores, one kind a file."""

@@ -1,0 +1,1 @@
+"""Calibration sets: which samples of which trajectories, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""Reconstruction of one unit: what flows into it, what is learned, and by which loss."""

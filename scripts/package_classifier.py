@@ -1,0 +1,11 @@
+"""The command of tinydm/training/package_classifier.py, which explains it: python scripts/package_classifier.py --help"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from base.errors import main  # noqa: E402
+from tinydm.training.package_classifier import run  # noqa: E402
+
+if __name__ == "__main__":
+    main(run)

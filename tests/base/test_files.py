@@ -1,0 +1,72 @@
+"""A file is the old one or the complete new one; safetensors with metadata."""
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from base.files import load_tensors, save_tensors, write_atomically, write_text
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+
+    def broken(part):
+        part.write_text("half of the n")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, broken)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_failed_first_write_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(tmp_path / "file.txt", lambda part: 1 / 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_text(path, "old")
+    write_text(path, "new")
+    assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_old_file_is_whole_while_the_new_one_is_written(tmp_path):
+    path, seen = tmp_path / "file.txt", []
+    write_text(path, "old")
+    write_atomically(path, lambda part: seen.append((part.write_text("new"), path.read_text())))
+    assert seen == [(3, "old")] and path.read_text() == "new"
+
+
+TENSORS = {"b": torch.arange(6).reshape(2, 3).T, "a": torch.ones(2, requires_grad=True), "c": torch.zeros(0, 3)}
+META = {"z": [1, 2.5, None], "a": {"word": "ü"}}
+
+
+def test_tensors_and_metadata_come_back(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", TENSORS, META)
+    tensors, meta = load_tensors(tmp_path / "x.safetensors")
+    assert meta == META and tensors.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype
+    assert load_tensors(tmp_path / "x.safetensors", only_metadata=True) == ({}, META)
+
+
+def test_equal_contents_are_equal_bytes(tmp_path):
+    save_tensors(tmp_path / "x", TENSORS, META)
+    save_tensors(tmp_path / "y", dict(reversed(TENSORS.items())), dict(reversed(META.items())))
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_foreign_file_has_no_metadata_of_ours(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x", {"format": "pt"})
+    assert load_tensors(tmp_path / "x")[1] == {}
+
+
+@pytest.mark.parametrize("size", [0, 4, 30, -1])
+def test_cut_file_is_named_in_one_sentence(tmp_path, size):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, TENSORS, META)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="x.safetensors is cut off or no safetensors file") as caught:
+        load_tensors(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,145 @@
+"""Latent models through all stages: conditions, guidance, first stage, resampling blocks, learned variance."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import randomize
+from safetensors.torch import save_file
+from test_pipeline import WORDS, everything, files
+from tiny import capture_whole
+
+from models.diffusion import load_model
+from models.sampling import sample
+from models.weights import PREFIXES
+from models.zoo import build_network
+from quant.calibration.files import load_calibration
+from quant.graph import trace
+from quant.reconstruction.capture import Store, Stream
+from tinydm.recipe import load_recipe
+from tinydm.stages.quantize import plan
+
+DDCONFIG = {"z_channels": 3, "resolution": 16, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
+UNET = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+        "num_res_blocks": 1, "attention_resolutions": [2], "channel_mult": [1, 1]}
+TRANSFORMER = {"num_heads": 2, "use_spatial_transformer": True, "context_dim": 5}
+LATENT = {"kind": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "space": "latent"}
+MODELS = {
+    "class": {"network": UNET | TRANSFORMER, "schedule": LATENT,
+              "first_stage": {"family": "autoencoder-vq", "embed_dim": 3, "n_embed": 20,
+                              "ddconfig": DDCONFIG | {"double_z": False}},
+              "cond_stage": {"family": "class-embedder", "n_classes": 4, "embed_dim": 5},
+              "guidance": {"scale": 2.5, "null_class": 3}, "sampling": {"skip": "uniform"}},
+    "unconditional": {"network": UNET | {"num_head_channels": 16, "resblock_updown": True, "use_scale_shift_norm": True},
+                      "first_stage": {"family": "autoencoder-kl", "embed_dim": 3,
+                                      "ddconfig": DDCONFIG | {"double_z": True}},
+                      "schedule": LATENT, "sampling": {"sampler": "plms", "skip": "uniform"}},
+    "learned": {"network": UNET | {"family": "guided-unet", "image_size": 16, "num_head_channels": 16, "out_channels": 6,
+                                   "num_classes": 3, "use_new_attention_order": True},
+                "schedule": {"kind": "cosine", "timesteps": 400, "space": "pixel64", "rescale_timesteps": True},
+                "sampling": {"sampler": "ddpm", "skip": "respaced", "eta": 1.0}}}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """A model YAML and its weights, random, in the layout of public checkpoints."""
+    folder, facts = tmp_path_factory.mktemp(request.param), dict(MODELS[request.param])
+    torch.manual_seed(0)
+    parts = {"unet": randomize(build_network(**facts["network"]))}
+    parts |= {part: build_network(**facts[part]) for part in ("first_stage", "cond_stage") if part in facts}
+    prefixed = len(parts) > 1
+    state = {(PREFIXES[part] if prefixed else "") + name: value for part, net in parts.items()
+             for name, value in net.state_dict().items()}
+    save_file(state | ({"scale_factor": torch.tensor(0.7)} if prefixed else {}), folder / "model.safetensors")
+    facts |= {"name": request.param, "checkpoint": str(folder / "model.safetensors"), "weights": "raw"}
+    (folder / "model.yaml").write_text(yaml.safe_dump(facts))
+    return folder / "model.yaml"
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    everything(model, out)
+    return out
+
+
+def test_all_stages(model, done):
+    archive = np.load(done / "samples.npz")["arr_0"]
+    assert archive.shape == (6, 16, 16, 3) and len({image.tobytes() for image in archive}) == 6
+    metrics = json.loads((done / "metrics.json").read_text())
+    assert all(np.isfinite(row["sqnr_db"]) for row in metrics["sqnr_db_per_step"])
+    steps = [json.loads(line) for line in (done / "passes.jsonl").read_text().splitlines()]
+    blocks = [s for s in steps if s.get("unit", "").endswith(("transformer_blocks.0", ".1", "middle_block.1"))]
+    assert blocks and all(np.isfinite(s["error_after"]) for s in blocks)
+
+
+def test_same_bytes_again(model, done, tmp_path):
+    everything(model, tmp_path / "again")
+    for name in ("calibration.safetensors", "quantized.safetensors", "samples/000005.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (done / name).read_bytes(), name
+
+
+def test_calibration_sees_what_the_network_sees(model, done):
+    calibration = load_calibration(done / "calibration.safetensors")
+    loaded = load_model(yaml.safe_load(model.read_text()), device="cpu")
+    count = 6 * 4
+    if loaded.condition is None:
+        assert len(calibration) == count and calibration.cond is None
+        return
+    own = loaded.labels(1000, range(6))
+    if loaded.guidance == 1:
+        assert len(calibration) == count and torch.equal(calibration.arguments(slice(6, 12))[2], own)
+        return
+    assert len(calibration) == 2 * count and len(calibration.cond) == 7
+    asked, null = (calibration.arguments(slice(start, start + 6)) for start in (6, count + 6))
+    assert torch.equal(asked[0], null[0]) and torch.equal(asked[1], null[1])
+    assert torch.equal(asked[2], own) and torch.equal(null[2], loaded.null_label().expand(6, 1, 5))
+
+
+def test_guidance_is_the_formula(model):
+    loaded = load_model(yaml.safe_load(model.read_text()), device="cpu")
+    x, t, cond = torch.randn(2, *loaded.shape), torch.tensor([3.0, 300.0]), loaded.labels(0, [4, 9])
+    found = loaded.eps(x, t, cond)
+    if cond is None:
+        assert torch.equal(found, loaded.net(x, t))
+    elif loaded.guidance == 1:
+        assert torch.equal(found, loaded.net(x, t, cond)) and found.shape[1] == 2 * x.shape[1]
+    else:
+        null = loaded.net(x, t, loaded.null_label().expand_as(cond))
+        torch.testing.assert_close(found, null + 2.5 * (loaded.net(x, t, cond) - null))
+
+
+def test_stream_with_a_condition_equals_whole_capture(model, done, tmp_path):
+    calibration = load_calibration(done / "calibration.safetensors")
+    net = load_model(yaml.safe_load(model.read_text()), device="cpu").net
+    graph, store = trace(net, calibration.arguments(slice(0, 1))), Store(1.0, tmp_path)
+    stream = Stream(net, graph.units, graph.last_use, calibration, batch_size=9, store=store)
+    for unit in graph.units:
+        inputs = stream.inputs(unit)
+        output = stream.advance(unit, inputs)
+        whole_inputs, whole_output = capture_whole(net, unit, calibration, 9)
+        assert torch.equal(output, whole_output), unit
+        everything_read = slice(0, len(calibration))
+        assert all(torch.equal(a[everything_read], b) for a, b in zip(inputs, whole_inputs, strict=True)), unit
+        stream.free(inputs)
+        stream.drop_dead(unit)
+
+
+def test_images_do_not_depend_on_what_is_drawn_with_them(model):
+    loaded = load_model(yaml.safe_load(model.read_text()), device="cpu")
+    how = {"sampler": "ddim", "steps": 2, "eta": 1.0, "batch_size": 4}
+    whole = sample(loaded, loaded.eps, range(4, 8), **how)
+    assert torch.equal(sample(loaded, loaded.eps, [6], **how)[0], whole[2])
+
+
+def test_dry_run_needs_no_weights(model):
+    config = load_recipe(files(model), [*WORDS, "checkpoint=nowhere", "out=none"])
+    text = plan(config)
+    assert "reconstruction units" in text and "x smaller" in text and "GiB of activations" in text
+
+
+def test_guidance_without_a_null_class(model):
+    config = yaml.safe_load(model.read_text()) | {"guidance": {"scale": 3.0}}
+    with pytest.raises(ValueError, match="has no null condition to be guided away from; set guidance.scale=1"):
+        load_model(config, device="cpu")

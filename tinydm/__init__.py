@@ -1,0 +1,1 @@
+"""The pipeline: recipes, run folders, stages, comparisons, reports, training."""

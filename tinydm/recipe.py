@@ -1,0 +1,244 @@
+"""The recipe of a run: all keys, what is refused before any work begins, and what tells two recipes apart."""
+import inspect
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from base.config import flatten, load
+from base.devices import computes_bfloat16, resolve_device
+from base.errors import unknown_word
+from ddim.sampler import SAMPLERS, STOCHASTIC
+from ddim.schedule import make_schedule, step_sequence
+from quant.calibration.builders import check_builder
+from quant.passes.order import check_needs
+from quant.passes.run import changed_passes, check_passes, find_pass
+from quant.rules import check_bits, check_rules
+from quant.timeline import segment_boundaries
+
+
+@dataclass
+class Bits:
+    """Widths that the rules of a method refer to; 32 = floating point."""
+    weight: int = 8
+    input: int = 8
+    softmax: int = 8                         # of attention maps; a model may want more
+
+
+STARTS = ("normal", "i2n", "di2n")
+
+
+@dataclass
+class Calibration:
+    """Where calibration data come from: `steps` * `images` samples of `images` trajectories, or a `file`."""
+    builder: str = "uniform"                 # which steps of which images: a word of quant.calibration.BUILDERS
+    options: dict[str, Any] = field(default_factory=dict)        # of the builder
+    steps: int = 20
+    images: int = 256
+    seed: int = 1000
+    start: str = "normal"                    # of the trajectories: normal | i2n | di2n, see scripts/calibrate.py
+    start_step: float = 1.0                  # share of the chain that they run through; 1 = all of it
+    data: str = ""                           # images for start: i2n, a folder or cifar10[:FOLDER]
+    file: str = ""                           # ready-made set: our safetensors or a torch file {"xs", "ts"}
+
+
+@dataclass
+class Sampling:
+    sampler: str = "ddim"
+    steps: int = 100
+    skip: str = "quad"
+    eta: float = 0.0
+    seed: int = 0
+    batch_size: int = 64
+    num: int = 256                           # images 0 .. num-1 of the seed
+    classes: list[int] = field(default_factory=list)     # in turn; [] draws one for each image
+    prompts: str = ""                        # file of prompts, in turn: one a line, or COCO captions .json
+
+
+@dataclass
+class Guidance:
+    """Classifier-free guidance: its scale (1 = none) and the class or prompt that stands for no condition."""
+    scale: float = 1.0
+    null_class: int | None = None
+    null_prompt: str = ""
+
+
+@dataclass
+class Effort:
+    """Counts and rates of reconstruction; the defaults are the published ones."""
+    weight_iters: int = 20000
+    input_iters: int = 5000
+    weight_lr: float = 1e-3
+    input_lr: float = 4e-4
+    batch_size: int = 32
+    bfloat16: Any = False                    # true | false | auto: where the device computes it; config.yaml says which
+
+
+@dataclass
+class Evaluation:
+    """Arguments of evaluation.metrics.distribution_scores, and the images on which SQNR per step is measured."""
+    extractor: str = "auto"
+    inception_path: str = ""
+    fetch: bool = False
+    reference: str = ""
+    sqnr_images: int = 64
+
+
+@dataclass
+class RunConfig:
+    """All keys of a run: a model YAML, a bits YAML, a method YAML, a preset YAML and key=value, merged in order."""
+    name: str = ""                           # of the model
+    network: dict[str, Any] = field(default_factory=dict)
+    first_stage: dict[str, Any] = field(default_factory=dict)    # of latent models: the autoencoder
+    cond_stage: dict[str, Any] = field(default_factory=dict)     # of latent models: what encodes the condition
+    scale_factor: float | None = None        # of the latents; None: from the checkpoint, 1 where it has none
+    guidance: Guidance = field(default_factory=Guidance)
+    checkpoint: str = ""
+    weights: str = "ema"                     # ema | raw, where a checkpoint has both
+    download: str = ""                       # command that fetches the checkpoint
+    demo: str = ""                           # command that does the same with a model that ships
+    schedule: dict[str, Any] = field(default_factory=dict)
+    bits: Bits = field(default_factory=Bits)
+    method: str = ""
+    variant: str = ""                        # of the method in a comparison, as its tables call it
+    segments: Any = 1                        # of time: 1, a number, per_step, or [boundaries]
+    rules: list[Any] = field(default_factory=list)
+    exceptions: list[Any] = field(default_factory=list)          # rules on top of those of any method
+    passes: list[Any] = field(default_factory=list)
+    pass_options: dict[str, Any] = field(default_factory=dict)   # on top of `passes`, by name; null: without it
+    preset: str = "paper"
+    effort: Effort = field(default_factory=Effort)
+    calibration: Calibration = field(default_factory=Calibration)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0                            # of everything random in quantization
+    out: str = ""
+    device: str = "auto"
+    threads: int = 0                         # CPU threads; 0 = PyTorch's choice
+    memory_gb: float = 4.0                   # captured activations held in memory; the rest spills to disk
+    max_batch: int = 256                     # samples at most that a pass measures at once; learning: effort.batch_size
+    force: bool = False                      # do a finished stage again
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_rules(self):
+        """Of the method, then exceptions; 32 bits for inputs leave those in floating point that a method's rules hold
+        at other widths too."""
+        weights_only = [{"match": "*", "input": {"bits": 32}}] if self.bits.input == 32 else []
+        return [*self.rules, *weights_only, *self.exceptions]
+
+    @property
+    def all_passes(self):
+        return changed_passes(self.passes, self.pass_options)
+
+
+def load_recipe(files, words=()):
+    """The RunConfig of `files` and key=value words, effort.bfloat16: auto decided: as the run folder says that is there
+    already, else by what the device computes."""
+    config = load(RunConfig, files, words)
+    if isinstance(config.effort.bfloat16, bool):
+        return config
+    if config.effort.bfloat16 != "auto":
+        raise ValueError(f"effort.bfloat16 is {config.effort.bfloat16}; it must be true, false or auto")
+    saved = Path(config.out) / "config.yaml"
+    if config.out and saved.exists():
+        chosen = load(RunConfig, [saved]).effort.bfloat16
+    else:
+        chosen = computes_bfloat16(resolve_device(config.device))
+    return load(RunConfig, files, [*words, f"effort.bfloat16={str(chosen).lower()}"])
+
+
+# These change no artefact.
+FREE = {"num", "out", "variant", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}
+
+
+def check(config):
+    """Raises ValueError for what types alone do not catch, before any work begins."""
+    if not config.out:
+        raise ValueError("say where the run lives: out=FOLDER")
+    if not config.network:
+        raise ValueError("no model was given; name a configs/model/*.yaml")
+    check_bits(config.bits.weight, "weight")
+    check_bits(config.bits.input, "input")
+    check_bits(config.bits.softmax, "input")
+    known = inspect.signature(make_schedule).parameters
+    for key, value in config.schedule.items():
+        if key not in known:
+            raise ValueError(unknown_word(f"schedule has no key '{key}'", key, known))
+        kind = type(known[key].default)
+        if kind in (int, float) and (type(value) not in (int, kind) or value <= 0):
+            raise ValueError(f"schedule.{key} is {value}; it must be a {'whole ' * (kind is int)}number above 0")
+    num_segments = len(boundaries(config)) + 1
+    check_rules(config.all_rules)
+    passes = check_passes(config.all_passes)
+    if config.passes:
+        check_needs(passes, config.all_rules, num_segments)
+    check_builder(config.calibration.builder, config.calibration.options)
+    check_start(config.calibration)
+    check_seeds(config)
+    if config.sampling.sampler not in SAMPLERS:
+        word = config.sampling.sampler
+        raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
+    if config.sampling.eta and config.sampling.sampler not in STOCHASTIC:
+        raise ValueError(f"{config.sampling.sampler} is deterministic, but sampling.eta is {config.sampling.eta}; set "
+                         f"it to 0, or choose {' or '.join(STOCHASTIC)}")
+    num_steps = len(step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule)))
+    if config.calibration.steps > num_steps and not config.calibration.file:
+        raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "
+                         "choose at most that many")
+    for key in ("sampling.num", "sampling.batch_size", "sampling.steps", "calibration.images", "calibration.steps",
+                "evaluation.sqnr_images", "max_batch"):
+        value = reduce(getattr, key.split("."), config)
+        if value < 1:
+            raise ValueError(f"{key} is {value}; it must be at least 1")
+
+
+def check_seeds(config):
+    """Raises ValueError where the images to be scored are those that the network would be fitted to."""
+    fitted = {} if config.calibration.file else {"calibration.seed": config.calibration.seed}
+    for name, options in check_passes(config.all_passes):
+        known = {} if "." in name else inspect.signature(find_pass(name)).parameters
+        if "seed" in known:
+            fitted[f"seed of the pass {name}"] = options.get("seed", known["seed"].default)
+    for key, seed in fitted.items():
+        if seed == config.sampling.seed:
+            raise ValueError(f"sampling.seed and the {key} are both {seed}: the network would be fitted to the images "
+                             "that it is scored on; choose another sampling.seed")
+
+
+def check_start(c):
+    """Raises ValueError where the trajectories of a Calibration cannot begin."""
+    if c.start not in STARTS:
+        raise ValueError(unknown_word(f"calibration.start '{c.start}' is unknown", c.start, STARTS))
+    if not 0 < c.start_step <= 1 or c.start == "normal" and c.start_step != 1:
+        raise ValueError(f"calibration.start_step is {c.start_step} with start '{c.start}'; it must lie above 0 and at "
+                         "most at 1, and at 1 with start normal (pure noise is right at the noisiest step only)")
+    if c.start == "i2n" and not c.data:
+        raise ValueError("calibration.start is i2n, which needs images; give calibration.data=FOLDER or "
+                         "calibration.data=cifar10")
+
+
+def network_times(config):
+    """The times at which the sampler runs the network, ascending."""
+    schedule, s = make_schedule(**config.schedule), config.sampling
+    return [step * schedule.time_scale for step in step_sequence(s.skip, s.steps, schedule)]
+
+
+def boundaries(config):
+    """Of the time segments that `segments` asks for."""
+    return segment_boundaries(network_times(config), config.segments)
+
+
+def differences(a, b):
+    """Keys on which two configurations disagree, those that change no artefact left out."""
+    a, b = (flatten(without_free(asdict(c))) for c in (a, b))
+    return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in sorted(a.keys() | b.keys())
+            if a.get(key) != b.get(key)]
+
+
+def without_free(tree):
+    if isinstance(tree, list):
+        return [without_free(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {k: without_free(v) for k, v in tree.items() if k not in FREE}

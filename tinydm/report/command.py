@@ -1,0 +1,18 @@
+"""One static page about one or several run folders:  python scripts/report.py RUN [RUN ...] [out=report.html]"""
+from pathlib import Path
+
+from base.config import split_arguments
+from tinydm.report.page import write_report
+from tinydm.run_folder import open_run
+
+
+def run(arguments):
+    folders, words = split_arguments(arguments)
+    unknown = [w for w in words if not w.startswith("out=")]
+    if unknown or not folders:
+        raise ValueError(f"expected run folders and out=FILE, found {' '.join(arguments)}")
+    for folder in folders:
+        open_run(folder)
+    path = Path(words[0].removeprefix("out=")) if words else Path(folders[0]) / "report.html"
+    write_report([Path(f) for f in folders], path)
+    print(f"report: {path}")

@@ -1,0 +1,87 @@
+"""Package a trained classifier as the offline extractor, with reference statistics of the training images:
+
+    python scripts/package_classifier.py run=FOLDER data=FOLDER [out=models/weights] [hardware=TEXT] [note=TEXT]
+
+`run` is the folder of scripts/train.py, `data` as there. Writes cifar10-classifier.safetensors (fp16 weights),
+cifar10-classifier-stats.safetensors (mean and covariance of the pooled and of the spatial features, named as in the ADM
+evaluator's files, and the pooled features of 10,000 images) and cifar10-classifier.json.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.version import __version__ as fidelity_version
+
+from base.config import load
+from base.files import load_tensors, save_tensors, write_text
+from evaluation.extractors.choice import build_extractor
+from evaluation.extractors.cifar_resnet import sha256
+from evaluation.extractors.features import extract_all
+from evaluation.references.frechet import (
+    frechet_distance,
+    read_statistics,
+    statistics_of,
+    write_statistics,
+)
+from models.data import load_images
+
+NAME = "cifar10-classifier"
+
+
+@dataclass
+class PackageConfig:
+    run: str = ""
+    data: str = "cifar10"
+    out: str = "models/weights"
+    hardware: str = ""                      # what the classifier was trained on, for the record
+    note: str = ""                          # what a reader must know of the images
+
+
+def package_weights(run, path):
+    """Copy the weights of a training run to `path`, self-describing; returns the record of the run."""
+    if not (run / "record.json").is_file():
+        raise ValueError(f"{run} holds no finished training; make it with python scripts/train.py "
+                         "configs/train/cifar10-classifier.yaml out=FOLDER")
+    record = json.loads((run / "record.json").read_text())
+    save_tensors(path, load_tensors(run / "weights.safetensors")[0], {"network": record["recipe"]["classifier"]})
+    return record
+
+
+def package(config):
+    """Write the three files; returns the record."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    weights_path, statistics_path = out / f"{NAME}.safetensors", out / f"{NAME}-stats.safetensors"
+    record = package_weights(Path(config.run), weights_path)
+    net = build_extractor("cifar-resnet", weights_path)
+    scores, features = {}, {}
+    for split in ("train", "test"):
+        images, labels = load_images(config.data, split)
+        features[split] = extract_all(net, "cifar-resnet", images)
+        logits = features[split]["logits"]
+        inception_score = isc_features_to_metric(logits)
+        scores[split] = {"count": len(images), "accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
+                         "IS-cifar-resnet": inception_score["inception_score_mean"],
+                         "IS-cifar-resnet-std": inception_score["inception_score_std"]}
+    facts = {"split": "cifar10 train", "count": scores["train"]["count"], "note": config.note,
+             "extractor": "cifar-resnet", "extractor_sha256": sha256(weights_path), "features": "pooled, spatial",
+             "IS-cifar-resnet": scores["train"]["IS-cifar-resnet"],
+             "IS-cifar-resnet-std": scores["train"]["IS-cifar-resnet-std"],
+             "pixels_sha256": features["train"]["sha256"], "tool": f"torch-fidelity {fidelity_version}"}
+    write_statistics(statistics_path, features["train"], facts)
+    test, train = statistics_of(features["test"]), read_statistics(statistics_path)[0]
+    scores["test"]["FD-cifar-resnet"] = frechet_distance(test["pooled"], train["pooled"])
+    scores["test"]["sFD-cifar-resnet"] = frechet_distance(test["spatial"], train["spatial"])
+    record["recipe"] = {key: value for key, value in record["recipe"].items() if key not in ("data", "out", "model")}
+    record.update(hardware=config.hardware, note=config.note, seed=record["recipe"]["seed"], scores=scores,
+                  test_accuracy=scores["test"]["accuracy"], weights_sha256=facts["extractor_sha256"],
+                  statistics_sha256=sha256(statistics_path))
+    write_text(out / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def run(arguments):
+    record = package(load(PackageConfig, [], arguments))
+    print(f"test accuracy {record['test_accuracy']:.2%}, test FD-cifar-resnet "
+          f"{record['scores']['test']['FD-cifar-resnet']:.3f}")
