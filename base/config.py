@@ -1,7 +1,9 @@
-"""YAML files merged left to right, then key=value: typed, strict, with a suggestion for a misspelt key.
+"""YAML files merged left to right, then key=value: typed, strict, with a suggestion for a misspelt
+key.
 
-A schema is a dataclass; everything that reads a configuration gets a resolved plain dict or the dataclass itself.
-"""
+A schema is a dataclass; everything that reads a configuration gets a resolved plain dict or the
+dataclass itself."""
+
 import difflib
 import re
 from pathlib import Path
@@ -13,20 +15,27 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from base.errors import unknown_word
 
-Share = NewType("Share", float)            # annotates an option that lies in [0, 1]
+Share = NewType("Share", float)  # annotates an option that lies in [0, 1]
 
 
 def read_yaml(path, above=()):
-    """One YAML file -> dict. `base: FILE`, beside it, stands for all that FILE says, which the other keys go on top of;
-    `first: {key: list}` and `last: {key: list}` put elements in front of a list of FILE's and behind it. Raises
-    ValueError with the file's name where it is absent, empty or malformed, or its own base (`above`: what led here)."""
+    """One YAML file -> dict. `base: FILE`, beside it, stands for all that FILE says, which the
+    other keys go on top of; `first: {key: list}` and `last: {key: list}` put elements in front of a
+    list of FILE's and behind it. Raises ValueError with the file's name where it is absent, empty
+    or malformed, or its own base (`above`: what led here)."""
     path = Path(path)
     if path.resolve() in [other.resolve() for other in above]:
-        raise ValueError(f"{path} is its own base; follow base: through {', '.join(map(str, above))}")
+        raise ValueError(
+            f"{path} is its own base; follow base: through {', '.join(map(str, above))}"
+        )
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3, 0.4)
-        raise ValueError(f"configuration file {path} does not exist"
-                         + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")], 3, 0.4
+        )
+        raise ValueError(
+            f"configuration file {path} does not exist"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
     try:
         content = OmegaConf.load(path)
     except yaml.YAMLError as error:
@@ -37,26 +46,34 @@ def read_yaml(path, above=()):
 
 
 def on_its_base(path, content, above):
-    content = OmegaConf.to_container(content)              # references to other keys stay as they are written
+    # references to other keys stay as they are written
+    content = OmegaConf.to_container(content)
     first, last = (content.pop(end, None) or {} for end in ("first", "last"))
     base = read_yaml(path.parent / str(content.pop("base")), (*above, path))
     content = OmegaConf.to_container(OmegaConf.merge(base, content))
     wrong = [end for end in (first, last) if not isinstance(end, dict)] or [
-        key for end in (first, last) for key in end if not isinstance(end[key], list)
-        or not isinstance(content.get(key), list)]
+        key
+        for end in (first, last)
+        for key in end
+        if not isinstance(end[key], list) or not isinstance(content.get(key), list)
+    ]
     if wrong:
-        raise ValueError(f"{path}: first and last add lists to lists of the base, as first: {{passes: [balance]}} "
-                         f"does; {wrong[0]} is none")
+        raise ValueError(
+            f"{path}: first and last add lists to lists of the base, as first: {{passes: "
+            f"[balance]}} "
+            f"does; {wrong[0]} is none"
+        )
     for key in first | last:
         content[key] = [*first.get(key, []), *content[key], *last.get(key, [])]
     return OmegaConf.create(content)
 
 
 def load(schema, files, overrides=()):
-    """Merge `files` and `overrides` ("a.b=3") into the dataclass `schema`; returns an instance of it.
+    """Merge `files` and `overrides` ("a.b=3") into the dataclass `schema`; returns an instance of
+    it.
 
-    Raises ValueError in one sentence for an unknown key (with "did you mean"), a wrong type or a malformed override.
-    """
+    Raises ValueError in one sentence for an unknown key (with "did you mean"), a wrong type or a
+    malformed override."""
     config = OmegaConf.structured(schema)
     sources = [(str(path), lambda path=path: read_yaml(path)) for path in files]
     for text in overrides:
@@ -66,16 +83,23 @@ def load(schema, files, overrides=()):
     for source, read in sources:
         try:
             content = read()
-            config = OmegaConf.unsafe_merge(config, content)     # in place: both are ours alone
+            config = OmegaConf.unsafe_merge(config, content)  # in place: both are ours alone
         except ConfigKeyError as error:
             raise ValueError(_unknown_key(config, source, error)) from None
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{source}: key '{getattr(error, 'full_key', '') or '?'}': {reason}") from None
+            raise ValueError(
+                f"{source}: key '{getattr(error, 'full_key', '') or '?'}': {reason}"
+            ) from None
         except yaml.YAMLError as error:
-            raise ValueError(f"{source} has a malformed value: {' '.join(str(error).split())}") from None
-        except TypeError:                                 # what OmegaConf says of a list in place of a mapping
-            raise ValueError(f"{source}: a list or mapping stands where the other, or a plain value, belongs") from None
+            raise ValueError(
+                f"{source} has a malformed value: {' '.join(str(error).split())}"
+            ) from None
+        # what OmegaConf says of a list in place of a mapping
+        except TypeError:
+            raise ValueError(
+                f"{source}: a list or mapping stands where the other, or a plain value, belongs"
+            ) from None
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -94,8 +118,11 @@ def flatten(tree, prefix=""):
     """Nested dicts -> {dotted key: value}; an empty dict leaves nothing."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {name: value for key, sub in tree.items()
-            for name, value in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        name: value
+        for key, sub in tree.items()
+        for name, value in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def split_arguments(arguments):
@@ -107,5 +134,7 @@ def one_folder(arguments):
     """Command line of a later stage -> (run folder, overrides)."""
     plain, overrides = split_arguments(arguments)
     if len(plain) != 1:
-        raise ValueError(f"expected one run folder and key=value words, found {' '.join(plain) or 'no folder'}")
+        raise ValueError(
+            f"expected one run folder and key=value words, found {' '.join(plain) or 'no folder'}"
+        )
     return plain[0], overrides

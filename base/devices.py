@@ -1,10 +1,11 @@
 """Which device computes, and what it computes itself."""
+
 import torch
 
 
 def resolve_device(word):
-    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device. GPUs then compute float32 as float32,
-    convolutions too, and the same bytes every time."""
+    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device. GPUs then compute
+    float32 as float32, convolutions too, and the same bytes every time."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     if word == "auto":
@@ -12,17 +13,25 @@ def resolve_device(word):
     try:
         device = torch.device(word)
     except RuntimeError:
-        raise ValueError(f"device '{word}' is unknown; choose auto, cpu, cuda or cuda:NUMBER") from None
+        raise ValueError(
+            f"device '{word}' is unknown; choose auto, cpu, cuda or cuda:NUMBER"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device '{word}' was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices; "
-                         "choose device=auto or device=cpu")
+        raise ValueError(
+            f"device '{word}' was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "
+            "devices; "
+            "choose device=auto or device=cpu"
+        )
     return device
 
 
 def computes_bfloat16(device):
-    """Whether a torch.device multiplies bfloat16 itself. A processor with AVX2 alone emulates it, several times slower
-    than float32; ONEDNN_MAX_CPU_ISA is minded."""
+    """Whether a torch.device multiplies bfloat16 itself. A processor with AVX2 alone emulates it,
+    several times slower than float32; ONEDNN_MAX_CPU_ISA is minded."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    emulated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_avx512_bf16_supported()
+    emulated = (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and not torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated

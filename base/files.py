@@ -1,5 +1,6 @@
-"""Atomic writing: a file is either the old one or the complete new one, whatever happens in between; and safetensors
-with metadata of ours."""
+"""Atomic writing: a file is either the old one or the complete new one, whatever happens in
+between; and safetensors with metadata of ours."""
+
 import fcntl
 import json
 import os
@@ -13,10 +14,12 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def write_atomically(path, write):
-    """write(temporary path), flush to disk, rename to `path`; a failed write leaves nothing behind."""
+    """write(temporary path), flush to disk, rename to `path`; a failed write leaves nothing
+    behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")           # left by a kill, it is overwritten by the next write
+    # left by a kill, it is overwritten by the next write
+    part = path.with_name(f".{path.name}.part")
     try:
         write(part)
         with open(part, "rb+") as file:
@@ -28,7 +31,8 @@ def write_atomically(path, write):
 
 @contextmanager
 def alone(folder):
-    """One process at a time inside: several may write the same files of a folder, which is made if need be."""
+    """One process at a time inside: several may write the same files of a folder, which is made if
+    need be."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -43,19 +47,21 @@ def write_text(path, text):
 
 
 def save_tensors(path, tensors, metadata):
-    """Contiguous CPU copies of `tensors` and a JSON-able dict as safetensors; equal contents give equal bytes (the
-    library writes several metadata keys in any order, so there is one)."""
+    """Contiguous CPU copies of `tensors` and a JSON-able dict as safetensors; equal contents give
+    equal bytes (the library writes several metadata keys in any order, so there is one)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = {"tinydm": json.dumps(metadata, sort_keys=True)}
     write_atomically(path, lambda part: save_file(tensors, part, text))
 
 
 def load_tensors(path, *, only_metadata=False):
-    """-> ({name: tensor}, metadata) of a safetensors file; metadata is {} in a file that `save_tensors` did not write.
-    Raises ValueError for a damaged file."""
+    """-> ({name: tensor}, metadata) of a safetensors file; metadata is {} in a file that
+    `save_tensors` did not write. Raises ValueError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {} if only_metadata else {name: file.get_tensor(name) for name in file.keys()}
             return tensors, json.loads((file.metadata() or {}).get("tinydm", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is cut off or no safetensors file ({error}); remove it and make it again") from None
+        raise ValueError(
+            f"{path} is cut off or no safetensors file ({error}); remove it and make it again"
+        ) from None

@@ -1,9 +1,11 @@
-"""DPM-Solver (Lu et al. 2022, arXiv:2206.00927) and DPM-Solver++ (arXiv:2211.01095): samplers, see ddim/sampler.py.
+"""DPM-Solver (Lu et al. 2022, arXiv:2206.00927) and DPM-Solver++ (arXiv:2211.01095): samplers, see
+ddim/sampler.py.
 
-x = alpha x0 + sigma eps. In lambda = log(alpha / sigma) the linear part of the diffusion equation is solved exactly;
-what is left is an integral of the network's prediction m, which is eps in the first paper and x0 in the second. Here m
-is a polynomial in lambda through several predictions, and both papers' updates are one formula (see `Path.move`).
-"""
+x = alpha x0 + sigma eps. In lambda = log(alpha / sigma) the linear part of the diffusion equation
+is solved exactly; what is left is an integral of the network's prediction m, which is eps in the
+first paper and x0 in the second. Here m is a polynomial in lambda through several predictions, and
+both papers' updates are one formula (see `Path.move`)."""
+
 import math
 
 import numpy as np
@@ -11,14 +13,20 @@ import torch
 
 
 class Path:
-    """Descending `steps`, fractions allowed, with alpha, sigma and lambda at each; points are named by index."""
+    """Descending `steps`, fractions allowed, with alpha, sigma and lambda at each; points are named
+    by index."""
 
     def __init__(self, steps, schedule, algorithm):
         self.steps, self.algorithm = steps, algorithm
-        log_alpha = schedule.abar.double().log().numpy() / 2                       # linear between two steps
+        # linear between two steps
+        log_alpha = schedule.abar.double().log().numpy() / 2
         alpha = np.exp(np.interp(steps, np.arange(len(log_alpha)), log_alpha))
-        sigma = np.sqrt(1 - alpha ** 2)
-        self.alpha, self.sigma, self.lamb = alpha.tolist(), sigma.tolist(), np.log(alpha / sigma).tolist()
+        sigma = np.sqrt(1 - alpha**2)
+        self.alpha, self.sigma, self.lamb = (
+            alpha.tolist(),
+            sigma.tolist(),
+            np.log(alpha / sigma).tolist(),
+        )
 
     def __len__(self):
         return len(self.steps) - 1
@@ -26,9 +34,9 @@ class Path:
     def move(self, x, i, k, m, slope=0.0, curve=0.0):
         """x at point k from x at i, with the prediction m at i and its slope in lambda.
 
-            x_k = ratio x_i - scale (phi_1 m + phi_2 h slope + phi_3 h^2 curve)
-            eps:  ratio = alpha_k / alpha_i,  scale = sigma_k,  phi of h
-            x0:   ratio = sigma_k / sigma_i,  scale = alpha_k,  phi of -h                h = lambda_k - lambda_i
+        x_k = ratio x_i - scale (phi_1 m + phi_2 h slope + phi_3 h^2 curve)
+        eps:  ratio = alpha_k / alpha_i,  scale = sigma_k,  phi of h
+        x0:   ratio = sigma_k / sigma_i,  scale = alpha_k,  phi of -h                h = lambda_k - lambda_i
         """
         h = self.lamb[k] - self.lamb[i]
         ratio, scale, z = self.alpha[k] / self.alpha[i], self.sigma[k], h
@@ -37,17 +45,19 @@ class Path:
         phi_1 = math.expm1(z)
         phi_2 = phi_1 / z - 1
         phi_3 = phi_2 / z - 1 / 2
-        return ratio * x - scale * (phi_1 * m + phi_2 * h * slope + phi_3 * h ** 2 * curve)
+        return ratio * x - scale * (phi_1 * m + phi_2 * h * slope + phi_3 * h**2 * curve)
 
     def move_midway(self, x, i, k, m, slope):
-        """The second-order update of both papers: the prediction keeps its value in the middle of the way."""
+        """The second-order update of both papers: the prediction keeps its value in the middle of
+        the way."""
         return self.move(x, i, k, m + (self.lamb[k] - self.lamb[i]) / 2 * slope)
 
 
 def multistep(path, predict, x, order, first_order_end):
-    """Slopes from the predictions at earlier points. With fewer than `first_order_end` steps the order falls to 1 at
-    the end."""
-    past, lamb = [], path.lamb                                                     # predictions, newest first
+    """Slopes from the predictions at earlier points. With fewer than `first_order_end` steps the
+    order falls to 1 at the end."""
+    # predictions, newest first
+    past, lamb = [], path.lamb
     for i in range(len(path)):
         past = [predict(x, i), *past][:order]
         points = min(len(past), len(path) - i) if len(path) < first_order_end else len(past)
@@ -57,7 +67,8 @@ def multistep(path, predict, x, order, first_order_end):
         slope = (past[0] - past[1]) / (lamb[i] - lamb[i - 1])
         if points == 2:
             x = path.move_midway(x, i, i + 1, past[0], slope)
-        else:                              # the authors' code takes the divided difference, half of m'', for curve
+        # the authors' code takes the divided difference, half of m'', for curve
+        else:
             before = (past[1] - past[2]) / (lamb[i - 1] - lamb[i - 2])
             curve = (slope - before) / (lamb[i] - lamb[i - 2])
             x = path.move(x, i, i + 1, past[0], slope + (lamb[i] - lamb[i - 1]) * curve, curve)
@@ -77,7 +88,8 @@ def singlestep(path, predict, x, order, _):
 
 
 def step_sizes(num, order):
-    """How many points each single step covers, so that `num` evaluations are spent; order 3 always ends below 3."""
+    """How many points each single step covers, so that `num` evaluations are spent; order 3 always
+    ends below 3."""
     if order == 3 and num % 3 == 0:
         return [3] * (num // 3 - 1) + [2, 1]
     return [order] * (num // order) + [num % order] * (num % order > 0)
@@ -86,25 +98,44 @@ def step_sizes(num, order):
 METHODS = {"multistep": multistep, "singlestep": singlestep}
 
 
-def dpm_solver(eps, x, steps, schedule, *, noise=None, eta=0.0, callback=lambda *_: None, algorithm="dpmsolver++",
-               order=2, method="multistep", first_order_end=15):
-    """From the noisiest of `steps`, which are the points of evaluation, down to step 0. `algorithm` is "dpmsolver" or
-    "dpmsolver++", `order` 1 to 3. The authors' first version and latent diffusion have 15 for `first_order_end`, later
-    versions 10. Raises ValueError for steps it cannot take, and for an eta: nothing is random here."""
+def dpm_solver(
+    eps,
+    x,
+    steps,
+    schedule,
+    *,
+    noise=None,
+    eta=0.0,
+    callback=lambda *_: None,
+    algorithm="dpmsolver++",
+    order=2,
+    method="multistep",
+    first_order_end=15,
+):
+    """From the noisiest of `steps`, which are the points of evaluation, down to step 0. `algorithm`
+    is "dpmsolver" or "dpmsolver++", `order` 1 to 3. The authors' first version and latent diffusion
+    have 15 for `first_order_end`, later versions 10. Raises ValueError for steps it cannot take,
+    and for an eta: nothing is random here."""
     if eta:
-        raise ValueError(f"dpm_solver is deterministic, but eta is {eta}; set eta to 0, or choose ddim or ddpm")
+        raise ValueError(
+            f"dpm_solver is deterministic, but eta is {eta}; set eta to 0, or choose ddim or ddpm"
+        )
     if steps[0] <= 0 or any(low >= high for low, high in zip(steps, steps[1:])):
-        raise ValueError("dpm_solver ends at step 0 and needs steps above it, all different, but the sequence begins "
-                         f"{steps[:3]}; choose skip: time_uniform")
+        raise ValueError(
+            "dpm_solver ends at step 0 and needs steps above it, all different, but the sequence "
+            "begins "
+            f"{steps[:3]}; choose skip: time_uniform"
+        )
     path, calls = Path([*reversed(steps), 0], schedule, algorithm), 0
 
     def predict(x, i):
         nonlocal calls
         t = path.steps[i] * schedule.time_scale
         answer = eps(x, torch.full((len(x),), float(t), device=x.device))
-        e = answer[:, :x.shape[1]]
+        e = answer[:, : x.shape[1]]
         x0 = (x - path.sigma[i] * e) / path.alpha[i]
         callback(calls, t, x, answer, x0, None)
         calls += 1
         return x0 if algorithm == "dpmsolver++" else e
+
     return METHODS[method](path, predict, x, order, first_order_end)

@@ -1,11 +1,14 @@
-"""The pixel-space U-Net of DDPM and DDIM (Ho et al. 2020, arXiv:2006.11239; Song et al. 2021, arXiv:2010.02502).
+"""The pixel-space U-Net of DDPM and DDIM (Ho et al. 2020, arXiv:2006.11239; Song et al. 2021,
+arXiv:2010.02502).
 
-Parameter names are those of the public checkpoints (`model-790000.ckpt` and its siblings), so these load strictly.
-The network knows no bits, but it is written to be quantized: every product of two activations is a module, every
-layer carries its `role`, and a convolution that reads a concatenation knows where the halves meet (`input_splits`).
+Parameter names are those of the public checkpoints (`model-790000.ckpt` and its siblings), so these
+load strictly. The network knows no bits, but it is written to be quantized: every product of two
+activations is a module, every layer carries its `role`, and a convolution that reads a
+concatenation knows where the halves meet (`input_splits`).
 
 Axes: N images, C channels, H x W pixels, E embedding features, L = H*W positions.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,10 +21,12 @@ def conv(role, in_ch, out_ch, size=3, **facts):
 
 
 class ResnetBlock(nn.Module):
-    """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; add the (projected) input.
+    """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; add the (projected)
+    input.
 
     Blocks of an autoencoder have no time embedding: `temb_ch` None, `temb` left out.
     """
+
     is_unit = True
 
     def __init__(self, in_ch, out_ch, temb_ch, dropout, groups, input_splits=None):
@@ -46,6 +51,7 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """Single-head self-attention over pixels."""
+
     is_unit = True
 
     def __init__(self, ch, groups):
@@ -61,21 +67,25 @@ class AttnBlock(nn.Module):
     def attention_parts(self, name):
         """The AttentionPart of this block, whose name in the network is `name`."""
         rows = torch.arange(self.norm.num_channels)
-        q, k, v, proj, qk, av = (f"{name}.{part}" for part in ("q", "k", "v", "proj_out", "qk_matmul", "av_matmul"))
+        q, k, v, proj, qk, av = (
+            f"{name}.{part}" for part in ("q", "k", "v", "proj_out", "qk_matmul", "av_matmul")
+        )
         return [AttentionPart(f"{name}.norm", [q, k, v], q, k, v, proj, qk, av, rows, rows, rows)]
 
     def forward(self, x):
         n, c, height, width = x.shape
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))       # (N, C, L)
-        scores = self.qk_matmul(q.transpose(1, 2), k) * c ** -0.5                    # (N, L queries, L keys)
+        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # (N, C, L)
+        # (N, L queries, L keys)
+        scores = self.qk_matmul(q.transpose(1, 2), k) * c**-0.5
         probs = scores.softmax(dim=-1)
-        h = self.av_matmul(v, probs.transpose(1, 2))                                 # (N, C, L)
+        h = self.av_matmul(v, probs.transpose(1, 2))  # (N, C, L)
         return x + self.proj_out(h.reshape(n, c, height, width))
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2 over an input padded right and below only; 2x2 mean without convolution."""
+    """3x3 convolution of stride 2 over an input padded right and below only; 2x2 mean without
+    convolution."""
 
     def __init__(self, ch, with_conv):
         super().__init__()
@@ -102,13 +112,24 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """eps(x, t) of the pixel-space models.
 
-    Arguments are the `model` and `data` keys of the DDIM YAML files: `ch` base width, `ch_mult` width of each level,
-    `attn_resolutions` the sizes in pixels that have attention (counted from `image_size`), `norm_groups` the groups
-    of every group norm (32 in all public models).
-    """
+    Arguments are the `model` and `data` keys of the DDIM YAML files: `ch` base width, `ch_mult`
+    width of each level, `attn_resolutions` the sizes in pixels that have attention (counted from
+    `image_size`), `norm_groups` the groups of every group norm (32 in all public models)."""
 
-    def __init__(self, *, image_size, in_channels=3, out_ch=3, ch=128, ch_mult=(1, 2, 2, 2), num_res_blocks=2,
-                 attn_resolutions=(16,), dropout=0.0, resamp_with_conv=True, norm_groups=32):
+    def __init__(
+        self,
+        *,
+        image_size,
+        in_channels=3,
+        out_ch=3,
+        ch=128,
+        ch_mult=(1, 2, 2, 2),
+        num_res_blocks=2,
+        attn_resolutions=(16,),
+        dropout=0.0,
+        resamp_with_conv=True,
+        norm_groups=32,
+    ):
         super().__init__()
         self.ch, self.in_channels, self.image_size = ch, in_channels, image_size
         self.num_res_blocks, self.num_levels = num_res_blocks, len(ch_mult)
@@ -118,10 +139,13 @@ class UNet(nn.Module):
             return ResnetBlock(in_ch, out, temb_ch, dropout, norm_groups, splits)
 
         self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList([tag("temb", nn.Linear(ch, temb_ch)), tag("temb", nn.Linear(temb_ch, temb_ch))])
+        self.temb.dense = nn.ModuleList(
+            [tag("temb", nn.Linear(ch, temb_ch)), tag("temb", nn.Linear(temb_ch, temb_ch))]
+        )
         self.conv_in = conv("stem", in_channels, ch)
 
-        widths, size, h_ch = [ch], image_size, ch         # channels of every tensor that is kept for the way up
+        # channels of every tensor that is kept for the way up
+        widths, size, h_ch = [ch], image_size, ch
         self.down = nn.ModuleList()
         for i, mult in enumerate(ch_mult):
             level = nn.Module()
@@ -143,7 +167,8 @@ class UNet(nn.Module):
         self.mid.attn_1 = AttnBlock(h_ch, norm_groups)
         self.mid.block_2 = block(h_ch, h_ch)
 
-        ups = []                                          # numbered by level, run from the last to the first
+        # numbered by level, run from the last to the first
+        ups = []
         for i in reversed(range(self.num_levels)):
             level = nn.Module()
             level.block, level.attn = nn.ModuleList(), nn.ModuleList()
@@ -165,7 +190,9 @@ class UNet(nn.Module):
     def embed_time(self, t):
         """t (N,) float or integer steps -> (N, E), what the blocks project."""
         dense_0, dense_1 = self.temb.dense
-        return dense_1(F.silu(dense_0(timestep_embedding(t, self.ch).to(self.norm_out.weight.dtype))))
+        return dense_1(
+            F.silu(dense_0(timestep_embedding(t, self.ch).to(self.norm_out.weight.dtype)))
+        )
 
     def forward(self, x, t):
         """x (N, C, H, W) float, t (N,) float or integer steps -> eps, shaped as x."""

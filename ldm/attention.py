@@ -1,12 +1,14 @@
-"""Attention over the pixels of a feature map, in the two kinds that the U-Nets of ldm/unet.py are made with.
+"""Attention over the pixels of a feature map, in the two kinds that the U-Nets of ldm/unet.py are
+made with.
 
-Fused: one 1-d convolution gives q, k and v (Dhariwal & Nichol 2021, arXiv:2105.05233). Spatial transformer: pixels
-become tokens and attend to each other and to a context (Rombach et al. 2022, arXiv:2112.10752). Both take the softmax
-in float32. Parameter names are those of the public checkpoints.
+Fused: one 1-d convolution gives q, k and v (Dhariwal & Nichol 2021, arXiv:2105.05233). Spatial
+transformer: pixels become tokens and attend to each other and to a context (Rombach et al. 2022,
+arXiv:2112.10752). Both take the softmax in float32. Parameter names are those of the public
+checkpoints.
 
-Axes: N images, C channels, H x W pixels; L tokens (pixels) of C features, M context tokens of E features; a head is D
-wide and always axis 1 of what a `Matmul` multiplies.
-"""
+Axes: N images, C channels, H x W pixels; L tokens (pixels) of C features, M context tokens of E
+features; a head is D wide and always axis 1 of what a `Matmul` multiplies."""
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +18,8 @@ from ddim.unet import conv
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of its own parameters: float32 also where the convolutions are in half."""
+    """Group norm in the precision of its own parameters: float32 also where the convolutions are in
+    half."""
 
     def __init__(self, channels, eps=1e-5):
         super().__init__(32, channels, eps=eps)
@@ -30,8 +33,8 @@ def softmax(scores):
 
 
 class QKVAttention(nn.Module):
-    """Self-attention of a fused qkv tensor. Its 3C rows are `legacy`: for each head its q, k and v; or in the new
-    order: q of all heads, k of all heads, v of all heads."""
+    """Self-attention of a fused qkv tensor. Its 3C rows are `legacy`: for each head its q, k and v;
+    or in the new order: q of all heads, k of all heads, v of all heads."""
 
     def __init__(self, num_heads, new_order):
         super().__init__()
@@ -45,15 +48,20 @@ class QKVAttention(nn.Module):
         if self.new_order:
             q, k, v = qkv.reshape(n, 3, self.num_heads, -1, length).unbind(1)
         else:
-            q, k, v = qkv.reshape(n, self.num_heads, 3, -1, length).unbind(2)               # (N, heads, D, L)
-        scale = q.shape[2] ** -0.25                            # on both factors: the product of halves stays small
-        scores = self.qk_matmul((q * scale).transpose(2, 3), k * scale)                      # (N, heads, L, L keys)
-        h = self.av_matmul(v, softmax(scores).transpose(2, 3))                               # (N, heads, D, L)
+            # (N, heads, D, L)
+            q, k, v = qkv.reshape(n, self.num_heads, 3, -1, length).unbind(2)
+        # on both factors: the product of halves stays small
+        scale = q.shape[2] ** -0.25
+        # (N, heads, L, L keys)
+        scores = self.qk_matmul((q * scale).transpose(2, 3), k * scale)
+        # (N, heads, D, L)
+        h = self.av_matmul(v, softmax(scores).transpose(2, 3))
         return h.reshape(n, rows // 3, length)
 
 
 class AttentionBlock(nn.Module):
     """norm, fused multi-head self-attention over pixels, projection; plus the input."""
+
     is_unit = True
 
     def __init__(self, ch, num_heads, new_order=False):
@@ -66,13 +74,29 @@ class AttentionBlock(nn.Module):
     def attention_parts(self, name):
         """The AttentionPart of this block, whose name in the network is `name`."""
         heads, rows = self.attention.num_heads, torch.arange(3 * self.norm.num_channels)
-        order = rows.reshape(3, -1) if self.attention.new_order else rows.reshape(heads, 3, -1).transpose(0, 1)
+        order = (
+            rows.reshape(3, -1)
+            if self.attention.new_order
+            else rows.reshape(heads, 3, -1).transpose(0, 1)
+        )
         qkv, proj, inside = f"{name}.qkv", f"{name}.proj_out", f"{name}.attention"
-        return [AttentionPart(f"{name}.norm", [qkv], qkv, qkv, qkv, proj, f"{inside}.qk_matmul", f"{inside}.av_matmul",
-                              *(part.flatten() for part in order))]
+        return [
+            AttentionPart(
+                f"{name}.norm",
+                [qkv],
+                qkv,
+                qkv,
+                qkv,
+                proj,
+                f"{inside}.qk_matmul",
+                f"{inside}.av_matmul",
+                *(part.flatten() for part in order),
+            )
+        ]
 
     def forward(self, x):
-        tokens = x.flatten(2)                                                                # (N, C, L)
+        # (N, C, L)
+        tokens = x.flatten(2)
         h = self.proj_out(self.attention(self.qkv(self.norm(tokens))))
         return x + h.reshape(x.shape)
 
@@ -97,9 +121,14 @@ class CrossAttention(nn.Module):
     def forward(self, x, context=None):
         """x (N, L, C), context (N, M, E) -> (N, L, C)."""
         context = x if context is None else context
-        q, k, v = (self.split_heads(tokens) for tokens in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        scores = self.qk_matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5                   # (N, heads, L, M)
-        h = self.av_matmul(softmax(scores), v)                                               # (N, heads, L, D)
+        q, k, v = (
+            self.split_heads(tokens)
+            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        # (N, heads, L, M)
+        scores = self.qk_matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
+        # (N, heads, L, D)
+        h = self.av_matmul(softmax(scores), v)
         return self.to_out(h.transpose(1, 2).flatten(2))
 
 
@@ -119,14 +148,18 @@ class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
         # The identity keeps the place of a dropout that no public network uses.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), tag("ff", nn.Linear(4 * dim, dim)))
+        self.net = nn.Sequential(
+            GEGLU(dim, 4 * dim), nn.Identity(), tag("ff", nn.Linear(4 * dim, dim))
+        )
 
     def forward(self, x):
         return self.net(x)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each behind a layer norm, each added to its input."""
+    """Self-attention, attention to the context, feed-forward; each behind a layer norm, each added
+    to its input."""
+
     is_unit = True
 
     def __init__(self, dim, context_dim, num_heads, head_dim):
@@ -137,14 +170,27 @@ class BasicTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def attention_parts(self, name):
-        """The AttentionParts of both attentions of this block, whose name in the network is `name`."""
+        """The AttentionParts of both attentions of this block, whose name in the network is
+        `name`."""
         parts = []
         for attention, norm, own in (("attn1", "norm1", "qkv"), ("attn2", "norm2", "q")):
             at = f"{name}.{attention}"
             rows = torch.arange(self.get_submodule(attention).to_q.weight.shape[0])
-            parts.append(AttentionPart(f"{name}.{norm}", [f"{at}.to_{x}" for x in own], f"{at}.to_q", f"{at}.to_k",
-                                       f"{at}.to_v", f"{at}.to_out.0", f"{at}.qk_matmul", f"{at}.av_matmul", rows, rows,
-                                       rows))
+            parts.append(
+                AttentionPart(
+                    f"{name}.{norm}",
+                    [f"{at}.to_{x}" for x in own],
+                    f"{at}.to_q",
+                    f"{at}.to_k",
+                    f"{at}.to_v",
+                    f"{at}.to_out.0",
+                    f"{at}.qk_matmul",
+                    f"{at}.av_matmul",
+                    rows,
+                    rows,
+                    rows,
+                )
+            )
         return parts
 
     def forward(self, x, context=None):
@@ -155,21 +201,24 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """norm, projection to heads * D features, transformer blocks over the pixels, projection back; plus the input."""
+    """norm, projection to heads * D features, transformer blocks over the pixels, projection back;
+    plus the input."""
 
     def __init__(self, ch, num_heads, head_dim, depth=1, context_dim=None):
         super().__init__()
         inner = num_heads * head_dim
         self.norm = GroupNorm(ch, eps=1e-6)
         self.proj_in = conv("proj_in", ch, inner, 1)
-        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(inner, context_dim, num_heads, head_dim)
-                                                for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner, context_dim, num_heads, head_dim) for _ in range(depth)
+        )
         self.proj_out = conv("proj", inner, ch, 1)
 
     def forward(self, x, context=None):
         """x (N, C, H, W), context (N, M, E) -> (N, C, H, W)."""
         h = self.proj_in(self.norm(x))
-        tokens = h.flatten(2).transpose(1, 2)                                                # (N, L, C)
+        # (N, L, C)
+        tokens = h.flatten(2).transpose(1, 2)
         given = () if context is None else (context,)
         for block in self.transformer_blocks:
             tokens = block(tokens, *given)

@@ -1,11 +1,14 @@
-"""The autoencoders around latent diffusion (Rombach et al. 2022, arXiv:2112.10752): an image to a latent and back.
+"""The autoencoders around latent diffusion (Rombach et al. 2022, arXiv:2112.10752): an image to a
+latent and back.
 
-Parameter names are those of the public first stages (`first_stage_model.` without that prefix), so these load
-strictly. The blocks are those of the pixel-space U-Net without a time embedding, so quantization finds the same roles.
-The scale factor between these latents and those of the diffusion belongs to the caller.
+Parameter names are those of the public first stages (`first_stage_model.` without that prefix), so
+these load strictly. The blocks are those of the pixel-space U-Net without a time embedding, so
+quantization finds the same roles. The scale factor between these latents and those of the diffusion
+belongs to the caller.
 
-Axes: N images, C channels, H x W pixels; the latent has D channels and h x w positions; K code vectors.
-"""
+Axes: N images, C channels, H x W pixels; the latent has D channels and h x w positions; K code
+vectors."""
+
 import inspect
 from dataclasses import dataclass
 
@@ -16,31 +19,41 @@ from torch import nn
 from base.errors import unknown_word
 from ddim.unet import AttnBlock, Downsample, ResnetBlock, Upsample, conv
 
-COMMITMENT = 0.25                # weight of the commitment term (van den Oord et al. 2017, beta of Eq. 3)
-DISTANCES = 2 ** 24              # (position, code) pairs compared at a time: 128 MiB in double precision
+# weight of the commitment term (van den Oord et al. 2017, beta of Eq. 3)
+COMMITMENT = 0.25
+# (position, code) pairs compared at a time: 128 MiB in double precision
+DISTANCES = 2**24
 
 
 @dataclass(frozen=True)
 class Layout:
     """What the encoder and the decoder have in common: the `ddconfig` of the public YAML files."""
-    double_z: bool               # the encoder gives two values a latent channel, mean and log-variance
+
+    # the encoder gives two values a latent channel, mean and log-variance
+    double_z: bool
     z_channels: int
-    resolution: int              # image size in pixels that attn_resolutions counts from; any size can be encoded
-    ch: int                      # base width
-    ch_mult: tuple               # width of each level in units of ch
-    num_res_blocks: int          # per level of the encoder; the decoder has one more
+    # image size in pixels that attn_resolutions counts from; any size can be encoded
+    resolution: int
+    ch: int  # base width
+    ch_mult: tuple  # width of each level in units of ch
+    num_res_blocks: int  # per level of the encoder; the decoder has one more
     in_channels: int = 3
     out_ch: int = 3
     attn_resolutions: tuple = ()
     dropout: float = 0.0
     resamp_with_conv: bool = True
-    attn_type: str = "vanilla"   # "none": no attention anywhere, in the middle neither
-    norm_groups: int = 32        # 32 in all public models
+    attn_type: str = "vanilla"  # "none": no attention anywhere, in the middle neither
+    norm_groups: int = 32  # 32 in all public models
 
     def __post_init__(self):
         if self.attn_type not in ("vanilla", "none"):
-            raise ValueError(unknown_word(f"attn_type '{self.attn_type}' of the ddconfig is unknown", self.attn_type,
-                                          ["vanilla", "none"]))
+            raise ValueError(
+                unknown_word(
+                    f"attn_type '{self.attn_type}' of the ddconfig is unknown",
+                    self.attn_type,
+                    ["vanilla", "none"],
+                )
+            )
 
     def block(self, in_ch, out_ch):
         return ResnetBlock(in_ch, out_ch, None, self.dropout, self.norm_groups)
@@ -49,31 +62,46 @@ class Layout:
         return AttnBlock(ch, self.norm_groups) if self.attn_type == "vanilla" else nn.Identity()
 
     def level(self, in_ch, out_ch, num_blocks, i):
-        """Level i, of the highest resolution first: its blocks, each with attention where the size asks for it."""
+        """Level i, of the highest resolution first: its blocks, each with attention where the size
+        asks for it."""
         level = nn.Module()
-        level.block = nn.ModuleList(self.block(out_ch if j else in_ch, out_ch) for j in range(num_blocks))
-        attends = self.resolution // 2 ** i in self.attn_resolutions
-        level.attn = nn.ModuleList(self.attention(out_ch) for _ in range(num_blocks if attends else 0))
+        level.block = nn.ModuleList(
+            self.block(out_ch if j else in_ch, out_ch) for j in range(num_blocks)
+        )
+        attends = self.resolution // 2**i in self.attn_resolutions
+        level.attn = nn.ModuleList(
+            self.attention(out_ch) for _ in range(num_blocks if attends else 0)
+        )
         return level
 
     def middle(self, ch):
         mid = nn.Module()
-        mid.block_1, mid.attn_1, mid.block_2 = self.block(ch, ch), self.attention(ch), self.block(ch, ch)
+        mid.block_1, mid.attn_1, mid.block_2 = (
+            self.block(ch, ch),
+            self.attention(ch),
+            self.block(ch, ch),
+        )
         return mid
 
 
 def read_layout(ddconfig, double_z):
-    """The Layout of a `ddconfig` dict whose double_z has to be the given one; ValueError for every mistake in it."""
+    """The Layout of a `ddconfig` dict whose double_z has to be the given one; ValueError for every
+    mistake in it."""
     known = inspect.signature(Layout).parameters
     for name in ddconfig:
         if name not in known:
-            raise ValueError(unknown_word(f"the ddconfig of an autoencoder has no key '{name}'", name, known))
+            raise ValueError(
+                unknown_word(f"the ddconfig of an autoencoder has no key '{name}'", name, known)
+            )
     missing = [name for name, p in known.items() if p.default is p.empty and name not in ddconfig]
     if missing:
         raise ValueError(f"the ddconfig of the autoencoder needs {', '.join(missing)}")
     if ddconfig["double_z"] is not double_z:
-        raise ValueError(f"the ddconfig says double_z: {ddconfig['double_z']}; expected true for an autoencoder-kl and "
-                         "false for an autoencoder-vq")
+        raise ValueError(
+            f"the ddconfig says double_z: {ddconfig['double_z']}; expected true for an "
+            "autoencoder-kl and "
+            "false for an autoencoder-vq"
+        )
     return Layout(**ddconfig)
 
 
@@ -118,7 +146,8 @@ class Decoder(nn.Module):
         h_ch = layout.ch * layout.ch_mult[-1]
         self.conv_in = conv("stem", layout.z_channels, h_ch)
         self.mid = layout.middle(h_ch)
-        ups = []                                          # numbered by level, run from the last to the first
+        # numbered by level, run from the last to the first
+        ups = []
         for i, mult in reversed(list(enumerate(layout.ch_mult))):
             ups.insert(0, layout.level(h_ch, layout.ch * mult, layout.num_res_blocks + 1, i))
             h_ch = layout.ch * mult
@@ -138,8 +167,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """A normal law over latents, kept near the standard one. An image H x W has latents (embed_dim, H/f, W/f), f being
-    the attribute `downsampling`."""
+    """A normal law over latents, kept near the standard one. An image H x W has latents (embed_dim,
+    H/f, W/f), f being the attribute `downsampling`."""
 
     def __init__(self, *, embed_dim, ddconfig):
         super().__init__()
@@ -155,7 +184,8 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, image, noise=None):
-        """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w): drawn with the standard normal `noise`, or the mode."""
+        """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w): drawn with the standard normal `noise`,
+        or the mode."""
         mean, logvar = self.moments(image)
         return mean if noise is None else mean + (logvar / 2).exp() * noise
 
@@ -164,16 +194,18 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, image, noise):
-        """For training: reconstruction (N, C, H, W), and the mean over images of the Kullback-Leibler divergence of
-        their latents from the standard normal law (Kingma and Welling 2014, arXiv:1312.6114, Appendix B)."""
+        """For training: reconstruction (N, C, H, W), and the mean over images of the
+        Kullback-Leibler divergence of their latents from the standard normal law (Kingma and
+        Welling 2014, arXiv:1312.6114, Appendix B)."""
         mean, logvar = self.moments(image)
-        divergence = (mean ** 2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)) / 2
+        divergence = (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)) / 2
         return self.decode(mean + (logvar / 2).exp() * noise), divergence.mean()
 
 
 class AutoencoderVQ(nn.Module):
-    """A codebook between encoder and decoder (van den Oord et al. 2017, arXiv:1711.00937). The latents of the diffusion
-    are those before the codebook; decoding goes through it. Attributes as in AutoencoderKL."""
+    """A codebook between encoder and decoder (van den Oord et al. 2017, arXiv:1711.00937). The
+    latents of the diffusion are those before the codebook; decoding goes through it. Attributes as
+    in AutoencoderKL."""
 
     def __init__(self, *, embed_dim, n_embed, ddconfig):
         super().__init__()
@@ -187,30 +219,39 @@ class AutoencoderVQ(nn.Module):
         self.post_quant_conv = conv("stem", embed_dim, layout.z_channels, 1)
 
     def encode(self, image, noise=None):
-        """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w) before the codebook. There is no law to draw from: `noise` is
-        taken so that both kinds are called alike, and has no effect."""
+        """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w) before the codebook. There is no law to
+        draw from: `noise` is taken so that both kinds are called alike, and has no effect."""
         return self.quant_conv(self.encoder(image))
 
     def nearest(self, z):
-        """(N, D, h, w) -> the code vectors nearest to it, of that shape, and their indices (N, h, w); of equally near
-        ones the first."""
-        codes = self.quantize.embedding.weight            # (K, D)
-        with torch.no_grad():                             # in double: the choice depends on neither batch nor TF32
+        """(N, D, h, w) -> the code vectors nearest to it, of that shape, and their indices (N, h,
+        w); of equally near ones the first."""
+        codes = self.quantize.embedding.weight  # (K, D)
+        # in double: the choice depends on neither batch nor TF32
+        with torch.no_grad():
             rows, wide = z.movedim(1, -1).flatten(0, -2).double(), codes.double()
-            norms = wide.square().sum(1)                  # |z - e|^2 = |e|^2 - 2 z.e + what all codes have in common
-            indices = torch.cat([torch.addmm(norms, part, wide.T, alpha=-2).argmin(1)
-                                 for part in rows.split(max(1, DISTANCES // len(codes)))])
+            # |z - e|^2 = |e|^2 - 2 z.e + what all codes have in common
+            norms = wide.square().sum(1)
+            indices = torch.cat(
+                [
+                    torch.addmm(norms, part, wide.T, alpha=-2).argmin(1)
+                    for part in rows.split(max(1, DISTANCES // len(codes)))
+                ]
+            )
         indices = indices.view(z.shape[0], *z.shape[2:])
         return F.embedding(indices, codes).movedim(-1, 1), indices
 
     def decode(self, z, quantize=True):
-        """(N, D, h, w) -> (N, C, H, W), nominally in [-1, 1], not clamped; `quantize` snaps z to the codebook first."""
+        """(N, D, h, w) -> (N, C, H, W), nominally in [-1, 1], not clamped; `quantize` snaps z to
+        the codebook first."""
         return self.decoder(self.post_quant_conv(self.nearest(z)[0] if quantize else z))
 
     def forward(self, image):
-        """For training: reconstruction (N, C, H, W), and the codebook and commitment terms of Eq. 3, averaged."""
+        """For training: reconstruction (N, C, H, W), and the codebook and commitment terms of Eq.
+        3, averaged."""
         z = self.encode(image)
         codes, _ = self.nearest(z)
         regulariser = F.mse_loss(codes, z.detach()) + COMMITMENT * F.mse_loss(z, codes.detach())
-        passed = z + (codes - z).detach()                 # straight through: the gradient at the codes goes to z
+        # straight through: the gradient at the codes goes to z
+        passed = z + (codes - z).detach()
         return self.decode(passed, quantize=False), regulariser

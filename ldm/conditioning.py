@@ -1,10 +1,11 @@
-"""What latent diffusion is conditioned on: a class embedding, or the CLIP text encoder (Radford et al. 2021,
-arXiv:2103.00020) of Stable Diffusion.
+"""What latent diffusion is conditioned on: a class embedding, or the CLIP text encoder (Radford et
+al. 2021, arXiv:2103.00020) of Stable Diffusion.
 
 Parameter names are those of the public checkpoints (`cond_stage_model.` without that prefix).
 
 Axes: N images, T tokens, D features.
 """
+
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from base.files import PROJECT
 
-TOKENIZER = "models/tokenizer/clip-vit-large-patch14"        # below the project
+TOKENIZER = "models/tokenizer/clip-vit-large-patch14"  # below the project
 VOCABULARY = ("vocab.json", "merges.txt")
 
 
@@ -34,37 +35,64 @@ def clip_library():
     try:
         import transformers
     except ModuleNotFoundError as error:
-        if error.name != "transformers":                     # installed, but broken
+        if error.name != "transformers":  # installed, but broken
             raise
-        raise ValueError("the text encoder needs the package transformers, which is not installed; "
-                         f"run: {sys.executable} -m pip install -e .[text]") from None
+        raise ValueError(
+            "the text encoder needs the package transformers, which is not installed; "
+            f"run: {sys.executable} -m pip install -e .[text]"
+        ) from None
     return transformers
 
 
 class TextEncoder(nn.Module):
-    """CLIP's causal transformer over the tokens of a prompt; the options are those of its published configuration.
+    """CLIP's causal transformer over the tokens of a prompt; the options are those of its published
+    configuration.
 
     `tokenizer` is a folder with the vocabulary files; a relative path counts from the project.
     """
 
-    def __init__(self, *, vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                 num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-                 tokenizer=TOKENIZER):
+    def __init__(
+        self,
+        *,
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+        tokenizer=TOKENIZER,
+    ):
         super().__init__()
         library = clip_library()
-        clip = library.CLIPTextModel(library.CLIPTextConfig(
-            vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
-            max_position_embeddings=max_position_embeddings, hidden_act=hidden_act, layer_norm_eps=layer_norm_eps,
-            bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1))
-        self.max_tokens, self.tokenizer_path = max_position_embeddings, PROJECT / Path(tokenizer).expanduser()
-        self.transformer = nn.Module()                       # transformers 5 has no level text_model, the files have
+        clip = library.CLIPTextModel(
+            library.CLIPTextConfig(
+                vocab_size=vocab_size,
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_hidden_layers=num_hidden_layers,
+                num_attention_heads=num_attention_heads,
+                max_position_embeddings=max_position_embeddings,
+                hidden_act=hidden_act,
+                layer_norm_eps=layer_norm_eps,
+                bos_token_id=vocab_size - 2,
+                eos_token_id=vocab_size - 1,
+            )
+        )
+        self.max_tokens, self.tokenizer_path = (
+            max_position_embeddings,
+            PROJECT / Path(tokenizer).expanduser(),
+        )
+        # transformers 5 has no level text_model, the files have
+        self.transformer = nn.Module()
         self.transformer.text_model = getattr(clip, "text_model", clip)
         # Files may list the positions 0, 1, 2, ... among the weights; `forward` counts them itself.
         embeddings = self.transformer.text_model.embeddings
         del embeddings.position_ids
         embeddings.register_load_state_dict_pre_hook(
-            lambda _, state, prefix, *args: state.pop(f"{prefix}position_ids", None))
+            lambda _, state, prefix, *args: state.pop(f"{prefix}position_ids", None)
+        )
 
     def forward(self, ids):
         """(N, T) token numbers -> (N, T, D), the last layer's output after the final layer norm."""
@@ -74,11 +102,21 @@ class TextEncoder(nn.Module):
     @cached_property
     def tokenizer(self):
         if not all((self.tokenizer_path / name).is_file() for name in VOCABULARY):
-            raise ValueError(f"prompts need CLIP's tokenizer: put {' and '.join(VOCABULARY)} of "
-                             f"openai/clip-vit-large-patch14 into {self.tokenizer_path}")
-        return clip_library().CLIPTokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
+            raise ValueError(
+                f"prompts need CLIP's tokenizer: put {' and '.join(VOCABULARY)} of "
+                f"openai/clip-vit-large-patch14 into {self.tokenizer_path}"
+            )
+        return clip_library().CLIPTokenizer.from_pretrained(
+            self.tokenizer_path, local_files_only=True
+        )
 
     def tokenize(self, prompts):
-        """N strings -> (N, T) token numbers: begin, words, end, filled up with the end token; long prompts are cut."""
-        return self.tokenizer(list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True,
-                              return_tensors="pt").input_ids
+        """N strings -> (N, T) token numbers: begin, words, end, filled up with the end token; long
+        prompts are cut."""
+        return self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.max_tokens,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids

@@ -1,13 +1,15 @@
-"""The U-Net of Improved DDPM and of what grew out of it: guided diffusion, latent diffusion, Stable Diffusion
-(Nichol & Dhariwal 2021, arXiv:2102.09672; Dhariwal & Nichol 2021, arXiv:2105.05233; Rombach et al. 2022,
-arXiv:2112.10752).
+"""The U-Net of Improved DDPM and of what grew out of it: guided diffusion, latent diffusion, Stable
+Diffusion (Nichol & Dhariwal 2021, arXiv:2102.09672; Dhariwal & Nichol 2021, arXiv:2105.05233;
+Rombach et al. 2022, arXiv:2112.10752).
 
-Parameter names and options are those of the public checkpoints and configurations. Like ddim/unet.py it knows no bits
-but is written to be quantized: attention products are modules, layers carry their `role`, and a convolution that reads
-a concatenation knows where the halves meet (`input_splits`). So does the embedding that scales and shifts, an Operand.
+Parameter names and options are those of the public checkpoints and configurations. Like
+ddim/unet.py it knows no bits but is written to be quantized: attention products are modules, layers
+carry their `role`, and a convolution that reads a concatenation knows where the halves meet
+(`input_splits`). So does the embedding that scales and shifts, an Operand.
 
 Axes: N images, C channels, H x W pixels, E embedding features; M context tokens of D features.
 """
+
 import torch
 from torch import nn
 
@@ -21,21 +23,34 @@ class Downsample(nn.Module):
 
     def __init__(self, ch, with_conv):
         super().__init__()
-        self.op = tag("down", nn.Conv2d(ch, ch, 3, stride=2, padding=1)) if with_conv else nn.AvgPool2d(2)
+        self.op = (
+            tag("down", nn.Conv2d(ch, ch, 3, stride=2, padding=1)) if with_conv else nn.AvgPool2d(2)
+        )
 
     def forward(self, x):
         return self.op(x)
 
 
 class ResBlock(nn.Module):
-    """norm, swish, resample, conv; norm, swish, dropout, conv; add the (resampled, projected) input.
+    """norm, swish, resample, conv; norm, swish, dropout, conv; add the (resampled, projected)
+    input.
 
-    The embedding is added before the second norm, or scales and shifts what comes out of it. `resample` is a module
-    without parameters.
-    """
+    The embedding is added before the second norm, or scales and shifts what comes out of it.
+    `resample` is a module without parameters."""
+
     is_unit = True
 
-    def __init__(self, in_ch, out_ch, emb_ch, *, dropout=0.0, scale_shift=False, resample=None, input_splits=None):
+    def __init__(
+        self,
+        in_ch,
+        out_ch,
+        emb_ch,
+        *,
+        dropout=0.0,
+        scale_shift=False,
+        resample=None,
+        input_splits=None,
+    ):
         super().__init__()
         self.scale_shift = scale_shift
         self.in_layers = nn.Sequential(GroupNorm(in_ch), nn.SiLU(), conv("conv1", in_ch, out_ch))
@@ -44,10 +59,13 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), tag("emb_proj", nn.Linear(emb_ch, emb_out)))
         if scale_shift:
             self.emb_layers.append(tag("scale_shift", Operand(), input_splits=(out_ch, out_ch)))
-        self.out_layers = nn.Sequential(GroupNorm(out_ch), nn.SiLU(), nn.Dropout(dropout),
-                                        conv("conv2", out_ch, out_ch))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_ch), nn.SiLU(), nn.Dropout(dropout), conv("conv2", out_ch, out_ch)
+        )
         same = in_ch == out_ch
-        self.skip_connection = nn.Identity() if same else conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
+        self.skip_connection = (
+            nn.Identity() if same else conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
+        )
 
     def forward(self, x, emb):
         """x (N, C, H, W), emb (N, E) -> (N, C', H', W')."""
@@ -80,26 +98,49 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """eps(x, t, cond), or eps and the variance stacked where `out_channels` is twice `in_channels`.
 
-    Attention sits at the downsampling factors `attention_resolutions` (some configurations call them
-    `attention_downsampling_factors`) and in the middle. A head is `num_head_channels` wide if that is positive, else
-    there are `num_heads` at every level (`num_heads_upsample` on the way up). `use_spatial_transformer` replaces fused
-    attention by transformers of `transformer_depth` blocks that attend to a context of `context_dim` features. With
-    `num_classes` the network adds an embedding of the class to that of the step.
-    `use_fp16` keeps the convolutions and transformers between embedding and output in half precision.
-    `image_size` is the nominal size of x, for those who draw noise; `use_checkpoint` concerns the publishers' training
-    and has no effect.
-    """
+    Attention sits at the downsampling factors `attention_resolutions` (some configurations call
+    them `attention_downsampling_factors`) and in the middle. A head is `num_head_channels` wide if
+    that is positive, else there are `num_heads` at every level (`num_heads_upsample` on the way
+    up). `use_spatial_transformer` replaces fused attention by transformers of `transformer_depth`
+    blocks that attend to a context of `context_dim` features. With `num_classes` the network adds
+    an embedding of the class to that of the step. `use_fp16` keeps the convolutions and
+    transformers between embedding and output in half precision. `image_size` is the nominal size of
+    x, for those who draw noise; `use_checkpoint` concerns the publishers' training and has no
+    effect."""
 
-    def __init__(self, *, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions=None,
-                 attention_downsampling_factors=None, image_size=None, dropout=0.0, channel_mult=(1, 2, 4, 8),
-                 conv_resample=True, num_classes=None, num_heads=-1, num_head_channels=-1, num_heads_upsample=-1,
-                 use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False,
-                 use_spatial_transformer=False, transformer_depth=1, context_dim=None, legacy=True,
-                 use_checkpoint=False, use_fp16=False):
+    def __init__(
+        self,
+        *,
+        in_channels,
+        model_channels,
+        out_channels,
+        num_res_blocks,
+        attention_resolutions=None,
+        attention_downsampling_factors=None,
+        image_size=None,
+        dropout=0.0,
+        channel_mult=(1, 2, 4, 8),
+        conv_resample=True,
+        num_classes=None,
+        num_heads=-1,
+        num_head_channels=-1,
+        num_heads_upsample=-1,
+        use_scale_shift_norm=False,
+        resblock_updown=False,
+        use_new_attention_order=False,
+        use_spatial_transformer=False,
+        transformer_depth=1,
+        context_dim=None,
+        legacy=True,
+        use_checkpoint=False,
+        use_fp16=False,
+    ):
         super().__init__()
         if (attention_resolutions is None) == (attention_downsampling_factors is None):
-            raise ValueError("the U-Net needs 'attention_resolutions' or, by its other name, "
-                             "'attention_downsampling_factors': one of them, [] for attention in the middle only")
+            raise ValueError(
+                "the U-Net needs 'attention_resolutions' or, by its other name, "
+                "'attention_downsampling_factors': one of them, [] for attention in the middle only"
+            )
         if num_heads < 1 and num_head_channels < 1:
             raise ValueError("the U-Net needs 'num_heads' or 'num_head_channels'")
         if context_dim is not None and not use_spatial_transformer:
@@ -107,36 +148,55 @@ class UNet(nn.Module):
         if attention_resolutions is None:
             attention_resolutions = attention_downsampling_factors
         self.in_channels, self.out_channels, self.image_size = in_channels, out_channels, image_size
-        self.model_channels, self.num_classes, self.context_dim = model_channels, num_classes, context_dim
+        self.model_channels, self.num_classes, self.context_dim = (
+            model_channels,
+            num_classes,
+            context_dim,
+        )
         emb_ch = 4 * model_channels
         level_channels = [int(mult * model_channels) for mult in channel_mult]
 
         def block(in_ch, out_ch, **facts):
-            return ResBlock(in_ch, out_ch, emb_ch, dropout=dropout, scale_shift=use_scale_shift_norm, **facts)
+            return ResBlock(
+                in_ch, out_ch, emb_ch, dropout=dropout, scale_shift=use_scale_shift_norm, **facts
+            )
 
         def resampler(kind, ch):
-            return block(ch, ch, resample=kind(ch, False)) if resblock_updown else kind(ch, conv_resample)
+            return (
+                block(ch, ch, resample=kind(ch, False))
+                if resblock_updown
+                else kind(ch, conv_resample)
+            )
 
         def attention(ch, num_heads):
             fixed_width = num_head_channels > 0
             heads = ch // num_head_channels if fixed_width else num_heads
-            if heads < 1 or not use_spatial_transformer and ch % (num_head_channels if fixed_width else heads):
+            if (
+                heads < 1
+                or not use_spatial_transformer
+                and ch % (num_head_channels if fixed_width else heads)
+            ):
                 wanted = f"heads of {num_head_channels}" if fixed_width else f"{heads} heads"
                 raise ValueError(f"{ch} channels cannot be split evenly into {wanted}")
             if not use_spatial_transformer:
                 return AttentionBlock(ch, heads, use_new_attention_order)
-            # Heads that do not fill the level: `legacy` widens them; otherwise the transformer gets narrower.
+            # Heads that do not fill the level: `legacy` widens them; otherwise the transformer gets
+            # narrower.
             head_dim = num_head_channels if fixed_width and not legacy else ch // heads
             return SpatialTransformer(ch, heads, head_dim, transformer_depth, context_dim)
 
-        self.time_embed = nn.Sequential(tag("temb", nn.Linear(model_channels, emb_ch)), nn.SiLU(),
-                                        tag("temb", nn.Linear(emb_ch, emb_ch)))
+        self.time_embed = nn.Sequential(
+            tag("temb", nn.Linear(model_channels, emb_ch)),
+            nn.SiLU(),
+            tag("temb", nn.Linear(emb_ch, emb_ch)),
+        )
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_ch)
 
         ch, factor = level_channels[0], 1
         self.input_blocks = nn.ModuleList([Stage(conv("stem", in_channels, ch))])
-        widths = [ch]                                     # channels of every tensor that is kept for the way up
+        # channels of every tensor that is kept for the way up
+        widths = [ch]
         for level, out_ch in enumerate(level_channels):
             for _ in range(num_res_blocks):
                 layers = [block(ch, out_ch)]
@@ -176,7 +236,8 @@ class UNet(nn.Module):
                         layer.half()
 
     def embed_time(self, t, labels=None):
-        """t (N,) float or integer steps, class labels (N,) if the network takes them -> (N, E), what blocks project."""
+        """t (N,) float or integer steps, class labels (N,) if the network takes them -> (N, E),
+        what blocks project."""
         dtype = self.out[0].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.model_channels, cos_first=True).to(dtype))
         return emb if labels is None else emb + self.label_emb(labels)
@@ -184,13 +245,13 @@ class UNet(nn.Module):
     def forward(self, x, t, cond=None):
         """x (N, C, H, W) float, t (N,) float or integer steps -> (N, out_channels, H, W).
 
-        `cond` is what the network was made for: a context (N, M, D), class labels (N,), the pair (context, labels),
-        or None.
-        """
+        `cond` is what the network was made for: a context (N, M, D), class labels (N,), the pair
+        (context, labels), or None."""
         context, labels = self.context_and_labels(cond, len(x))
         emb = self.embed_time(t, labels)
 
-        h = x.to(next(self.input_blocks.parameters()).dtype)           # the trunk runs in the dtype of its weights
+        # the trunk runs in the dtype of its weights
+        h = x.to(next(self.input_blocks.parameters()).dtype)
         context = None if context is None else context.to(h.dtype)
         skips = []
         for stage in self.input_blocks:
@@ -202,7 +263,8 @@ class UNet(nn.Module):
         return self.out(h.to(x.dtype))
 
     def context_and_labels(self, cond, n):
-        """Take `cond` apart -> context or None, labels or None. Raises ValueError if it is not what was expected."""
+        """Take `cond` apart -> context or None, labels or None. Raises ValueError if it is not what
+        was expected."""
         takes_context, takes_labels = self.context_dim is not None, self.num_classes is not None
         context = labels = cond
         if takes_context and takes_labels and isinstance(cond, (tuple, list)) and len(cond) == 2:
@@ -211,12 +273,23 @@ class UNet(nn.Module):
         expected, fits = [], takes_context or takes_labels or cond is None
         if takes_context:
             expected.append(f"a context of shape ({n}, length, {self.context_dim})")
-            fits &= (torch.is_tensor(context) and context.is_floating_point() and context.dim() == 3
-                     and context.shape[::2] == (n, self.context_dim))
+            fits &= (
+                torch.is_tensor(context)
+                and context.is_floating_point()
+                and context.dim() == 3
+                and context.shape[::2] == (n, self.context_dim)
+            )
         if takes_labels:
             expected.append(f"class labels of shape ({n},), torch.int64")
             fits &= torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.shape == (n,)
         if not fits:
-            given = f"{cond.dtype} of shape {tuple(cond.shape)}" if torch.is_tensor(cond) else type(cond).__name__
-            raise ValueError(f"the condition of this network is {' and '.join(expected) or 'None'}; given: {given}")
+            given = (
+                f"{cond.dtype} of shape {tuple(cond.shape)}"
+                if torch.is_tensor(cond)
+                else type(cond).__name__
+            )
+            raise ValueError(
+                f"the condition of this network is {' and '.join(expected) or 'None'}; given: "
+                f"{given}"
+            )
         return (context if takes_context else None), (labels if takes_labels else None)

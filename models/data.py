@@ -1,4 +1,6 @@
-"""Training images: torchvision's CIFAR-10 or any folder of images, as one uint8 tensor in memory."""
+"""Training images: torchvision's CIFAR-10 or any folder of images, as one uint8 tensor in
+memory."""
+
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +11,23 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 def image_files(folder):
-    """Image files under `folder`, in the order of their relative names. Raises ValueError if there are none."""
+    """Image files under `folder`, in the order of their relative names. Raises ValueError if there
+    are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"image folder {folder} does not exist")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"image folder {folder} holds no images ({', '.join(sorted(SUFFIXES))}); "
-                         "give a folder of images or of class folders")
+        raise ValueError(
+            f"image folder {folder} holds no images ({', '.join(sorted(SUFFIXES))}); "
+            "give a folder of images or of class folders"
+        )
     return files
 
 
 def read_image(path, size=None):
-    """One RGB image (3, H, W) uint8; a larger one is cropped to its central square and resized to `size`."""
+    """One RGB image (3, H, W) uint8; a larger one is cropped to its central square and resized to
+    `size`."""
     try:
         image = Image.open(path).convert("RGB")
     except (UnidentifiedImageError, OSError):
@@ -36,23 +42,28 @@ def read_image(path, size=None):
 def load_images(data, split="train", size=32, choose=None):
     """-> images (N, 3, size, size) uint8, labels (N,) int64.
 
-    `data` is a folder with `train`/`test` class folders, a folder of class folders or of images (labels then 0), or
-    "cifar10" / "cifar10:FOLDER": torchvision's download, checked by its MD5. Labels number the sorted class folders.
-    `choose`, a function of how many there are, says which of them are wanted, by their indices; no others are read.
-    """
+    `data` is a folder with `train`/`test` class folders, a folder of class folders or of images
+    (labels then 0), or "cifar10" / "cifar10:FOLDER": torchvision's download, checked by its MD5.
+    Labels number the sorted class folders. `choose`, a function of how many there are, says which
+    of them are wanted, by their indices; no others are read."""
     if str(data).split(":")[0] == "cifar10":
         from torchvision.datasets import (
             CIFAR10,  # takes seconds to import, and most have no use for it
         )
+
         root = str(data).partition(":")[2] or "data"
         try:
             source = CIFAR10(root, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"CIFAR-10 could not be fetched into {root} ({error}); "
-                             "give data=FOLDER with train/ and test/ class folders of images") from None
+            raise ValueError(
+                f"CIFAR-10 could not be fetched into {root} ({error}); "
+                "give data=FOLDER with train/ and test/ class folders of images"
+            ) from None
         rows = choose(len(source.data)) if choose else slice(None)
-        return (torch.from_numpy(source.data[rows]).permute(0, 3, 1, 2).contiguous(),
-                torch.tensor(source.targets)[rows])
+        return (
+            torch.from_numpy(source.data[rows]).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(source.targets)[rows],
+        )
     folder = Path(data)
     folder = folder / split if (folder / split).is_dir() else folder
     files = image_files(folder)

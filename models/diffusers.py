@@ -1,27 +1,49 @@
 """Weights as the diffusers library saves them, under the names of the original checkpoints.
 
-Known are the two kinds of UNet2DModel (pixel space: `ddim-unet`; latent diffusion without condition: `ldm-unet`), and
-VQModel and AutoencoderKL (`autoencoder-vq`, `autoencoder-kl`). The map follows from three differences: what the parts
-of a block are called; that their up levels are numbered in order of execution, ours by resolution (or, in ldm-unet,
-all blocks in one list); and that their attention has linear layers q, k, v where ours has 1x1 convolutions, fused in
-ldm-unet. This was tested on folders made by the tests from the library's naming rules, never on a published one.
-"""
+Known are the two kinds of UNet2DModel (pixel space: `ddim-unet`; latent diffusion without
+condition: `ldm-unet`), and VQModel and AutoencoderKL (`autoencoder-vq`, `autoencoder-kl`). The map
+follows from three differences: what the parts of a block are called; that their up levels are
+numbered in order of execution, ours by resolution (or, in ldm-unet, all blocks in one list); and
+that their attention has linear layers q, k, v where ours has 1x1 convolutions, fused in ldm-unet.
+This was tested on folders made by the tests from the library's naming rules, never on a published
+one."""
+
 import re
 
 import torch
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # names before version 0.17
-PLACE = re.compile(r"(encoder\.|decoder\.|)(down|mid|up)_blocks?\.(?:(\d+)\.)?"
-                   r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)\.(weight|bias)")
+# names before version 0.17
+OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+PLACE = re.compile(
+    r"(encoder\.|decoder\.|)(down|mid|up)_blocks?\.(?:(\d+)\.)?"
+    r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)\.(weight|bias)"
+)
 
-# Facts that no shape shows. Where config.json is silent, the library's defaults hold: those of latent diffusion.
-LATENT = {"flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1, "norm_num_groups": 32,
-          "attention_head_dim": 8, "center_input_sample": False, "mid_block_scale_factor": 1,
-          "time_embedding_type": "positional", "act_fn": "silu", "attention_legacy_order": False}
-PIXEL = LATENT | {"flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "downsample_padding": 0,
-                  "attention_head_dim": None}
-FREE = {"attention_head_dim"}                # of latent diffusion: any, and the model YAML has to say the same
+# Facts that no shape shows. Where config.json is silent, the library's defaults hold: those of
+# latent diffusion.
+LATENT = {
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
+    "downsample_padding": 1,
+    "norm_num_groups": 32,
+    "attention_head_dim": 8,
+    "center_input_sample": False,
+    "mid_block_scale_factor": 1,
+    "time_embedding_type": "positional",
+    "act_fn": "silu",
+    "attention_legacy_order": False,
+}
+PIXEL = LATENT | {
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+    "attention_head_dim": None,
+}
+# of latent diffusion: any, and the model YAML has to say the same
+FREE = {"attention_head_dim"}
 
 
 class Unfit(ValueError):
@@ -29,31 +51,53 @@ class Unfit(ValueError):
 
 
 def published(state, config):
-    """Weights of one diffusers model and its config.json -> the same under the original names and shapes."""
+    """Weights of one diffusers model and its config.json -> the same under the original names and
+    shapes."""
     if not isinstance(config, dict) or "block_out_channels" not in config:
-        raise Unfit("has a config.json that does not describe a network of diffusers (no block_out_channels)")
+        raise Unfit(
+            "has a config.json that does not describe a network of diffusers (no "
+            "block_out_channels)"
+        )
     kind = config.get("_class_name")
     if kind in ("VQModel", "AutoencoderKL"):
         return levels(state, config)
     if kind != "UNet2DModel":
-        raise Unfit(f"holds a {kind} of diffusers, expected UNet2DModel, VQModel or AutoencoderKL; "
-                    "give the model's original checkpoint instead")
+        raise Unfit(
+            f"holds a {kind} of diffusers, expected UNet2DModel, VQModel or AutoencoderKL; "
+            "give the model's original checkpoint instead"
+        )
     facts = LATENT | {name: value for name, value in config.items() if name in LATENT}
     layout, expected = (latent, LATENT) if facts["flip_sin_to_cos"] else (levels, PIXEL)
-    wrong = [f"{name}={facts[name]} instead of {value}" for name, value in expected.items()
-             if facts[name] != value and not (layout is latent and name in FREE)]
+    wrong = [
+        f"{name}={facts[name]} instead of {value}"
+        for name, value in expected.items()
+        if facts[name] != value and not (layout is latent and name in FREE)
+    ]
     if wrong:
-        raise Unfit(f"is a UNet2DModel that no network here computes: config.json has {', '.join(wrong)}")
+        raise Unfit(
+            f"is a UNet2DModel that no network here computes: config.json has {', '.join(wrong)}"
+        )
     return layout(state, config)
 
 
 # ---- names by level: ddim-unet and the autoencoders
 
-LEVEL_PARTS = {"time_emb_proj": "temb_proj", "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q",
-               "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-LEVEL_ENDS = {"time_embedding.linear_1": "temb.dense.0", "time_embedding.linear_2": "temb.dense.1",
-              "conv_norm_out": "norm_out", "encoder.conv_norm_out": "encoder.norm_out",
-              "decoder.conv_norm_out": "decoder.norm_out"}
+LEVEL_PARTS = {
+    "time_emb_proj": "temb_proj",
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+LEVEL_ENDS = {
+    "time_embedding.linear_1": "temb.dense.0",
+    "time_embedding.linear_2": "temb.dense.1",
+    "conv_norm_out": "norm_out",
+    "encoder.conv_norm_out": "encoder.norm_out",
+    "decoder.conv_norm_out": "decoder.norm_out",
+}
 
 
 def levels(state, config):
@@ -62,7 +106,9 @@ def levels(state, config):
     def place(half, side, i, kind, j):
         if side == "mid":
             return f"{half}mid.attn_{j + 1}" if kind == "attentions" else f"{half}mid.block_{j + 1}"
-        part = {"resnets": f"block.{j}", "attentions": f"attn.{j}"}.get(kind, kind.removesuffix("rs"))
+        part = {"resnets": f"block.{j}", "attentions": f"attn.{j}"}.get(
+            kind, kind.removesuffix("rs")
+        )
         return f"{half}{side}.{last - i if side == 'up' else i}.{part}"
 
     return rename(state, place, LEVEL_PARTS, LEVEL_ENDS, dims=4)
@@ -70,35 +116,57 @@ def levels(state, config):
 
 # ---- names by position: ldm-unet
 
-LATENT_PARTS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-                "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-                "group_norm": "norm", "to_out.0": "proj_out"}
-LATENT_ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-               "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2"}
+LATENT_PARTS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+    "group_norm": "norm",
+    "to_out.0": "proj_out",
+}
+LATENT_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
 
 
 def latent(state, config):
-    num, attends = config.get("layers_per_block", 2), {name.split(".attentions")[0] for name in state}
+    num, attends = (
+        config.get("layers_per_block", 2),
+        {name.split(".attentions")[0] for name in state},
+    )
 
     def place(_, side, i, kind, j):
         if side == "mid":
             return f"middle_block.{1 if kind == 'attentions' else 2 * j}"
-        if side == "down":                   # position 0 is the first convolution; a level ends with its resampling
+        # position 0 is the first convolution; a level ends with its resampling
+        if side == "down":
             position = (i + 1) * (num + 1) if kind == "downsamplers" else i * (num + 1) + j + 1
             return f"input_blocks.{position}.{int(kind == 'attentions')}"
-        if kind == "upsamplers":             # beside the last block of its level
+        if kind == "upsamplers":  # beside the last block of its level
             return f"output_blocks.{i * (num + 1) + num}.{2 if f'up_blocks.{i}' in attends else 1}"
         return f"output_blocks.{i * (num + 1) + j}.{int(kind == 'attentions')}"
 
     named = rename(state, place, LATENT_PARTS, LATENT_ENDS, dims=3)
-    named = {re.sub(r"(input_blocks\.\d+\.0)\.conv\.", r"\1.op.", name): value for name, value in named.items()}
+    named = {
+        re.sub(r"(input_blocks\.\d+\.0)\.conv\.", r"\1.op.", name): value
+        for name, value in named.items()
+    }
     for name in [name for name in named if ".to_q." in name]:
         q, k, v = (name.replace(".to_q.", f".{part}.") for part in ("to_q", "to_k", "to_v"))
         if k not in named or v not in named:
             raise Unfit(f"has an attention without all of its weights ({name})")
         qkv = [named.pop(part) for part in (q, k, v)]
-        heads = qkv[0].shape[0] // (config.get("attention_head_dim", LATENT["attention_head_dim"]) or qkv[0].shape[0])
-        # The published order: for each head its q, k and v rows.    (3, heads, rows, ...) -> (heads, 3, rows, ...)
+        heads = qkv[0].shape[0] // (
+            config.get("attention_head_dim", LATENT["attention_head_dim"]) or qkv[0].shape[0]
+        )
+        # The published order: for each head its q, k and v rows.    (3, heads, rows, ...) ->
+        # (heads, 3, rows, ...)
         rows = torch.stack(qkv).unflatten(1, (heads, -1)).transpose(0, 1)
         named[name.replace(".to_q.", ".qkv.")] = rows.flatten(0, 2)
     return named
@@ -106,9 +174,11 @@ def latent(state, config):
 
 # ---- what both share
 
+
 def rename(state, place, parts, ends, *, dims):
-    """`place(half, side, level, kind, index)` is where a block sits; `parts` and `ends` rename what is in a block and
-    outside of all; the weights of attention get `dims` dimensions. Unknown names stay, for the loader to report."""
+    """`place(half, side, level, kind, index)` is where a block sits; `parts` and `ends` rename what
+    is in a block and outside of all; the weights of attention get `dims` dimensions. Unknown names
+    stay, for the loader to report."""
     named = {}
     for name, value in state.items():
         found = PLACE.fullmatch(name)

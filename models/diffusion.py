@@ -1,7 +1,9 @@
-"""A pretrained diffusion model as all other code sees it, built from a model YAML; and images drawn from it.
+"""A pretrained diffusion model as all other code sees it, built from a model YAML; and images drawn
+from it.
 
 Axes: N images, C channels, H x W pixels.
 """
+
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,29 +18,35 @@ from models.condition import Condition, build_condition
 from models.weights import load_components, state_hash
 from models.zoo import build_network
 
-PARTS = {"unet": "network", "first_stage": "first_stage", "cond_stage": "cond_stage"}    # component -> YAML key
-DECODED_AT_ONCE = 8                         # latents
-DOWNLOADED = Path("models/checkpoints")     # where scripts/download_models.sh puts files, below the project
+# component -> YAML key
+PARTS = {"unet": "network", "first_stage": "first_stage", "cond_stage": "cond_stage"}
+DECODED_AT_ONCE = 8  # latents
+# where scripts/download_models.sh puts files, below the project
+DOWNLOADED = Path("models/checkpoints")
 
 
 @dataclass
 class DiffusionModel:
-    """A network with its schedule and what surrounds it. All modules are in evaluation mode and take no gradients;
-    `shape` is (C, H, W) of x: pixels, or latents where there is a `first_stage`."""
+    """A network with its schedule and what surrounds it. All modules are in evaluation mode and
+    take no gradients; `shape` is (C, H, W) of x: pixels, or latents where there is a
+    `first_stage`."""
+
     name: str
     net: nn.Module
     schedule: Schedule
     shape: tuple
-    weights_hash: str                        # SHA-256 of names and weights as loaded
-    first_stage: nn.Module | None = None     # decodes latents
-    scale_factor: float = 1.0                # latents of the network = scale_factor * latents of the first stage
+    weights_hash: str  # SHA-256 of names and weights as loaded
+    first_stage: nn.Module | None = None  # decodes latents
+    # latents of the network = scale_factor * latents of the first stage
+    scale_factor: float = 1.0
     condition: Condition | None = None
-    guidance: float = 1.0                    # scale of classifier-free guidance; 1 = none
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 = none
 
     def eps(self, x, t, cond=None):
-        """Predicted noise for x (N, C, H, W) at the steps t (N,), C channels, or 2C of a network that also predicts
-        its variance; `cond` is what `labels` gave. Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598):
-        e = e_null + guidance * (e_cond - e_null). Of a quantized network with a correction: corrected."""
+        """Predicted noise for x (N, C, H, W) at the steps t (N,), C channels, or 2C of a network
+        that also predicts its variance; `cond` is what `labels` gave. Classifier-free guidance (Ho
+        & Salimans 2022, arXiv:2207.12598): e = e_null + guidance * (e_cond - e_null). Of a
+        quantized network with a correction: corrected."""
         out = self.net(*self.network_inputs(x, t, cond))
         if self.is_guided:
             null, asked = out.chunk(2)
@@ -46,8 +54,8 @@ class DiffusionModel:
         return out if self.correction is None else self.correction.eps(out, t)
 
     def network_inputs(self, x, t, cond=None):
-        """What the network is called with for eps(x, t, cond): (x, t[, cond]); with guidance both halves in one
-        batch of 2N, the null condition first."""
+        """What the network is called with for eps(x, t, cond): (x, t[, cond]); with guidance both
+        halves in one batch of 2N, the null condition first."""
         if cond is None:
             return x, t
         if not self.is_guided:
@@ -65,7 +73,8 @@ class DiffusionModel:
 
     @property
     def correction(self):
-        """The correction that came with a quantized network (quant/correction.py); None without one."""
+        """The correction that came with a quantized network (quant/correction.py); None without
+        one."""
         return getattr(self.net, "correction", None)
 
     def with_net(self, net):
@@ -73,10 +82,15 @@ class DiffusionModel:
         return replace(self, net=net)
 
     def decode(self, x):
-        """x_0 -> images (N, 3, H, W) uint8. Latents go through the first stage a few at a time: its activations are
-        far larger than those of the network."""
+        """x_0 -> images (N, 3, H, W) uint8. Latents go through the first stage a few at a time: its
+        activations are far larger than those of the network."""
         if self.first_stage is not None:
-            x = torch.cat([self.first_stage.decode(part / self.scale_factor) for part in x.split(DECODED_AT_ONCE)])
+            x = torch.cat(
+                [
+                    self.first_stage.decode(part / self.scale_factor)
+                    for part in x.split(DECODED_AT_ONCE)
+                ]
+            )
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     def noise(self, seed, indices):
@@ -84,7 +98,8 @@ class DiffusionModel:
         return SeededNoise(seed, indices, self.shape, self.device)
 
     def labels(self, seed, indices):
-        """The condition of each image (N, ...), fixed by (seed, index); None for an unconditional model."""
+        """The condition of each image (N, ...), fixed by (seed, index); None for an unconditional
+        model."""
         return None if self.condition is None else self.condition.rows(seed, indices)
 
     @property
@@ -97,23 +112,36 @@ class DiffusionModel:
 
 
 def load_model(config, *, device):
-    """The model of a YAML's content (a dict with name, network, checkpoint, schedule, and for latent models
-    first_stage, cond_stage, scale_factor, weights, guidance) on `device`."""
+    """The model of a YAML's content (a dict with name, network, checkpoint, schedule, and for
+    latent models first_stage, cond_stage, scale_factor, weights, guidance) on `device`."""
     modules = {part: build_network(**config[key]) for part, key in PARTS.items() if config.get(key)}
-    scale_factor = load_components(find_checkpoint(config), modules, weights=config.get("weights") or "ema")
+    scale_factor = load_components(
+        find_checkpoint(config), modules, weights=config.get("weights") or "ema"
+    )
     for module in modules.values():
         module.eval().requires_grad_(False).to(device)
     net, guidance = modules["unet"], config.get("guidance") or {}
-    condition = build_condition(net, modules.get("cond_stage"), config.get("sampling") or {}, guidance)
+    condition = build_condition(
+        net, modules.get("cond_stage"), config.get("sampling") or {}, guidance
+    )
     scale = guidance.get("scale", 1.0)
     if scale != 1 and (condition is None or condition.null is None):
-        raise ValueError(f"guidance.scale is {scale}, but {config['name']} has no null condition to be guided away "
-                         "from; set guidance.scale=1")
-    return DiffusionModel(name=config["name"], net=net, schedule=make_schedule(**config["schedule"]),
-                          shape=(net.in_channels, net.image_size, net.image_size),
-                          weights_hash=state_hash(*modules.values()), first_stage=modules.get("first_stage"),
-                          scale_factor=config.get("scale_factor") or scale_factor or 1.0, condition=condition,
-                          guidance=scale)
+        raise ValueError(
+            f"guidance.scale is {scale}, but {config['name']} has no null condition to be guided "
+            "away "
+            "from; set guidance.scale=1"
+        )
+    return DiffusionModel(
+        name=config["name"],
+        net=net,
+        schedule=make_schedule(**config["schedule"]),
+        shape=(net.in_channels, net.image_size, net.image_size),
+        weights_hash=state_hash(*modules.values()),
+        first_stage=modules.get("first_stage"),
+        scale_factor=config.get("scale_factor") or scale_factor or 1.0,
+        condition=condition,
+        guidance=scale,
+    )
 
 
 def example_arguments(config, net):
@@ -123,21 +151,32 @@ def example_arguments(config, net):
         stage = config["cond_stage"]
         tokens = stage.get("max_position_embeddings", 77) if stage["family"] == "clip-text" else 1
         return x, t, torch.zeros(1, tokens, net.context_dim)
-    return (x, t) if getattr(net, "num_classes", None) is None else (x, t, torch.zeros(1, dtype=torch.long))
+    return (
+        (x, t)
+        if getattr(net, "num_classes", None) is None
+        else (x, t, torch.zeros(1, dtype=torch.long))
+    )
 
 
 def find_checkpoint(config):
-    """Path of a model's checkpoint. A relative one counts from the project; one below models/checkpoints is also
-    looked for in the same place below the user's cache, where the authors' own code keeps it."""
+    """Path of a model's checkpoint. A relative one counts from the project; one below
+    models/checkpoints is also looked for in the same place below the user's cache, where the
+    authors' own code keeps it."""
     path = Path(config["checkpoint"]).expanduser()
     places = [PROJECT / path]
     if path.is_relative_to(DOWNLOADED):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         places.append(cache / path.relative_to(DOWNLOADED))
     for place in places:
-        if place.exists():                   # a file, or a folder of the diffusers library
+        if place.exists():  # a file, or a folder of the diffusers library
             return place
     hint = f"get it with '{config['download']}', or " if config.get("download") else ""
-    demo = f"; without it, the same pipeline runs on a model that ships: {config['demo']}" if config.get("demo") else ""
-    raise ValueError(f"the checkpoint of {config['name']} is not at {' or '.join(map(str, places))}; {hint}"
-                     f"say where it is with checkpoint=PATH{demo}")
+    demo = (
+        f"; without it, the same pipeline runs on a model that ships: {config['demo']}"
+        if config.get("demo")
+        else ""
+    )
+    raise ValueError(
+        f"the checkpoint of {config['name']} is not at {' or '.join(map(str, places))}; {hint}"
+        f"say where it is with checkpoint=PATH{demo}"
+    )

@@ -1,11 +1,12 @@
 """Fetch public checkpoints:  bash scripts/download_models.sh NAME ... [--mirror URL] [--to FOLDER] | --all | --list
 
-A download that was cut off goes on where it stopped, and a file is put in its place only when it is whole: its hash is
-the published one, or, where none is published, its size is the announced one and a zip's checksums hold. A file that is
-already there is left alone. --list shows the names; --all takes every one; --mirror is the address of a folder with the
-unpacked files at the paths that --list shows; --to is models unless given. download_first_stages.sh is the same for the
-autoencoders alone, which only the training of new latent models needs.
-"""
+A download that was cut off goes on where it stopped, and a file is put in its place only when it is
+whole: its hash is the published one, or, where none is published, its size is the announced one and
+a zip's checksums hold. A file that is already there is left alone. --list shows the names; --all
+takes every one; --mirror is the address of a folder with the unpacked files at the paths that
+--list shows; --to is models unless given. download_first_stages.sh is the same for the autoencoders
+alone, which only the training of new latent models needs."""
+
 import hashlib
 import http.client
 import shutil
@@ -20,20 +21,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-PIECE = 1 << 20                              # bytes read at a time
-ATTEMPTS = 5                                 # connections that may break in one call before it gives up
+PIECE = 1 << 20  # bytes read at a time
+# connections that may break in one call before it gives up
+ATTEMPTS = 5
 TIMEOUT_SECONDS = 60
-BROKEN = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+BROKEN = (
+    urllib.error.URLError,
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+    http.client.HTTPException,
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published file: its address, its place below the folder (where the models' own code keeps it)."""
+    """A published file: its address, its place below the folder (where the models' own code keeps
+    it)."""
+
     address: str
     path: str
     about: str
-    hash: str = ""                           # "md5 1fa3..." or "sha256 fe4e..."; empty where none is published
-    member: str = ""                         # what to take out of a zip
+    # "md5 1fa3..." or "sha256 fe4e..."; empty where none is published
+    hash: str = ""
+    member: str = ""  # what to take out of a zip
 
 
 HEIBOX = "https://heibox.uni-heidelberg.de/f"
@@ -43,8 +54,12 @@ HUB = "https://huggingface.co/CompVis/stable-diffusion-v-1-4-original/resolve/ma
 
 
 def ddim(about, code, folder, file, md5):
-    return Checkpoint(f"{HEIBOX}/{code}/?dl=1", f"checkpoints/diffusion_models_converted/ema_diffusion_{folder}_model/"
-                      f"model-{file}.ckpt", f"{about}, averaged weights", f"md5 {md5}")
+    return Checkpoint(
+        f"{HEIBOX}/{code}/?dl=1",
+        f"checkpoints/diffusion_models_converted/ema_diffusion_{folder}_model/model-{file}.ckpt",
+        f"{about}, averaged weights",
+        f"md5 {md5}",
+    )
 
 
 def zipped(about, archive, folder):
@@ -55,42 +70,93 @@ def openai(about, date, file, sha256=""):
     return Checkpoint(f"{OPENAI}/{date}/{file}", file, about, sha256 and f"sha256 {sha256}")
 
 
-FIRST_STAGES = {name: zipped(f"first stage {name} of latent diffusion", name, f"first_stage_models/{name}")
-                for name in ("kl-f4", "kl-f8", "kl-f16", "kl-f32",
-                             "vq-f4", "vq-f4-noattn", "vq-f8", "vq-f8-n256", "vq-f16")}
-CHECKPOINTS = {                              # the names are those of configs/model
-    "cifar10": ddim("DDPM CIFAR-10 32x32, 143 MB", "2e4f01e2d9ee49bab1d5", "cifar10", 790000,
-                    "1fa350b952534ae442b1d5235cce5cd3"),
-    "ddim-lsun-bedroom": ddim("DDPM LSUN bedroom 256x256, 455 MB", "b95206528f384185889b", "lsun_bedroom", 2388000,
-                              "1921fa46b66a3665e450e42f36c2720f"),
-    "ddim-lsun-church": ddim("DDPM LSUN church 256x256, 455 MB", "44ccb50ef3c6436db52e", "lsun_church", 4432000,
-                             "fdc68a23938c2397caba4a260bc2445f"),
+FIRST_STAGES = {
+    name: zipped(f"first stage {name} of latent diffusion", name, f"first_stage_models/{name}")
+    for name in (
+        "kl-f4",
+        "kl-f8",
+        "kl-f16",
+        "kl-f32",
+        "vq-f4",
+        "vq-f4-noattn",
+        "vq-f8",
+        "vq-f8-n256",
+        "vq-f16",
+    )
+}
+CHECKPOINTS = {  # the names are those of configs/model
+    "cifar10": ddim(
+        "DDPM CIFAR-10 32x32, 143 MB",
+        "2e4f01e2d9ee49bab1d5",
+        "cifar10",
+        790000,
+        "1fa350b952534ae442b1d5235cce5cd3",
+    ),
+    "ddim-lsun-bedroom": ddim(
+        "DDPM LSUN bedroom 256x256, 455 MB",
+        "b95206528f384185889b",
+        "lsun_bedroom",
+        2388000,
+        "1921fa46b66a3665e450e42f36c2720f",
+    ),
+    "ddim-lsun-church": ddim(
+        "DDPM LSUN church 256x256, 455 MB",
+        "44ccb50ef3c6436db52e",
+        "lsun_church",
+        4432000,
+        "fdc68a23938c2397caba4a260bc2445f",
+    ),
     "bedroom": zipped("LDM-4 LSUN bedroom 256x256, 2.4 GB", "lsun_bedrooms", "ldm/lsun_beds256"),
     "church": zipped("LDM-8 LSUN church 256x256, 2.7 GB", "lsun_churches", "ldm/lsun_churches256"),
     "celeba": zipped("LDM-4 CelebA-HQ 256x256, 2.4 GB", "celeba", "ldm/celeba256"),
     "ffhq": zipped("LDM-4 FFHQ 256x256, 2.4 GB", "ffhq", "ldm/ffhq256"),
-    "imagenet": Checkpoint(f"{LATENT}/nitro/cin/model.ckpt", "ldm/cin256-v2/model.ckpt",
-                           "LDM-4 ImageNet 256x256 by class, 1.8 GB"),
-    "sd-v1-4": Checkpoint(f"{HUB}/sd-v1-4.ckpt", "ldm/stable-diffusion-v1/model.ckpt",
-                          "Stable Diffusion 1.4 (its publisher may ask for a login), 4.3 GB",
-                          "sha256 fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"),
-    "imagenet64": openai("improved diffusion, ImageNet 64x64, 0.5 GB", "march-2021", "imagenet64_uncond_100M_1500K.pt"),
-    "imagenet64-cond": openai("improved diffusion, ImageNet 64x64 by class, 1.1 GB", "march-2021",
-                              "imagenet64_cond_270M_250K.pt"),
-    "improved-cifar10": openai("improved diffusion, CIFAR-10 32x32, 0.2 GB", "march-2021",
-                               "cifar10_uncond_50M_500K.pt"),
-    "improved-lsun-bedroom": openai("improved diffusion, LSUN bedroom 256x256, 0.5 GB", "march-2021",
-                                    "lsun_uncond_100M_1200K_bs128.pt"),
-    "guided-imagenet64": openai("guided diffusion, ImageNet 64x64 by class, 1.2 GB", "jul-2021", "64x64_diffusion.pt"),
-    "guided-imagenet128": openai("guided diffusion, ImageNet 128x128 by class, 1.7 GB", "jul-2021",
-                                 "128x128_diffusion.pt"),
-    "guided-imagenet256": openai("guided diffusion, ImageNet 256x256 by class, 2.2 GB", "jul-2021",
-                                 "256x256_diffusion.pt"),
-    "guided-imagenet256-uncond": openai("guided diffusion, ImageNet 256x256, 2.2 GB", "jul-2021",
-                                        "256x256_diffusion_uncond.pt",
-                                        "a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1"),
-    "guided-imagenet512": openai("guided diffusion, ImageNet 512x512 by class, 2.2 GB", "jul-2021",
-                                 "512x512_diffusion.pt"),
+    "imagenet": Checkpoint(
+        f"{LATENT}/nitro/cin/model.ckpt",
+        "ldm/cin256-v2/model.ckpt",
+        "LDM-4 ImageNet 256x256 by class, 1.8 GB",
+    ),
+    "sd-v1-4": Checkpoint(
+        f"{HUB}/sd-v1-4.ckpt",
+        "ldm/stable-diffusion-v1/model.ckpt",
+        "Stable Diffusion 1.4 (its publisher may ask for a login), 4.3 GB",
+        "sha256 fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556",
+    ),
+    "imagenet64": openai(
+        "improved diffusion, ImageNet 64x64, 0.5 GB",
+        "march-2021",
+        "imagenet64_uncond_100M_1500K.pt",
+    ),
+    "imagenet64-cond": openai(
+        "improved diffusion, ImageNet 64x64 by class, 1.1 GB",
+        "march-2021",
+        "imagenet64_cond_270M_250K.pt",
+    ),
+    "improved-cifar10": openai(
+        "improved diffusion, CIFAR-10 32x32, 0.2 GB", "march-2021", "cifar10_uncond_50M_500K.pt"
+    ),
+    "improved-lsun-bedroom": openai(
+        "improved diffusion, LSUN bedroom 256x256, 0.5 GB",
+        "march-2021",
+        "lsun_uncond_100M_1200K_bs128.pt",
+    ),
+    "guided-imagenet64": openai(
+        "guided diffusion, ImageNet 64x64 by class, 1.2 GB", "jul-2021", "64x64_diffusion.pt"
+    ),
+    "guided-imagenet128": openai(
+        "guided diffusion, ImageNet 128x128 by class, 1.7 GB", "jul-2021", "128x128_diffusion.pt"
+    ),
+    "guided-imagenet256": openai(
+        "guided diffusion, ImageNet 256x256 by class, 2.2 GB", "jul-2021", "256x256_diffusion.pt"
+    ),
+    "guided-imagenet256-uncond": openai(
+        "guided diffusion, ImageNet 256x256, 2.2 GB",
+        "jul-2021",
+        "256x256_diffusion_uncond.pt",
+        "a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
+    ),
+    "guided-imagenet512": openai(
+        "guided diffusion, ImageNet 512x512 by class, 2.2 GB", "jul-2021", "512x512_diffusion.pt"
+    ),
 }
 
 
@@ -103,12 +169,16 @@ def fault(path, wanted):
         found = hashlib.new(algorithm, usedforsecurity=False)
         while piece := file.read(PIECE):
             found.update(piece)
-    return "" if found.hexdigest() == digest else f"has {algorithm.upper()} {found.hexdigest()}, expected {digest}"
+    return (
+        ""
+        if found.hexdigest() == digest
+        else f"has {algorithm.upper()} {found.hexdigest()}, expected {digest}"
+    )
 
 
 def fetch(address, path, *, wanted="", member=""):
-    """Download `address` to `path` by way of `path`.part; `wanted` and `member` are those of a Checkpoint. Raises
-    ValueError if it cannot."""
+    """Download `address` to `path` by way of `path`.part; `wanted` and `member` are those of a
+    Checkpoint. Raises ValueError if it cannot."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(ATTEMPTS):
@@ -117,20 +187,29 @@ def fetch(address, path, *, wanted="", member=""):
                 break
             reason = "it ended early"
         except urllib.error.HTTPError as error:
-            raise ValueError(f"{address} answered {error.code} {error.reason}; give another address with --mirror URL, "
-                             f"or put the file at {path} yourself") from None
+            raise ValueError(
+                f"{address} answered {error.code} {error.reason}; give another address with "
+                "--mirror URL, "
+                f"or put the file at {path} yourself"
+            ) from None
         except BROKEN as error:
             reason = getattr(error, "reason", error)
     else:
-        raise ValueError(f"the connection to {address} failed {ATTEMPTS} times ({reason}) and {_size(part)} bytes are "
-                         "there so far; run the same command again to go on from there, give another address with "
-                         f"--mirror URL, or put the file at {path} yourself")
+        raise ValueError(
+            f"the connection to {address} failed {ATTEMPTS} times ({reason}) and {_size(part)} "
+            "bytes are "
+            "there so far; run the same command again to go on from there, give another address "
+            "with "
+            f"--mirror URL, or put the file at {path} yourself"
+        )
     whole = _unpack(part, member, address) if member else part
     if wrong := fault(whole, wanted):
         part.unlink()
         whole.unlink(missing_ok=True)
-        raise ValueError(f"what {address} sent {wrong}, and was deleted; "
-                         "run the command again or give another address with --mirror URL")
+        raise ValueError(
+            f"what {address} sent {wrong}, and was deleted; "
+            "run the command again or give another address with --mirror URL"
+        )
     whole.replace(path)
     part.unlink(missing_ok=True)
 
@@ -139,13 +218,26 @@ def _unpack(part, member, address):
     """Path of `member` of a zip, checked by the zip's checksum; nothing else in it is touched."""
     target = part.with_name(part.name + ".unpacked")
     try:
-        with zipfile.ZipFile(part) as archive, archive.open(member) as source, open(target, "wb") as file:
+        with (
+            zipfile.ZipFile(part) as archive,
+            archive.open(member) as source,
+            open(target, "wb") as file,
+        ):
             shutil.copyfileobj(source, file, PIECE)
-    except (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
         target.unlink(missing_ok=True)
         part.unlink()
-        raise ValueError(f"what {address} sent is no intact zip with {member} ({error}), and was deleted; "
-                         "run the command again or give another address with --mirror URL") from None
+        raise ValueError(
+            f"what {address} sent is no intact zip with {member} ({error}), and was deleted; "
+            "run the command again or give another address with --mirror URL"
+        ) from None
     return target
 
 
@@ -163,12 +255,14 @@ def _append(address, part):
         if error.code != 416 or not start:
             raise
         size = error.headers.get("Content-Range", "").rpartition("/")[2]
-        if size in ("", "*", str(start)):    # nothing is left to send: `part` is whole, or its hash will tell
+        # nothing is left to send: `part` is whole, or its hash will tell
+        if size in ("", "*", str(start)):
             return True
-        part.unlink()                        # longer than the file: of another version
+        part.unlink()  # longer than the file: of another version
         return False
     with response:
-        resumed = response.status == 206     # 200 means that the server sends everything from the start
+        # 200 means that the server sends everything from the start
+        resumed = response.status == 206
         size = (start if resumed else 0) + int(response.headers.get("Content-Length") or 0)
         with open(part, "ab" if resumed else "wb") as file:
             while piece := response.read(PIECE):
@@ -190,7 +284,11 @@ def download(name, folder, mirror=None, rows=None):
         raise ValueError(f"checkpoint '{name}' is unknown; choose from {', '.join(rows)}")
     checkpoint = rows[name]
     path = Path(folder).expanduser() / checkpoint.path
-    check = f"{checkpoint.hash.split()[0].upper()} verified" if checkpoint.hash else "no hash of it is published"
+    check = (
+        f"{checkpoint.hash.split()[0].upper()} verified"
+        if checkpoint.hash
+        else "no hash of it is published"
+    )
     if path.exists():
         if wrong := fault(path, checkpoint.hash):
             raise ValueError(f"{path} is there but {wrong}; delete it and run the command again")
@@ -213,7 +311,10 @@ def run(arguments):
     rows = FIRST_STAGES if options.first_stages else CHECKPOINTS | FIRST_STAGES
     if options.list:
         for name, checkpoint in rows.items():
-            print(f"{name}  {checkpoint.about}\n    {checkpoint.path}\n    {checkpoint.address}  {checkpoint.hash}")
+            print(
+                f"{name}  {checkpoint.about}\n    {checkpoint.path}\n    {checkpoint.address}  "
+                f"{checkpoint.hash}"
+            )
         return
     names = list(rows) if options.all else options.names
     if not names:

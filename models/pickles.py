@@ -1,10 +1,11 @@
 """Reading pickled checkpoints that hold more than tensors, without running anything they ask for.
 
-A pickle is a program: it names callables and says what to call them with. Here the few names that tensors need mean
-functions of this file, and every other name, whatever it is, means an `Inert` class, which takes all that a pickle can
-do to it and does nothing. So callbacks, options and optimizers of a training framework cost nothing and need no
-import. PyTorch's own reader does the rest (zip and older formats, shared storages, byte order).
-"""
+A pickle is a program: it names callables and says what to call them with. Here the few names that
+tensors need mean functions of this file, and every other name, whatever it is, means an `Inert`
+class, which takes all that a pickle can do to it and does nothing. So callbacks, options and
+optimizers of a training framework cost nothing and need no import. PyTorch's own reader does the
+rest (zip and older formats, shared storages, byte order)."""
+
 import pickle
 import tarfile
 import types
@@ -14,9 +15,12 @@ import torch
 
 
 class Inert:
-    """Stands for an object that is no tensor. Keeps nothing; its classes serve as dictionary keys."""
+    """Stands for an object that is no tensor. Keeps nothing; its classes serve as dictionary
+    keys."""
+
     __slots__ = ()
-    dump_patches = False                     # asked of module classes by PyTorch's reader of older files
+    # asked of module classes by PyTorch's reader of older files
+    dump_patches = False
 
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
@@ -33,17 +37,21 @@ class Inert:
     def ignore(*_):
         pass
 
-    append = extend = add = __setstate__ = ignore      # __setstate__ takes classes too: their attributes stay
+    # __setstate__ takes classes too: their attributes stay
+    append = extend = add = __setstate__ = ignore
 
 
 class Untyped(Inert):
-    """In place of torch.UntypedStorage, of which PyTorch's reader then asks for the type of an element."""
+    """In place of torch.UntypedStorage, of which PyTorch's reader then asks for the type of an
+    element."""
+
     __slots__ = ()
     dtype = torch.uint8
 
 
 class Fixed:
     """A function that a pickle may call but not change: state meant for it goes nowhere."""
+
     __slots__ = ("function",)
 
     def __init__(self, function):
@@ -63,33 +71,83 @@ class Ordered(dict):
         pass
 
 
-def tensor(storage, offset, size, stride, *_):         # without requires_grad and hooks
+def tensor(storage, offset, size, stride, *_):  # without requires_grad and hooks
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
 def tensor_of_newer_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
-    return torch._utils._rebuild_tensor_v3(storage, offset, size, stride, False, OrderedDict(), dtype)
+    return torch._utils._rebuild_tensor_v3(
+        storage, offset, size, stride, False, OrderedDict(), dtype
+    )
 
 
 def parameter(data, *_):
     return data
 
 
-MACHINERY = {"collections.OrderedDict": Fixed(Ordered),
-             "torch._utils._rebuild_tensor": Fixed(tensor),
-             "torch._utils._rebuild_tensor_v2": Fixed(tensor),
-             "torch._utils._rebuild_tensor_v3": Fixed(tensor_of_newer_dtype),
-             "torch._utils._rebuild_parameter": Fixed(parameter),
-             "torch.storage.UntypedStorage": Untyped,
-             **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}}
+MACHINERY = {
+    "collections.OrderedDict": Fixed(Ordered),
+    "torch._utils._rebuild_tensor": Fixed(tensor),
+    "torch._utils._rebuild_tensor_v2": Fixed(tensor),
+    "torch._utils._rebuild_tensor_v3": Fixed(tensor_of_newer_dtype),
+    "torch._utils._rebuild_parameter": Fixed(parameter),
+    "torch.storage.UntypedStorage": Untyped,
+    **{
+        f"torch.{name}": value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype)
+    },
+}
 
-# No checkpoint has an honest use for these. They would be inert as well; a file that names one is refused to warn.
-# (getattr is not among them: early releases of Python 3.11 pickle every member of an enumeration with it.)
-MODULES = {"asyncio", "bdb", "code", "codeop", "commands", "ctypes", "importlib", "io", "_io", "marshal",
-           "multiprocessing", "nt", "os", "pdb", "pickle", "_pickle", "popen2", "posix", "posixpath", "pty", "runpy",
-           "shutil", "socket", "subprocess", "sys", "timeit", "webbrowser"}
-BUILTINS = {"__import__", "apply", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "file", "globals",
-            "input", "locals", "open", "setattr", "vars"}
+# No checkpoint has an honest use for these. They would be inert as well; a file that names one is
+# refused to warn. (getattr is not among them: early releases of Python 3.11 pickle every member of
+# an enumeration with it.)
+MODULES = {
+    "asyncio",
+    "bdb",
+    "code",
+    "codeop",
+    "commands",
+    "ctypes",
+    "importlib",
+    "io",
+    "_io",
+    "marshal",
+    "multiprocessing",
+    "nt",
+    "os",
+    "pdb",
+    "pickle",
+    "_pickle",
+    "popen2",
+    "posix",
+    "posixpath",
+    "pty",
+    "runpy",
+    "shutil",
+    "socket",
+    "subprocess",
+    "sys",
+    "timeit",
+    "webbrowser",
+}
+BUILTINS = {
+    "__import__",
+    "apply",
+    "breakpoint",
+    "compile",
+    "delattr",
+    "eval",
+    "exec",
+    "execfile",
+    "file",
+    "globals",
+    "input",
+    "locals",
+    "open",
+    "setattr",
+    "vars",
+}
 
 
 class Refused(ValueError):
@@ -98,11 +156,16 @@ class Refused(ValueError):
 
 def dangerous(module, name):
     first = module.partition(".")[0]
-    return first in MODULES or first in ("builtins", "__builtin__") and name.partition(".")[0] in BUILTINS
+    return (
+        first in MODULES
+        or first in ("builtins", "__builtin__")
+        and name.partition(".")[0] in BUILTINS
+    )
 
 
 def read(path, *, mmap=False):
-    """-> content of a pickled file on the CPU, names of the classes and functions that became inert.
+    """-> content of a pickled file on the CPU, names of the classes and functions that became
+    inert.
 
     Raises Refused, or whatever a damaged file leads to.
     """
@@ -114,8 +177,11 @@ def read(path, *, mmap=False):
             if word in MACHINERY:
                 return MACHINERY[word]
             if dangerous(module, name):
-                raise Refused(f"checkpoint {path} names {shown(word)}, which runs code, so nothing was loaded or run; "
-                              "do not use this file, get the checkpoint from its publisher")
+                raise Refused(
+                    f"checkpoint {path} names {shown(word)}, which runs code, so nothing was "
+                    "loaded or run; "
+                    "do not use this file, get the checkpoint from its publisher"
+                )
             return skipped.setdefault(word, type("Inert", (Inert,), {"__slots__": ()}))
 
     with open(path, "rb") as file:
@@ -124,11 +190,17 @@ def read(path, *, mmap=False):
         archive = "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
     else:
         archive = tarfile.is_tarfile(path)
-    if archive:                              # other readers of PyTorch would take over, which no class here restrains
+    # other readers of PyTorch would take over, which no class here restrains
+    if archive:
         raise pickle.UnpicklingError("a TorchScript or tar archive, which is no checkpoint")
-    module = types.SimpleNamespace(__name__="inert", Unpickler=Unpickler,
-                                   load=lambda file, **options: Unpickler(file, **options).load())
-    content = torch.load(path, map_location="cpu", pickle_module=module, weights_only=False, mmap=mmap)
+    module = types.SimpleNamespace(
+        __name__="inert",
+        Unpickler=Unpickler,
+        load=lambda file, **options: Unpickler(file, **options).load(),
+    )
+    content = torch.load(
+        path, map_location="cpu", pickle_module=module, weights_only=False, mmap=mmap
+    )
     return content, [shown(word) for word in skipped]
 
 

@@ -1,9 +1,10 @@
-"""Where and when quantization hurts: the range of every quantization point over time and channels, the error of every
-layer at every step, and that of eps, all along the full-precision trajectory.
+"""Where and when quantization hurts: the range of every quantization point over time and channels,
+the error of every layer at every step, and that of eps, all along the full-precision trajectory.
 
-Axes: S network evaluations of a sampler ("steps"), C channels. What is measured comes as an iterable `batches_by_step`
-of (step, arguments of the network) in any order, every batch at one step; nothing of it is kept.
-"""
+Axes: S network evaluations of a sampler ("steps"), C channels. What is measured comes as an
+iterable `batches_by_step` of (step, arguments of the network) in any order, every batch at one
+step; nothing of it is kept."""
+
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -13,36 +14,41 @@ from torch import nn
 from base.network import Matmul
 from quant.layers import SWAP
 
-DEAD = 1e-8                                # a channel that never gets larger is left out of all ratios
-CONSTANT = 1e-6                            # deviation of ln r below which it is rounding of float32
+# a channel that never gets larger is left out of all ratios
+DEAD = 1e-8
+CONSTANT = 1e-6  # deviation of ln r below which it is rounding of float32
 
 
 @torch.no_grad()
 def step_sqnr(record, quantized_eps):
-    """record: (step, t, x, cond, eps) of a full-precision run, one after the other -> [{"step", "t", "sqnr_db"}].
+    """record: (step, t, x, cond, eps) of a full-precision run, one after the other -> [{"step",
+    "t", "sqnr_db"}].
 
-    SQNR = 10 log10(sum eps^2 / sum (eps_q - eps)^2) over all images of a step, both networks fed the same x; a variance
-    that the network learned to answer beside eps does not count.
-    """
+    SQNR = 10 log10(sum eps^2 / sum (eps_q - eps)^2) over all images of a step, both networks fed
+    the same x; a variance that the network learned to answer beside eps does not count."""
     sums = {}
     for step, t, x, cond, eps in record:
         error = quantized_eps(x, torch.full((len(x),), float(t), device=x.device), cond) - eps
-        signal, noise = (v[:, :x.shape[1]].double().square().sum() for v in (eps, error))
+        signal, noise = (v[:, : x.shape[1]].double().square().sum() for v in (eps, error))
         earlier = sums.get((step, t), (0, 0))
         sums[step, t] = earlier[0] + signal, earlier[1] + noise
     return [{"step": step, "t": t, "sqnr_db": decibels(*sums[step, t])} for step, t in sums]
 
 
 def decibels(signal, noise):
-    """Signal to noise ratio of two sums of squares; noise of 0 counts as 1e-30, so that the number stays finite."""
+    """Signal to noise ratio of two sums of squares; noise of 0 counts as 1e-30, so that the number
+    stays finite."""
     return float(10 * (signal / noise.clamp(min=1e-30)).log10())
 
 
 # ---- ranges
 
+
 @dataclass
 class Ranges:
-    """Statistics of what passes one quantization point, over images and positions: float32, (S, C) each."""
+    """Statistics of what passes one quantization point, over images and positions: float32, (S, C)
+    each."""
+
     r_min: torch.Tensor
     r_max: torch.Tensor
     mean: torch.Tensor
@@ -56,26 +62,27 @@ class Ranges:
 
 @torch.no_grad()
 def observe_ranges(net, batches_by_step):
-    """Ranges of every quantization point of a float network -> {point: Ranges} in execution order, the rows by
-    ascending step. Memory is that of the tables, S * C numbers of each kind per point.
+    """Ranges of every quantization point of a float network -> {point: Ranges} in execution order,
+    the rows by ascending step. Memory is that of the tables, S * C numbers of each kind per point.
 
-    Points are the input of each layer that quantization replaces, named as the layer, and both operands of each
-    attention product, "NAME.ROLE". Channels are those of the layer's input; of q, k and v the features of each head,
-    head by head (what a balance of q with k or of v with proj scales); of the softmax output the heads (what its
-    quantizer tells apart).
-    """
-    tables = {}                            # point -> {step: (5, C)}
+    Points are the input of each layer that quantization replaces, named as the layer, and both
+    operands of each attention product, "NAME.ROLE". Channels are those of the layer's input; of q,
+    k and v the features of each head, head by head (what a balance of q with k or of v with proj
+    scales); of the softmax output the heads (what its quantizer tells apart)."""
+    tables = {}  # point -> {step: (5, C)}
 
     def watch(name):
         def hook(module, inputs):
             for point, x, axes in operands(name, module, inputs):
                 table, found = tables.setdefault(point, {}), moments(x, axes)
                 table[step] = merged(table[step], found) if step in table else found
+
         return hook
+
     with ExitStack() as stack:
         for name, module in replaced(net):
             stack.callback(module.register_forward_pre_hook(watch(name)).remove)
-        for step, arguments in batches_by_step:          # `step` is what the hooks above read
+        for step, arguments in batches_by_step:  # `step` is what the hooks above read
             net(*arguments)
     return {point: finished(table) for point, table in tables.items()}
 
@@ -91,8 +98,10 @@ def operands(name, module, inputs):
         return [(name, inputs[0], (inputs[0].dim() - 1 if isinstance(module, nn.Linear) else 1,))]
     found = []
     for side, (role, x) in enumerate(zip(module.roles, inputs)):
-        x = x if x.dim() == 4 else x[:, None]                                    # (N, heads, rows, columns)
-        # Features are what the product sums over, but for v: rows or columns by the side that the operand is on.
+        # (N, heads, rows, columns)
+        x = x if x.dim() == 4 else x[:, None]
+        # Features are what the product sums over, but for v: rows or columns by the side that the
+        # operand is on.
         features = 3 if (role == "v") == (side == 1) else 2
         found.append((f"{name}.{role}", x, (1,) if role == "probs" else (1, features)))
     return found
@@ -103,8 +112,15 @@ def moments(x, axes):
     x, rest = x.float(), [axis for axis in range(x.dim()) if axis not in axes]
     var, mean = (v.double().flatten() for v in torch.var_mean(x, dim=rest, correction=0))
     count = torch.full_like(mean, x.numel() / len(mean))
-    return torch.stack([-x.amin(rest).flatten(), x.amax(rest).flatten(), count, count * mean,
-                        count * (var + mean ** 2)])
+    return torch.stack(
+        [
+            -x.amin(rest).flatten(),
+            x.amax(rest).flatten(),
+            count,
+            count * mean,
+            count * (var + mean**2),
+        ]
+    )
 
 
 def merged(a, b):
@@ -113,39 +129,47 @@ def merged(a, b):
 
 def finished(table):
     """{step: moments} -> Ranges."""
-    low, high, count, total, squares = torch.stack([table[step] for step in sorted(table)], dim=1).cpu()
+    low, high, count, total, squares = torch.stack(
+        [table[step] for step in sorted(table)], dim=1
+    ).cpu()
     mean = total / count
-    std = (squares / count - mean ** 2).clamp(min=0).sqrt()
+    std = (squares / count - mean**2).clamp(min=0).sqrt()
     return Ranges(*(v.float() for v in (-low, high, mean, std)))
 
 
 def range_model(r_abs):
-    """r_abs (S, C) -> {"mu", "a" (S,), "b" (C,), "rho"}, float64: ln r[t, c] ~ mu + a[t] + b[c] by two-way analysis of
-    variance, where row and column means are the least-squares solution.
+    """r_abs (S, C) -> {"mu", "a" (S,), "b" (C,), "rho"}, float64: ln r[t, c] ~ mu + a[t] + b[c] by
+    two-way analysis of variance, where row and column means are the least-squares solution.
 
-    rho = |residual|^2 / |ln r - mu|^2 in [0, 1] is the share of the variation that no product of a scale per step and a
-    scale per channel explains; 0 for a constant table. Channels that are dead at some step are left out and have NaN
-    in b.
-    """
+    rho = |residual|^2 / |ln r - mu|^2 in [0, 1] is the share of the variation that no product of a
+    scale per step and a scale per channel explains; 0 for a constant table. Channels that are dead
+    at some step are left out and have NaN in b."""
     alive = (r_abs >= DEAD).all(dim=0)
     log = r_abs[:, alive].double().log()
     mu = log.mean()
     a, b = log.mean(dim=1) - mu, log.mean(dim=0) - mu
-    total, residual = ((v ** 2).sum() for v in (log - mu, log - mu - a[:, None] - b))
-    is_constant = total <= log.numel() * CONSTANT ** 2
+    total, residual = ((v**2).sum() for v in (log - mu, log - mu - a[:, None] - b))
+    is_constant = total <= log.numel() * CONSTANT**2
     every_b = torch.full(alive.shape, float("nan"), dtype=b.dtype, device=b.device)
     every_b[alive] = b
-    return {"mu": float(mu), "a": a, "b": every_b, "rho": 0.0 if is_constant else float(residual / total)}
+    return {
+        "mu": float(mu),
+        "a": a,
+        "b": every_b,
+        "rho": 0.0 if is_constant else float(residual / total),
+    }
 
 
 def temporal_variation(a):
-    """V_t = standard deviation of a (S,), the logarithm of the scale over time: 0.7 is a factor of 2."""
+    """V_t = standard deviation of a (S,), the logarithm of the scale over time: 0.7 is a factor of
+    2."""
     return float(a.std(correction=0))
 
 
 def channel_imbalance(r_abs):
-    """V_c = max_c r / median_c r of the largest range over time: the factor by which one channel widens the scale that
-    all share; 1 if all are alike. Channels that are always dead are left out; NaN if no other is there."""
+    """V_c = max_c r / median_c r of the largest range over time: the factor by which one channel
+    widens the scale that all share; 1 if all are alike. Channels that are always dead are left out;
+    NaN if no other is there."""
     largest = r_abs.amax(dim=0)
     largest = largest[largest >= DEAD].double()
     return float(largest.max() / largest.quantile(0.5)) if len(largest) else float("nan")
@@ -154,45 +178,59 @@ def channel_imbalance(r_abs):
 def describe(r_abs):
     """r_abs (S, C) -> {"temporal_variation", "channel_imbalance", "rho"}."""
     model = range_model(r_abs)
-    return {"temporal_variation": temporal_variation(model["a"]), "channel_imbalance": channel_imbalance(r_abs),
-            "rho": model["rho"]}
+    return {
+        "temporal_variation": temporal_variation(model["a"]),
+        "channel_imbalance": channel_imbalance(r_abs),
+        "rho": model["rho"],
+    }
 
 
 def decide(facts, *, segments_above=0.25, balance_above=4.0, by_range_above=0.3):
-    """What one point asks for, by what `describe` gave -> {"segments", "balance", "by_range"}, all bool.
+    """What one point asks for, by what `describe` gave -> {"segments", "balance", "by_range"}, all
+    bool.
 
-    segments: the scale should depend on time. At V_t = 0.25 a range two deviations up is e = 2.7 times one two
-    deviations down, 1.4 bits. balance: channels should be balanced. At V_c = 4 half of the channels leave 2 bits or
-    more unused. by_range: time and channels do not separate, so one balance cannot serve all steps; rho is a share, so
-    where V_t and V_c are small it speaks of the scatter of maxima alone.
-    """
-    return {"segments": facts["temporal_variation"] > segments_above,
-            "balance": facts["channel_imbalance"] > balance_above, "by_range": facts["rho"] > by_range_above}
+    segments: the scale should depend on time. At V_t = 0.25 a range two deviations up is e = 2.7
+    times one two deviations down, 1.4 bits. balance: channels should be balanced. At V_c = 4 half
+    of the channels leave 2 bits or more unused. by_range: time and channels do not separate, so one
+    balance cannot serve all steps; rho is a share, so where V_t and V_c are small it speaks of the
+    scatter of maxima alone."""
+    return {
+        "segments": facts["temporal_variation"] > segments_above,
+        "balance": facts["channel_imbalance"] > balance_above,
+        "by_range": facts["rho"] > by_range_above,
+    }
 
 
 # ---- errors of layers
 
+
 @torch.no_grad()
 def layer_errors(net, quantized, batches_by_step):
-    """The error that each layer and attention product of `quantized` adds by itself: its output minus that of its
-    original, both fed the input that the full-precision `net` has there, so that no error of earlier layers counts. An
-    attention block with balanced layers counts as one: exact folds (quant/balance.py) give its inside other scales.
+    """The error that each layer and attention product of `quantized` adds by itself: its output
+    minus that of its original, both fed the input that the full-precision `net` has there, so that
+    no error of earlier layers counts. An attention block with balanced layers counts as one: exact
+    folds (quant/balance.py) give its inside other scales.
 
-    What finetune or quantization-aware training changed on purpose, biases and norms, counts as error here.
+    What finetune or quantization-aware training changed on purpose, biases and norms, counts as
+    error here.
 
-    -> [{"layer", "step", "t", "mse", "mae", "sqnr_db"}] by layer in execution order, then step: means over all images
-    and values, SQNR of their sums. A layer that is not quantized has errors of exactly 0.
-    """
+    -> [{"layer", "step", "t", "mse", "mae", "sqnr_db"}] by layer in execution order, then step:
+    means over all images and values, SQNR of their sums. A layer that is not quantized has errors
+    of exactly 0."""
     twins, sums, times = dict(quantized.named_modules()), {}, {}
 
     def compare(name):
         def hook(module, inputs, out):
             error = twins[name](*inputs).float() - out.float()
-            found = torch.stack([v.sum(dtype=torch.float64) for v in (error.abs(), error ** 2, out.float() ** 2)])
+            found = torch.stack(
+                [v.sum(dtype=torch.float64) for v in (error.abs(), error**2, out.float() ** 2)]
+            )
             table = sums.setdefault(name, {})
             old, count = table.get(step, (0, 0))
             table[step] = old + found, count + out.numel()
+
         return hook
+
     with ExitStack() as stack:
         for name in comparable(net, twins):
             stack.callback(net.get_submodule(name).register_forward_hook(compare(name)).remove)
@@ -200,14 +238,28 @@ def layer_errors(net, quantized, batches_by_step):
             times[step] = float(arguments[1][0])
             quantized.timeline.set_time(arguments[1])
             net(*arguments)
-    return [{"layer": name, "step": step, "t": times[step], "mse": float(square / count), "mae": float(total / count),
-             "sqnr_db": decibels(signal, square)}
-            for name, table in sums.items() for step, ((total, square, signal), count) in sorted(table.items())]
+    return [
+        {
+            "layer": name,
+            "step": step,
+            "t": times[step],
+            "mse": float(square / count),
+            "mae": float(total / count),
+            "sqnr_db": decibels(signal, square),
+        }
+        for name, table in sums.items()
+        for step, ((total, square, signal), count) in sorted(table.items())
+    ]
 
 
 def comparable(net, twins):
-    """Names of the modules that compute what their quantized twin {name: module} does, up to its error."""
-    folded = [name for name, twin in twins.items() if hasattr(twin, "attention_parts")
-              and any(getattr(layer, "inverse_balance", None) is not None for layer in twin.modules())]
+    """Names of the modules that compute what their quantized twin {name: module} does, up to its
+    error."""
+    folded = [
+        name
+        for name, twin in twins.items()
+        if hasattr(twin, "attention_parts")
+        and any(getattr(layer, "inverse_balance", None) is not None for layer in twin.modules())
+    ]
     inside = tuple(f"{name}." for name in folded)
     return folded + [name for name, _ in replaced(net) if not name.startswith(inside)]

@@ -1,5 +1,7 @@
-"""The graph of a network, from one forward pass on the meta device, where shapes are computed and nothing else: what
-runs in which order, what it costs, and which reconstruction unit reads the output of which."""
+"""The graph of a network, from one forward pass on the meta device, where shapes are computed and
+nothing else: what runs in which order, what it costs, and which reconstruction unit reads the
+output of which."""
+
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -13,9 +15,11 @@ from quant.layers import SWAP
 
 @dataclass
 class Graph:
-    """macs: layer or attention product -> multiply-adds per image, in execution order. units: names in execution order.
-    last_use: unit -> index of the last unit that reads its output, its own if none does. sizes: unit -> (values of its
-    inputs, the network's condition left out; values of its output) for one sample."""
+    """macs: layer or attention product -> multiply-adds per image, in execution order. units: names
+    in execution order. last_use: unit -> index of the last unit that reads its output, its own if
+    none does. sizes: unit -> (values of its inputs, the network's condition left out; values of its
+    output) for one sample."""
+
     macs: dict
     units: list
     last_use: dict
@@ -27,7 +31,8 @@ class Origins(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.known = {}                                # id -> (the tensor, which keeps its id alive; names of units)
+        # id -> (the tensor, which keeps its id alive; names of units)
+        self.known = {}
 
     def of(self, tensors):
         return set().union(*(self.known[id(t)][1] for t in tensors if id(t) in self.known))
@@ -45,16 +50,20 @@ class Origins(TorchFunctionMode):
 
 
 def trace(net, arguments):
-    """The Graph of a float network. `arguments` are those of one sample: x (1, C, H, W), t (1,) and the condition if
-    the network takes one."""
+    """The Graph of a float network. `arguments` are those of one sample: x (1, C, H, W), t (1,) and
+    the condition if the network takes one."""
     macs, modules = {}, dict(net.named_modules())
     arguments = [a.to("meta") for a in arguments]
 
     def count(name):
         def hook(module, inputs, out):
             macs[name] = macs.get(name, 0) + out.numel() * products(module, inputs[0])
+
         return hook
-    run_on_meta(net, arguments, {name: count(name) for name, m in modules.items() if type(m) in SWAP})
+
+    run_on_meta(
+        net, arguments, {name: count(name) for name, m in modules.items() if type(m) in SWAP}
+    )
 
     units, sizes, readers, origins = units_in_order(net, macs), {}, {}, Origins()
 
@@ -65,10 +74,14 @@ def trace(net, arguments):
             own = [a for a in inputs if a is not arguments[-1]] if len(arguments) == 3 else inputs
             sizes[name] = sum(a.numel() for a in own), out.numel()
             origins.set(out, {name})
+
         return hook
+
     with origins:
         run_on_meta(net, arguments, {name: note(name) for name in units})
-    return Graph(macs, units, {name: max(readers.get(name, [i])) for i, name in enumerate(units)}, sizes)
+    return Graph(
+        macs, units, {name: max(readers.get(name, [i])) for i, name in enumerate(units)}, sizes
+    )
 
 
 def products(module, x):
@@ -80,9 +93,13 @@ def products(module, x):
 
 @torch.no_grad()
 def run_on_meta(net, arguments, hooks):
-    """Call `net` with stand-ins for its weights; hooks {module name: function(module, inputs, output)}."""
-    ghosts = {name: tensor.to("meta") for named in (net.named_parameters(), net.named_buffers())
-              for name, tensor in named}
+    """Call `net` with stand-ins for its weights; hooks {module name: function(module, inputs,
+    output)}."""
+    ghosts = {
+        name: tensor.to("meta")
+        for named in (net.named_parameters(), net.named_buffers())
+        for name, tensor in named
+    }
     with ExitStack() as stack:
         for name, hook in hooks.items():
             stack.callback(net.get_submodule(name).register_forward_hook(hook).remove)
@@ -90,8 +107,9 @@ def run_on_meta(net, arguments, hooks):
 
 
 def captured_bytes(graph, num_samples):
-    """Memory that reconstruction wants at its worst unit for `num_samples` calibration samples: inputs, output and what
-    later units read, in float32, of the full-precision and of the quantized network."""
+    """Memory that reconstruction wants at its worst unit for `num_samples` calibration samples:
+    inputs, output and what later units read, in float32, of the full-precision and of the quantized
+    network."""
     alive, peak = {}, 0
     for i, unit in enumerate(graph.units):
         inputs, alive[unit] = graph.sizes[unit]
@@ -101,8 +119,8 @@ def captured_bytes(graph, num_samples):
 
 
 def units_in_order(net, layers):
-    """Names of the reconstruction units in execution order: of each executed layer the enclosing block that says
-    `is_unit = True`, or the layer itself."""
+    """Names of the reconstruction units in execution order: of each executed layer the enclosing
+    block that says `is_unit = True`, or the layer itself."""
     blocks, units = [name for name, m in net.named_modules() if getattr(m, "is_unit", False)], []
     for layer in layers:
         unit = next((b for b in blocks if layer.startswith(b + ".")), layer)

@@ -1,43 +1,48 @@
-"""The arithmetic of quantization: from an interval to scale and zero point, from a number to its code, and gradients."""
+"""The arithmetic of quantization: from an interval to scale and zero point, from a number to its
+code, and gradients."""
+
 import torch
 
 
 def code_range(bits, symmetric):
     """Smallest and largest integer code."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
 def scale_zero_point(low, high, bits, symmetric):
-    """Interval -> (scale, zero_point), float tensors shaped as low. Asymmetric: scale = (high - low)/(2^b - 1),
-    zero_point = -round(low/scale) in 0..2^b-1. Symmetric: scale = max(|low|, high)/(2^(b-1) - 1), zero_point = 0."""
+    """Interval -> (scale, zero_point), float tensors shaped as low. Asymmetric: scale = (high -
+    low)/(2^b - 1), zero_point = -round(low/scale) in 0..2^b-1. Symmetric: scale = max(|low|,
+    high)/(2^(b-1) - 1), zero_point = 0."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
         scale = torch.maximum(-low, high) / max(2 ** (bits - 1) - 1, 1)
         return scale.clamp(min=1e-8), torch.zeros_like(low)
-    scale = ((high - low) / (2 ** bits - 1)).clamp(min=1e-8)
-    return scale, (-(low / scale).round()).clamp(0, 2 ** bits - 1)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-8)
+    return scale, (-(low / scale).round()).clamp(0, 2**bits - 1)
 
 
 def centered_codes(x, scale, zero_point, low_code, high_code):
-    """The quantizer: integer code minus zero point, clamp(round(x / scale), low - z, high - z), as floats.
+    """The quantizer: integer code minus zero point, clamp(round(x / scale), low - z, high - z), as
+    floats.
 
-    The one definition of quantization in this library; the division is a multiplication by the float32 reciprocal.
-    """
+    The one definition of quantization in this library; the division is a multiplication by the
+    float32 reciprocal."""
     code = (x * scale.reciprocal()).round_()
-    torch.maximum(code, low_code - zero_point, out=code)       # clamp with tensors is ten times slower on CPUs
+    # clamp with tensors is ten times slower on CPUs
+    torch.maximum(code, low_code - zero_point, out=code)
     return torch.minimum(code, high_code - zero_point, out=code)
 
 
-LOG2_TOP = 14                              # exponent of the largest integer of the log2 grid
+LOG2_TOP = 14  # exponent of the largest integer of the log2 grid
 
 
 def log2_codes(x, bits):
-    """Powers of two as integers: round(-log2 x) = q in 0..min(2^b-2, LOG2_TOP) gives 2^(LOG2_TOP - q), what lies below
-    gives 0; times the scale 2^-LOG2_TOP that is 2^-q. So more than 4 bits have no more codes, which end at 6e-5.
-    Gradients pass straight through. x in [0, 1]."""
-    ratio = x * 2.0 ** LOG2_TOP
-    q = (-x.detach().log2()).round().clamp(min=0)              # inf for 0
-    last = min(2 ** bits - 2, LOG2_TOP)
+    """Powers of two as integers: round(-log2 x) = q in 0..min(2^b-2, LOG2_TOP) gives 2^(LOG2_TOP -
+    q), what lies below gives 0; times the scale 2^-LOG2_TOP that is 2^-q. So more than 4 bits have
+    no more codes, which end at 6e-5. Gradients pass straight through. x in [0, 1]."""
+    ratio = x * 2.0**LOG2_TOP
+    q = (-x.detach().log2()).round().clamp(min=0)  # inf for 0
+    last = min(2**bits - 2, LOG2_TOP)
     code = torch.where(q <= last, torch.exp2(LOG2_TOP - q.clamp(max=last)), 0.0)
     return ratio + (code - ratio).detach() if ratio.requires_grad else code
 

@@ -1,10 +1,11 @@
 """Group maps: which scale belongs to which element.
 
-A group map is an integer tensor that broadcasts against one sample of an activation, x[0], or against a whole
-weight; the scale in use is `scale[segment][group_of]`. Per tensor, per channel, per group of channels, per head and
-the split of concatenated inputs (Q-Diffusion, Li et al. 2023, arXiv:2302.04304: a shortcut's two parts, whose ranges
-differ, each with own scales) are all this one line.
-"""
+A group map is an integer tensor that broadcasts against one sample of an activation, x[0], or
+against a whole weight; the scale in use is `scale[segment][group_of]`. Per tensor, per channel, per
+group of channels, per head and the split of concatenated inputs (Q-Diffusion, Li et al. 2023,
+arXiv:2302.04304: a shortcut's two parts, whose ranges differ, each with own scales) are all this
+one line."""
+
 import torch
 
 
@@ -18,8 +19,8 @@ def split_of(splits, num_channels):
 def activation_groups(per, num_channels, trailing, *, group_size=0, splits=None):
     """Map for an activation with `num_channels` channels followed by `trailing` axes.
 
-    `per`: "tensor" (one group, or one per concatenated part), "channel", "group" (`group_size` neighbouring
-    channels), "head" (as channel, for products whose first sample axis is the head).
+    `per`: "tensor" (one group, or one per concatenated part), "channel", "group" (`group_size`
+    neighbouring channels), "head" (as channel, for products whose first sample axis is the head).
     """
     if per == "tensor" and not splits:
         return torch.tensor(0)
@@ -30,18 +31,26 @@ def activation_groups(per, num_channels, trailing, *, group_size=0, splits=None)
         group_of = channel
     elif per == "group":
         if group_size < 1:
-            raise ValueError("per: group needs group_size, the number of neighbouring channels that share a scale")
+            raise ValueError(
+                "per: group needs group_size, the number of neighbouring channels that share a "
+                "scale"
+            )
         group_of = channel // group_size
     else:
-        raise ValueError(f"granularity 'per: {per}' is unknown; choose tensor, channel, group or head")
+        raise ValueError(
+            f"granularity 'per: {per}' is unknown; choose tensor, channel, group or head"
+        )
     return group_of.reshape(num_channels, *[1] * trailing)
 
 
 def weight_groups(per, shape, *, splits=None):
-    """Map for a weight (out, in, ...): per "tensor" or per output "channel", times the concatenated parts of `in`."""
+    """Map for a weight (out, in, ...): per "tensor" or per output "channel", times the concatenated
+    parts of `in`."""
     out, inner = shape[0], shape[1]
     if per not in ("tensor", "channel"):
-        raise ValueError(f"granularity 'per: {per}' is unknown for weights; choose tensor or channel")
+        raise ValueError(
+            f"granularity 'per: {per}' is unknown for weights; choose tensor or channel"
+        )
     rows = torch.arange(out) if per == "channel" else torch.zeros(out, dtype=torch.long)
     num_rows = out if per == "channel" else 1
     group_of = rows[:, None] + (num_rows * split_of(splits, inner)[None] if splits else 0)

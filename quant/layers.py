@@ -4,17 +4,19 @@ The forward of a hardened layer, which an integer engine has to reproduce bit fo
 
     conv(q_x - z_x, w_int) * s_x * s_w + b
 
-evaluated left to right in float32 on integer-valued tensors (w_int = code - zero point). The sum is exact below 2^24;
-beyond, which takes hundreds of channels at 8 bits, float32 rounds it (1e-6 of it) where an integer engine does not. A
-convolution that reads a concatenation with own scales for each part is the sum of one such product per part, then + b.
-Scales that vary inside the sum (activations per channel or per group) multiply q_x - z_x instead. What is not quantized
-has no factor.
+evaluated left to right in float32 on integer-valued tensors (w_int = code - zero point). The sum is
+exact below 2^24; beyond, which takes hundreds of channels at 8 bits, float32 rounds it (1e-6 of it)
+where an integer engine does not. A convolution that reads a concatenation with own scales for each
+part is the sum of one such product per part, then + b. Scales that vary inside the sum (activations
+per channel or per group) multiply q_x - z_x instead. What is not quantized has no factor.
 
-With own weights for every time segment w_int and s_w are those of the segment; a batch then lies in one segment.
+With own weights for every time segment w_int and s_w are those of the segment; a batch then lies in
+one segment.
 
-A balanced layer (quant/balance.py) reads x * inverse_balance, one factor per input channel, and its weight holds the
-balance: W_c * balance_c. An integer engine merges that factor with the 1/s_x of its quantize step.
-"""
+A balanced layer (quant/balance.py) reads x * inverse_balance, one factor per input channel, and its
+weight holds the balance: W_c * balance_c. An integer engine merges that factor with the 1/s_x of
+its quantize step."""
+
 from functools import partial
 
 import torch
@@ -35,11 +37,11 @@ def operation(layer):
 
 
 class QuantLayer(nn.Module):
-    """Conv1d, Conv2d or Linear with a quantized weight and a quantized input (either may be left alone).
+    """Conv1d, Conv2d or Linear with a quantized weight and a quantized input (either may be left
+    alone).
 
-    Life: float weight; ranges fitted; learned rounding where asked for; hardened, when `weight_int` replaces the
-    float weight.
-    """
+    Life: float weight; ranges fitted; learned rounding where asked for; hardened, when `weight_int`
+    replaces the float weight."""
 
     def __init__(self, layer, weight_spec, input_spec, timeline, split, balanced=False):
         super().__init__()
@@ -52,11 +54,19 @@ class QuantLayer(nn.Module):
         self.parts = splits or (self.shape[1],)
         self.weight_quantizer = self.input_quantizer = self.rounding = None
         if weight_spec.bits < 32:
-            self.weight_quantizer = Quantizer(weight_spec, weight_groups(weight_spec.per, self.shape, splits=splits),
-                                              timeline if weight_spec.per_segment else None)
+            self.weight_quantizer = Quantizer(
+                weight_spec,
+                weight_groups(weight_spec.per, self.shape, splits=splits),
+                timeline if weight_spec.per_segment else None,
+            )
         if input_spec.bits < 32:
-            group_of = activation_groups(input_spec.per, self.shape[1], self.trailing,
-                                         group_size=input_spec.group_size, splits=splits)
+            group_of = activation_groups(
+                input_spec.per,
+                self.shape[1],
+                self.trailing,
+                group_size=input_spec.group_size,
+                splits=splits,
+            )
             self.input_quantizer = Quantizer(input_spec, group_of, timeline)
         self.register_buffer("weight_int", None)
         self.register_buffer("inverse_balance", torch.ones(self.shape[1]) if balanced else None)
@@ -81,7 +91,8 @@ class QuantLayer(nn.Module):
         return out if self.bias is None else out + self.per_channel(self.bias)
 
     def quantize_input(self, x):
-        """-> what is multiplied, and the scales to multiply the product of each part with (None: no factor)."""
+        """-> what is multiplied, and the scales to multiply the product of each part with (None: no
+        factor)."""
         q = self.input_quantizer
         if q is None or not q.active(x):
             return x, None
@@ -90,9 +101,14 @@ class QuantLayer(nn.Module):
         return q(x), None
 
     def input_error(self, x):
-        """x (N, in, ...) minus what its quantizer, behind the balance, makes of it; 0 where that is switched off."""
+        """x (N, in, ...) minus what its quantizer, behind the balance, makes of it; 0 where that is
+        switched off."""
         factor = 1.0 if self.inverse_balance is None else self.per_channel(self.inverse_balance)
-        return x - self.input_quantizer(x * factor) / factor if self.input_quantizer.enabled else torch.zeros_like(x)
+        return (
+            x - self.input_quantizer(x * factor) / factor
+            if self.input_quantizer.enabled
+            else torch.zeros_like(x)
+        )
 
     def weight_in_use(self):
         """Integers when hardened; else the weight as it is, softly rounded, or on its grid."""
@@ -105,20 +121,22 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def balance(self, factors):
-        """Divide input channel c by factors[c] (in,) and multiply the weight's column c with it, on top of earlier
-        balances; the product stays what it is. The float network, which shared the weight, keeps its own."""
+        """Divide input channel c by factors[c] (in,) and multiply the weight's column c with it, on
+        top of earlier balances; the product stays what it is. The float network, which shared the
+        weight, keeps its own."""
         self.inverse_balance = self.inverse_balance / factors
         self.scale_weight(factors[None])
 
     @torch.no_grad()
     def scale_weight(self, factors):
         """Multiply the weight with factors (out, 1) or (1, in)."""
-        self.weight = nn.Parameter(self.weight * factors.reshape(*factors.shape, *[1] * self.trailing),
-                                   requires_grad=False)
+        self.weight = nn.Parameter(
+            self.weight * factors.reshape(*factors.shape, *[1] * self.trailing), requires_grad=False
+        )
 
     def per_channel(self, values):
-        """(channels,) or (1,) shaped to multiply x or a result: channels are axis 1 of a convolution, the last of a
-        Linear."""
+        """(channels,) or (1,) shaped to multiply x or a result: channels are axis 1 of a
+        convolution, the last of a Linear."""
         return values.reshape(-1, *[1] * self.trailing)
 
     @property
@@ -130,8 +148,11 @@ class QuantLayer(nn.Module):
         """Of the weight in use. Raises ValueError for a batch that spans segments."""
         segment = self.weight_quantizer.timeline.segment if self.has_segments else 0
         if torch.is_tensor(segment):
-            raise ValueError("the samples of a batch lie in different time segments, which have different weights; run "
-                             "the samples of each segment apart")
+            raise ValueError(
+                "the samples of a batch lie in different time segments, which have different "
+                "weights; run "
+                "the samples of each segment apart"
+            )
         return segment
 
     def weight_scales(self):
@@ -143,7 +164,8 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def set_unsigned_codes(self, codes):
-        """Become the hardened layer of these codes; the weight quantizer's zero points are in place."""
+        """Become the hardened layer of these codes; the weight quantizer's zero points are in
+        place."""
         self.weight_int = codes.float() + self.weight_quantizer.low - self.zero_points()
         self.weight = self.rounding = None
 
@@ -156,41 +178,54 @@ class QuantLayer(nn.Module):
         return (len(self.weight_quantizer.scale), *self.shape) if self.has_segments else self.shape
 
     def fit_weight(self):
-        """Choose the weight's scales from the weight; concatenated parts each from their own columns."""
+        """Choose the weight's scales from the weight; concatenated parts each from their own
+        columns."""
         q = self.weight_quantizer
         if self.has_segments:
-            raise ValueError("own weights for every time segment (per_segment) are made by the pass segment_models, "
-                             "inside which fit_ranges and reconstruct belong; passes that fit ranges before it for "
-                             "trials, such as balance and allocate_bits, do not go with per_segment")
+            raise ValueError(
+                "own weights for every time segment (per_segment) are made by the pass "
+                "segment_models, "
+                "inside which fit_ranges and reconstruct belong; passes that fit ranges before it "
+                "for "
+                "trials, such as balance and allocate_bits, do not go with per_segment"
+            )
         for part, columns in enumerate(self.weight.detach().split(self.parts, dim=1)):
             values = columns.flatten(1) if q.spec.per == "channel" else columns.reshape(1, -1)
             q.fit([values], first=part * len(values))
 
     @torch.no_grad()
     def harden(self):
-        """Replace the float weight by integers: learned rounding where there is one, nearest otherwise."""
+        """Replace the float weight by integers: learned rounding where there is one, nearest
+        otherwise."""
         if self.weight_quantizer is None or self.weight_int is not None:
             return
         learned = self.rounding is not None
-        codes = self.rounding.codes(hard=True) if learned else self.weight_quantizer.codes(self.weight)
+        codes = (
+            self.rounding.codes(hard=True) if learned else self.weight_quantizer.codes(self.weight)
+        )
         self.weight_int, self.weight, self.rounding = codes.detach().clone(), None, None
 
 
 class QuantMatmul(nn.Module):
-    """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * s_a * s_b, per tensor or per head (axis 1)."""
+    """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * s_a * s_b, per tensor or
+    per head (axis 1)."""
 
     def __init__(self, matmul, specs, timeline):
         super().__init__()
         self.roles = matmul.roles
-        self.a_quantizer, self.b_quantizer = (self.build(spec, matmul.num_heads, timeline) for spec in specs)
+        self.a_quantizer, self.b_quantizer = (
+            self.build(spec, matmul.num_heads, timeline) for spec in specs
+        )
 
     @staticmethod
     def build(spec, num_heads, timeline):
         if spec.bits >= 32:
             return None
         if spec.per not in ("tensor", "head"):
-            raise ValueError("operands of attention products are quantized per tensor or per head, not "
-                             f"'per: {spec.per}'")
+            raise ValueError(
+                "operands of attention products are quantized per tensor or per head, not "
+                f"'per: {spec.per}'"
+            )
         per = spec.per if num_heads > 1 else "tensor"
         return Quantizer(spec, activation_groups(per, num_heads, 2), timeline)
 
@@ -207,19 +242,30 @@ class QuantMatmul(nn.Module):
 
 
 class QuantOperand(nn.Module):
-    """An activation (N, C) on its grid, (q_x - z_x) * s_x; where it has parts, each has its own s_x and z_x. Scale and
-    shift enter norm(h) * (1 + scale) + shift so (split embedding, repository iszry/HKU_2023_Summer_Research)."""
+    """An activation (N, C) on its grid, (q_x - z_x) * s_x; where it has parts, each has its own s_x
+    and z_x. Scale and shift enter norm(h) * (1 + scale) + shift so (split embedding, repository
+    iszry/HKU_2023_Summer_Research)."""
 
     def __init__(self, operand, spec, timeline, split):
         super().__init__()
         self.role = operand.role
-        group_of = activation_groups(spec.per, sum(operand.input_splits), 0, group_size=spec.group_size,
-                                     splits=operand.input_splits if split else ())
+        group_of = activation_groups(
+            spec.per,
+            sum(operand.input_splits),
+            0,
+            group_size=spec.group_size,
+            splits=operand.input_splits if split else (),
+        )
         self.input_quantizer = Quantizer(spec, group_of, timeline)
 
     def forward(self, x):
         return self.input_quantizer(x) if self.input_quantizer.active(x) else x
 
 
-SWAP = {nn.Conv1d: QuantLayer, nn.Conv2d: QuantLayer, nn.Linear: QuantLayer, Matmul: QuantMatmul,
-        Operand: QuantOperand}
+SWAP = {
+    nn.Conv1d: QuantLayer,
+    nn.Conv2d: QuantLayer,
+    nn.Linear: QuantLayer,
+    Matmul: QuantMatmul,
+    Operand: QuantOperand,
+}

@@ -1,11 +1,12 @@
 """The quantizer of one tensor: scale and zero point of shape (segments, groups).
 
-Uniform affine quantization: code = clamp(round(x/scale) + z), value = (code - z) * scale. Gradients are those of LSQ
-(Esser et al. 2020, arXiv:1902.08153, Eq. 3): rounding passes them straight through where x lies between the end codes;
-there the gradient of the value to `scale` is round(x/s) - x/s, beyond them it is the end code. The code of BRECQ, QDrop
-and Q-Diffusion counts the half step beyond an end code, which rounds to it, as inside. Where many values lie there, as
-the minimum of SiLU does, that gradient pulls the scale the wrong way.
-"""
+Uniform affine quantization: code = clamp(round(x/scale) + z), value = (code - z) * scale. Gradients
+are those of LSQ (Esser et al. 2020, arXiv:1902.08153, Eq. 3): rounding passes them straight through
+where x lies between the end codes; there the gradient of the value to `scale` is round(x/s) - x/s,
+beyond them it is the end code. The code of BRECQ, QDrop and Q-Diffusion counts the half step beyond
+an end code, which rounds to it, as inside. Where many values lie there, as the minimum of SiLU
+does, that gradient pulls the scale the wrong way."""
+
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,8 @@ from quant.ranges import find_range
 
 
 class Quantizer(nn.Module):
-    """Quantizer of one tensor. `group_of` as made by quant.groups; `timeline` says the segment (None: static)."""
+    """Quantizer of one tensor. `group_of` as made by quant.groups; `timeline` says the segment
+    (None: static)."""
 
     def __init__(self, spec, group_of, timeline=None):
         super().__init__()
@@ -26,21 +28,26 @@ class Quantizer(nn.Module):
         shape = (self.timeline.num_segments if self.timeline else 1, num_groups(group_of))
         self.bits = list(spec.segment_bits) or [spec.bits] * shape[0]
         if len(self.bits) != shape[0]:
-            raise ValueError(f"segment_bits names {len(self.bits)} widths, the timeline has {shape[0]} segments")
+            raise ValueError(
+                f"segment_bits names {len(self.bits)} widths, the timeline has {shape[0]} segments"
+            )
         self.low, self.high = code_range(spec.bits, spec.symmetric)
-        self.scale = nn.Parameter(torch.full(shape, float("nan")), requires_grad=False)     # NaN until fitted
+        # NaN until fitted
+        self.scale = nn.Parameter(torch.full(shape, float("nan")), requires_grad=False)
         self.register_buffer("zero_point", torch.full(shape, float("nan")))
         self.register_buffer("group_of", group_of, persistent=False)
         self.enabled = True
-        self.__dict__["soft_scale"] = None       # while a pass learns: what gives the table of scales (quant/soft.py)
-        self.__dict__["made_by"] = None          # afterwards: what gave it
-        self.drop = None                         # while a pass learns: x -> which elements stay unquantized
+        # while a pass learns: what gives the table of scales (quant/soft.py)
+        self.__dict__["soft_scale"] = None
+        self.__dict__["made_by"] = None  # afterwards: what gave it
+        # while a pass learns: x -> which elements stay unquantized
+        self.drop = None
         self.observed, self.samples_to_come = None, 0
-        self.num_values = 0                      # of a sample that share a scale, once observed
+        self.num_values = 0  # of a sample that share a scale, once observed
 
     def unfitted(self, timeline, **changes):
-        """A fresh one for trials on another timeline, `changes` made to its specification; of the nominal width in
-        every segment."""
+        """A fresh one for trials on another timeline, `changes` made to its specification; of the
+        nominal width in every segment."""
         spec = replace(self.spec, segment_bits=(), **changes)
         return Quantizer(spec, self.group_of.clone(), timeline).to(self.scale.device)
 
@@ -48,12 +55,13 @@ class Quantizer(nn.Module):
         return f"bits={self.spec.bits}, shape={tuple(self.scale.shape)}, range={self.spec.range}"
 
     def table(self, values, x):
-        """Row(s) of a (segments, groups) table for the current segment, shaped to broadcast against x."""
+        """Row(s) of a (segments, groups) table for the current segment, shaped to broadcast against
+        x."""
         segment = self.timeline.segment if self.timeline else 0
         rows = values[segment]
         if rows.dim() == 1:
             return rows[self.group_of]
-        rows = rows[:, self.group_of]                                            # (N, *group map)
+        rows = rows[:, self.group_of]  # (N, *group map)
         return rows.reshape(len(rows), *[1] * (x.dim() - rows.dim()), *rows.shape[1:])
 
     def active(self, x):
@@ -68,7 +76,8 @@ class Quantizer(nn.Module):
 
     @property
     def learnable(self):
-        """16-bit quantizers (softmax outputs of text models) and fixed grids keep their scale, as in released code."""
+        """16-bit quantizers (softmax outputs of text models) and fixed grids keep their scale, as
+        in released code."""
         return self.spec.bits < 16 and self.spec.grid == "uniform"
 
     def scales(self):
@@ -76,11 +85,16 @@ class Quantizer(nn.Module):
         return self.scale if self.soft_scale is None else self.soft_scale()
 
     def codes(self, x):
-        """Centred integer codes of x, as floats: code - zero_point. Chosen in float32, under autocast too."""
+        """Centred integer codes of x, as floats: code - zero_point. Chosen in float32, under
+        autocast too."""
         x = x.float()
         if self.spec.grid == "log2":
             return log2_codes(x, self.spec.bits)
-        codes = self.codes_at(self.scale, x) if self.soft_scale is None else self.soft_scale.codes(self, x)
+        codes = (
+            self.codes_at(self.scale, x)
+            if self.soft_scale is None
+            else self.soft_scale.codes(self, x)
+        )
         if self.drop is None:
             return codes
         return torch.where(self.drop(x), x / self.table(self.scales(), x), codes)
@@ -88,13 +102,18 @@ class Quantizer(nn.Module):
     def codes_at(self, scales, x):
         """Codes with another table of scales than the own one."""
         low, high = self.code_ends(x)
-        return StraightThrough.apply(x, self.table(scales, x), self.table(self.zero_point, x), low, high)
+        return StraightThrough.apply(
+            x, self.table(scales, x), self.table(self.zero_point, x), low, high
+        )
 
     def code_ends(self, x):
-        """Smallest and largest code: numbers, or tables shaped to broadcast where segments differ in bits."""
+        """Smallest and largest code: numbers, or tables shaped to broadcast where segments differ
+        in bits."""
         if len(set(self.bits)) == 1:
             return code_range(self.bits[0], self.spec.symmetric)
-        ends = torch.tensor([code_range(bits, self.spec.symmetric) for bits in self.bits], device=x.device).float()
+        ends = torch.tensor(
+            [code_range(bits, self.spec.symmetric) for bits in self.bits], device=x.device
+        ).float()
         return tuple(self.table(end[:, None].expand_as(self.scale), x) for end in ends.unbind(1))
 
     @torch.no_grad()
@@ -113,8 +132,8 @@ class Quantizer(nn.Module):
         return self.codes(x) * self.table(self.scales(), x)
 
     def part_scales(self, x):
-        """Scales of a per-tensor quantizer, one per concatenated part, each a scalar or (N, 1, ...) to multiply a
-        result with as many axes as x."""
+        """Scales of a per-tensor quantizer, one per concatenated part, each a scalar or (N, 1, ...)
+        to multiply a result with as many axes as x."""
         rows = self.scales()[self.timeline.segment if self.timeline else 0]
         if rows.dim() == 1:
             return rows.unbind()
@@ -122,7 +141,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x):
-        """Keep for each sample and group an even pick of the values and both extremes, (N, groups, picks + 2)."""
+        """Keep for each sample and group an even pick of the values and both extremes, (N, groups,
+        picks + 2)."""
         flat, groups = x.detach().flatten(1), self.scale.shape[1]
         index = self.group_of.expand(x.shape[1:]).flatten()
         order, counts = index.argsort(stable=True), index.bincount(minlength=groups)
@@ -131,43 +151,64 @@ class Quantizer(nn.Module):
         position = torch.arange(picks, device=x.device) * (counts[:, None] - 1) // max(picks - 1, 1)
         values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position]]
         shape, target = (len(x), groups), index.expand(len(x), -1)
-        ends = [flat.new_zeros(shape).scatter_reduce(1, target, flat, how, include_self=False)[:, :, None]
-                for how in ("amin", "amax")]
+        ends = [
+            flat.new_zeros(shape).scatter_reduce(1, target, flat, how, include_self=False)[
+                :, :, None
+            ]
+            for how in ("amin", "amax")
+        ]
         segment = self.timeline.segment if self.timeline else 0
         segment = torch.as_tensor(segment, device=x.device).expand(len(x))
         self.observed.append((torch.cat([values, *ends], dim=2), segment))
 
     def begin_observing(self, num_samples):
-        """Start collecting; `num_samples` samples are going to pass, which sets how many values each may keep."""
+        """Start collecting; `num_samples` samples are going to pass, which sets how many values
+        each may keep."""
         self.observed, self.samples_to_come = [], num_samples
 
     @torch.no_grad()
     def fit_observed(self, neighbours=0, batch_size=64):
-        """Choose scale and zero point from what was observed, then forget it; for each segment also from the
-        `neighbours` before and after it. With `ema` the intervals of successive `batch_size` samples of the segment
-        are averaged. Raises ValueError where a segment, and these, were never seen."""
+        """Choose scale and zero point from what was observed, then forget it; for each segment also
+        from the `neighbours` before and after it. With `ema` the intervals of successive
+        `batch_size` samples of the segment are averaged. Raises ValueError where a segment, and
+        these, were never seen."""
         batches, self.observed = self.observed, None
         for s in range(len(self.scale)):
-            seen = [v for v in (values[(segment - s).abs() <= neighbours] for values, segment in batches) if len(v)]
+            seen = [
+                v
+                for v in (values[(segment - s).abs() <= neighbours] for values, segment in batches)
+                if len(v)
+            ]
             if not seen:
-                raise ValueError(f"calibration data hold no sample in time segment {s} of {len(self.scale)}; "
-                                 "add steps to the calibration set or use fewer segments")
+                raise ValueError(
+                    f"calibration data hold no sample in time segment {s} of {len(self.scale)}; "
+                    "add steps to the calibration set or use fewer segments"
+                )
             seen = torch.cat(seen)
             self.fit([pooled(v) for v in (seen.split(batch_size) if self.spec.ema else [seen])], s)
 
     @torch.no_grad()
     def fit(self, batches, segment=0, first=0):
-        """Choose scale and zero point of the groups `first`, first + 1, ... of one segment from values (groups, K);
-        several batches are averaged (EMA). The log2 grid is fixed."""
+        """Choose scale and zero point of the groups `first`, first + 1, ... of one segment from
+        values (groups, K); several batches are averaged (EMA). The log2 grid is fixed."""
         if self.spec.grid == "log2":
-            self.scale[segment], self.zero_point[segment] = 2.0 ** -LOG2_TOP, 0.0
+            self.scale[segment], self.zero_point[segment] = 2.0**-LOG2_TOP, 0.0
             return
         ends = None
         for values in batches:
-            found = find_range(self.spec.range, values.float(), self.bits[segment], self.spec.symmetric,
-                               **self.spec.options())
+            found = find_range(
+                self.spec.range,
+                values.float(),
+                self.bits[segment],
+                self.spec.symmetric,
+                **self.spec.options(),
+            )
             keep = self.spec.ema
-            ends = found if ends is None else [keep * old + (1 - keep) * new for old, new in zip(ends, found)]
+            ends = (
+                found
+                if ends is None
+                else [keep * old + (1 - keep) * new for old, new in zip(ends, found)]
+            )
         scale, zero_point = scale_zero_point(*ends, self.bits[segment], self.spec.symmetric)
         rows = slice(first, first + len(scale))
         self.scale[segment, rows], self.zero_point[segment, rows] = scale, zero_point

@@ -1,21 +1,24 @@
-"""Range searches: values (groups, K) -> the clipping interval (low, high) of each group, vectorised over groups.
+"""Range searches: values (groups, K) -> the clipping interval (low, high) of each group, vectorised
+over groups.
 
     minmax      the extremes           percentile  what leaves out a fraction `tail` at either end
     mse, mse2d  argmin over candidates (low, high) of mean |x - Q(x; low, high)|^p; 1-D (both ends shrunk alike) or 2-D
 
-The searches are those of the code that the field shares: BRECQ (Li et al. 2021, arXiv:2102.05426), QDrop (Wei et al.
-2022, arXiv:2203.05740), Q-Diffusion (Li et al. 2023, arXiv:2302.04304). One set of candidates serves all methods;
-PTQ4DM and EDA-DM have others (R i / 100 for i = 1 .. 100, EDA-DM those of a symmetric interval).
+The searches are those of the code that the field shares: BRECQ (Li et al. 2021, arXiv:2102.05426),
+QDrop (Wei et al. 2022, arXiv:2203.05740), Q-Diffusion (Li et al. 2023, arXiv:2302.04304). One set
+of candidates serves all methods; PTQ4DM and EDA-DM have others (R i / 100 for i = 1 .. 100, EDA-DM
+those of a symmetric interval).
 
 The interval always contains zero, so zero is exactly representable (convolutions pad with it).
 """
+
 import torch
 
 from quant.grid import centered_codes, code_range, scale_zero_point
 
-NORM = 2.4                    # p of the searches
-NUM_SHRINKS = 80              # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
-CHUNK_ELEMENTS = 2 ** 22      # working set of one batch of candidates
+NORM = 2.4  # p of the searches
+NUM_SHRINKS = 80  # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
+CHUNK_ELEMENTS = 2**22  # working set of one batch of candidates
 
 
 def minmax(values, bits, symmetric):
@@ -26,30 +29,44 @@ def percentile(values, bits, symmetric, tail=0.001):
     """Leave out the fraction `tail` of the values at either end."""
     ordered = values.sort(dim=1).values
     last = values.shape[1] - 1
-    return ordered[:, round(tail * last)].clamp(max=0), ordered[:, last - round(tail * last)].clamp(min=0)
+    return ordered[:, round(tail * last)].clamp(max=0), ordered[:, last - round(tail * last)].clamp(
+        min=0
+    )
 
 
 def search_1d(values, bits, symmetric):
-    """Shrink both ends together; keep the candidate of least mean |x - Q(x)|^2.4 (first one wins)."""
+    """Shrink both ends together; keep the candidate of least mean |x - Q(x)|^2.4 (first one
+    wins)."""
     low, high = minmax(values, bits, symmetric)
     factors = 1 - 0.01 * torch.arange(NUM_SHRINKS, dtype=values.dtype, device=values.device)
-    return _best(values, low[None] * factors[:, None], high[None] * factors[:, None], bits, symmetric)
+    return _best(
+        values, low[None] * factors[:, None], high[None] * factors[:, None], bits, symmetric
+    )
 
 
 def search_2d(values, bits, symmetric):
-    """Both ends on their own (QDrop's search for two-sided data): from the best of the 1-D search on, rounds of nearby
-    zero points and widths, in ever smaller steps of the zero point. Costs 2 (4 bits) to 3.5 (8 bits) of the 1-D search;
-    all 100 widths x 2^b zero points would cost 20 and more, for ranges measured no better."""
+    """Both ends on their own (QDrop's search for two-sided data): from the best of the 1-D search
+    on, rounds of nearby zero points and widths, in ever smaller steps of the zero point. Costs 2 (4
+    bits) to 3.5 (8 bits) of the 1-D search; all 100 widths x 2^b zero points would cost 20 and
+    more, for ranges measured no better."""
     best = search_1d(values, bits, symmetric)
     if symmetric:
         return best
-    levels = 2 ** bits - 1
+    levels = 2**bits - 1
     factors = torch.linspace(0.8, 1.2, 9, dtype=values.dtype, device=values.device)
-    for stride in (2 ** power for power in reversed(range(bits - 1))):
+    for stride in (2**power for power in reversed(range(bits - 1))):
         scale, zero = scale_zero_point(*best, bits, symmetric)
         zeros = torch.stack([zero - stride, zero, zero + stride]).clamp(0, levels)
-        lows, highs = _intervals((scale * levels)[None, None] * factors[:, None, None], zeros[None], levels)
-        best = _best(values, torch.cat([best[0][None], lows]), torch.cat([best[1][None], highs]), bits, symmetric)
+        lows, highs = _intervals(
+            (scale * levels)[None, None] * factors[:, None, None], zeros[None], levels
+        )
+        best = _best(
+            values,
+            torch.cat([best[0][None], lows]),
+            torch.cat([best[1][None], highs]),
+            bits,
+            symmetric,
+        )
     return best
 
 
@@ -67,7 +84,11 @@ def _best(values, lows, highs, bits, symmetric):
     errors = []
     for scale, zero in zip(scales.split(size), zeros.split(size)):
         scale, zero = scale[:, :, None], zero[:, :, None]
-        error = centered_codes(values[None], scale, zero, low_code, high_code).mul_(scale).sub_(values[None])
+        error = (
+            centered_codes(values[None], scale, zero, low_code, high_code)
+            .mul_(scale)
+            .sub_(values[None])
+        )
         errors.append(error.abs_().pow_(NORM).mean(2))
     best = torch.cat(errors).argmin(0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]

@@ -1,4 +1,5 @@
 """Ordered rules over module names and roles: what is quantized, and how."""
+
 from dataclasses import fields
 from fnmatch import fnmatchcase
 
@@ -7,8 +8,9 @@ from base.network import ROLES
 from quant.ranges import RANGES
 from quant.spec import GRIDS, PER, QuantSpec
 
-BY_NAME = ("scale_shift",)                 # roles that only rules which name them speak of
-FOREIGN = {"weight": ("grid", "group_size", "segment_bits", "static"), "input": ("per_segment",)}    # the other part's
+BY_NAME = ("scale_shift",)  # roles that only rules which name them speak of
+# the other part's
+FOREIGN = {"weight": ("grid", "group_size", "segment_bits", "static"), "input": ("per_segment",)}
 RULE_KEYS = ("match", "role", "kind", "weight", "input", "split", "balance")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
@@ -17,36 +19,52 @@ def check_bits(bits, what):
     """Raises ValueError for a width that cannot be stored or computed."""
     allowed = BITS + (16,) if what == "input" else BITS
     if bits not in allowed:
-        raise ValueError(f"{what} bits {bits} are impossible; choose {', '.join(map(str, sorted(allowed)))} "
-                         "(32 leaves the tensor in floating point)")
+        raise ValueError(
+            f"{what} bits {bits} are impossible; choose {', '.join(map(str, sorted(allowed)))} "
+            "(32 leaves the tensor in floating point)"
+        )
 
 
 def check_rules(rules):
     """Raises ValueError for an unknown key of a rule or of its specifications."""
     for rule in rules:
-        if not isinstance(rule, dict) or not all(isinstance(rule.get(p, {}), dict) for p in ("weight", "input")):
-            raise ValueError(f"rule {rule} must be a mapping such as {{role: stem, weight: {{bits: 8}}}}")
+        if not isinstance(rule, dict) or not all(
+            isinstance(rule.get(p, {}), dict) for p in ("weight", "input")
+        ):
+            raise ValueError(
+                f"rule {rule} must be a mapping such as {{role: stem, weight: {{bits: 8}}}}"
+            )
         for key in rule:
             if key not in RULE_KEYS:
-                raise ValueError(unknown_word(f"rule {dict(rule)} has an unknown key '{key}'", key, RULE_KEYS))
+                raise ValueError(
+                    unknown_word(f"rule {dict(rule)} has an unknown key '{key}'", key, RULE_KEYS)
+                )
         for key, words in (("role", ROLES), ("kind", ("layer", "matmul"))):
             for word in listed(rule.get(key, words[0])):
                 if word not in words:
                     complaint = f"rule {dict(rule)} has an unknown {key} '{word}'"
                     raise ValueError(unknown_word(complaint, str(word), words))
         for part, foreign in FOREIGN.items():
-            facts, known = rule.get(part, {}), [f.name for f in fields(QuantSpec) if f.name not in foreign]
+            facts, known = (
+                rule.get(part, {}),
+                [f.name for f in fields(QuantSpec) if f.name not in foreign],
+            )
             for key, words in (("range", RANGES), ("grid", GRIDS), ("per", PER)):
                 if facts.get(key, next(iter(words))) not in words:
-                    raise ValueError(unknown_word(f"{key} '{facts[key]}' is unknown", facts[key], words))
+                    raise ValueError(
+                        unknown_word(f"{key} '{facts[key]}' is unknown", facts[key], words)
+                    )
             for key in facts:
                 if key not in known:
                     complaint = f"{part} of rule {dict(rule)} has an unknown key '{key}'"
                     raise ValueError(unknown_word(complaint, key, known))
             check_bits(rule.get(part, {}).get("bits", 32), part)
         if rule.get("input", {}).get("grid") == "log2" and listed(rule.get("role")) != ["probs"]:
-            raise ValueError(f"rule {dict(rule)} has grid log2, which is for softmax outputs, numbers in [0, 1]; give "
-                             "it role: probs")
+            raise ValueError(
+                f"rule {dict(rule)} has grid log2, which is for softmax outputs, numbers in [0, "
+                "1]; give "
+                "it role: probs"
+            )
 
 
 def listed(value):
@@ -56,12 +74,16 @@ def listed(value):
 def applies(rule, name, role, kind):
     """Whether a rule speaks of this layer or operand."""
     of_role = role in listed(rule["role"]) if "role" in rule else role not in BY_NAME
-    return of_role and fnmatchcase(name, rule.get("match", "*")) and kind in listed(rule.get("kind", kind))
+    return (
+        of_role
+        and fnmatchcase(name, rule.get("match", "*"))
+        and kind in listed(rule.get("kind", kind))
+    )
 
 
 def resolve(rules, name, role, kind):
-    """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec, "split": bool, "balance":
-    bool}."""
+    """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec,
+    "split": bool, "balance": bool}."""
     merged = {"weight": {}, "input": {}, "split": True, "balance": False}
     for rule in rules:
         if applies(rule, name, role, kind):

@@ -1,5 +1,7 @@
-"""What gives a quantizer its table of scales while a pass learns it: a model in place of a free scale for every
-segment. At its end the table stays and the model goes, so running it costs nothing."""
+"""What gives a quantizer its table of scales while a pass learns it: a model in place of a free
+scale for every segment. At its end the table stays and the model goes, so running it costs
+nothing."""
+
 from torch import nn
 
 from quant.convert import input_quantizers
@@ -8,7 +10,7 @@ from quant.convert import input_quantizers
 class SoftScale(nn.Module):
     """`forward()` is the table (segments, groups), with gradients."""
 
-    done = 0.0                             # share of its learning that is over
+    done = 0.0  # share of its learning that is over
 
     def codes(self, quantizer, x):
         """Codes of x, in units of the table."""
@@ -24,14 +26,19 @@ class SoftScale(nn.Module):
 
 
 def attach(net, make):
-    """Give every activation quantizer of `net` that is learnable and not static the soft scale make(quantizer); returns
-    how many. Raises ValueError on a timeline of one segment, where there is nothing to model, and where scales are
-    modelled already."""
+    """Give every activation quantizer of `net` that is learnable and not static the soft scale
+    make(quantizer); returns how many. Raises ValueError on a timeline of one segment, where there
+    is nothing to model, and where scales are modelled already."""
     if net.timeline.num_segments == 1:
-        raise ValueError("scales that depend on time need more than one time segment; set segments: per_step")
+        raise ValueError(
+            "scales that depend on time need more than one time segment; set segments: per_step"
+        )
     quantizers = [q for q in input_quantizers(net).values() if q.learnable and not q.spec.static]
     if any(q.soft_scale is not None or q.made_by is not None for q in quantizers):
-        raise ValueError("scales are already given by an earlier pass (dynamic_scales or group_scales); leave one out")
+        raise ValueError(
+            "scales are already given by an earlier pass (dynamic_scales or group_scales); leave "
+            "one out"
+        )
     for q in quantizers:
         q.__dict__["soft_scale"] = make(q).to(q.scale.device)
     return len(quantizers)

@@ -1,7 +1,9 @@
-"""Time as an axis: which segment k(t) = #{b : b <= t} of the denoising trajectory a forward pass belongs to.
+"""Time as an axis: which segment k(t) = #{b : b <= t} of the denoising trajectory a forward pass
+belongs to.
 
-With one segment for every sampled step, each activation has a scale of its own there: x_q = s[k(t)] (code - z[k(t)]),
-the finite-set calibration of TFMQ-DM (Huang et al. 2024, arXiv:2311.16503)."""
+With one segment for every sampled step, each activation has a scale of its own there: x_q = s[k(t)]
+(code - z[k(t)]), the finite-set calibration of TFMQ-DM (Huang et al. 2024, arXiv:2311.16503)."""
+
 import torch
 
 from base.errors import unknown_word
@@ -10,20 +12,28 @@ PER_STEP = "per_step"
 
 
 def segment_boundaries(times, segments):
-    """Boundaries that cut a sampler's network times (in any order) into `segments`: 1; k parts of as equal numbers of
-    steps as possible; "per_step", one for each time; or a list of the boundaries themselves, as network times. Those
-    that are chosen here lie midway between neighbouring times, so that another step count finds the nearest segment.
-    Raises ValueError for a segment without any time."""
+    """Boundaries that cut a sampler's network times (in any order) into `segments`: 1; k parts of
+    as equal numbers of steps as possible; "per_step", one for each time; or a list of the
+    boundaries themselves, as network times. Those that are chosen here lie midway between
+    neighbouring times, so that another step count finds the nearest segment. Raises ValueError for
+    a segment without any time."""
     times = sorted(set(map(float, times)))
     if isinstance(segments, (list, tuple)):
         return checked_boundaries(times, segments)
     count = len(times) if segments == PER_STEP else segments
     if not isinstance(count, int) or isinstance(count, bool):
-        raise ValueError(unknown_word(f"segments '{segments}' is neither a number, a list nor a known word",
-                                      str(segments), [PER_STEP]))
+        raise ValueError(
+            unknown_word(
+                f"segments '{segments}' is neither a number, a list nor a known word",
+                str(segments),
+                [PER_STEP],
+            )
+        )
     if not 1 <= count <= len(times):
-        raise ValueError(f"{count} time segments asked for, the sampler has {len(times)} steps; choose 1 to "
-                         f"{len(times)}")
+        raise ValueError(
+            f"{count} time segments asked for, the sampler has {len(times)} steps; choose 1 to "
+            f"{len(times)}"
+        )
     # Counted from the noisy end, as samplers do: 100 steps in 3 parts are 33, 33 and 34.
     cuts = [len(times) - i * len(times) // count for i in range(1, count)]
     return sorted((times[cut - 1] + times[cut]) / 2 for cut in cuts)
@@ -35,18 +45,20 @@ def checked_boundaries(times, boundaries):
     ends = [float("-inf"), *sorted(map(float, boundaries)), float("inf")]
     for low, high in zip(ends, ends[1:]):
         if not any(low <= t < high for t in times):
-            raise ValueError(f"segments {list(boundaries)}: no step of the sampler lies between {low:g} and {high:g}; "
-                             f"its network times are {times[0]:g} to {times[-1]:g}")
+            raise ValueError(
+                f"segments {list(boundaries)}: no step of the sampler lies between {low:g} and "
+                f"{high:g}; "
+                f"its network times are {times[0]:g} to {times[-1]:g}"
+            )
     return ends[1:-1]
 
 
 class Timeline:
-    """Segments of the network's step axis. `boundaries` are ascending step values; step t lies in segment
-    #{b : b <= t}. Without boundaries there is one segment and every quantizer is static.
+    """Segments of the network's step axis. `boundaries` are ascending step values; step t lies in
+    segment #{b : b <= t}. Without boundaries there is one segment and every quantizer is static.
 
-    `segment` is an int, or (N,) when the samples of a batch lie in several segments; a pre-hook on the network reads
-    t and sets it, so that no call is ever counted.
-    """
+    `segment` is an int, or (N,) when the samples of a batch lie in several segments; a pre-hook on
+    the network reads t and sets it, so that no call is ever counted."""
 
     def __init__(self, boundaries=()):
         self.boundaries = torch.tensor(sorted(boundaries), dtype=torch.float32)
@@ -64,7 +76,8 @@ class Timeline:
         self.segment = int(segment[0]) if bool((segment == segment[0]).all()) else segment
 
     def restricted_to(self, t):
-        """A timeline of the segments that hold the steps t (N,) alone, set to these samples: for trials on few."""
+        """A timeline of the segments that hold the steps t (N,) alone, set to these samples: for
+        trials on few."""
         known = self.segments_of(t).float().unique()
         few = Timeline(((known[1:] + known[:-1]) / 2).tolist())
         few.set_time(self.segments_of(t))
@@ -75,13 +88,17 @@ class Timeline:
         return torch.bucketize(t.float(), self.boundaries.to(t.device), right=True)
 
     def segment_times(self, t):
-        """Mean step of each segment over t (N,) -> (segments,). Raises ValueError for a segment without any."""
+        """Mean step of each segment over t (N,) -> (segments,). Raises ValueError for a segment
+        without any."""
         segment, times = self.segments_of(t), []
         for s in range(self.num_segments):
             own = t[segment == s].float()
             if not len(own):
-                raise ValueError(f"calibration data hold no sample in time segment {s} of {self.num_segments}; add "
-                                 "steps to the calibration set or use fewer segments")
+                raise ValueError(
+                    f"calibration data hold no sample in time segment {s} of {self.num_segments}; "
+                    "add "
+                    "steps to the calibration set or use fewer segments"
+                )
             times.append(own.mean())
         return torch.stack(times)
 

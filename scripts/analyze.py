@@ -1,4 +1,5 @@
 """The command of tinydm/stages/analyze.py, which explains it: python scripts/analyze.py --help"""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The command of tinydm/stages/calibrate.py, which explains it: python scripts/calibrate.py --help"""
+"""The command of tinydm/stages/calibrate.py, which explains it: python scripts/calibrate.py
+--help"""
+
 import sys
 from pathlib import Path
 

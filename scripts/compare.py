@@ -1,4 +1,5 @@
 """The command of tinydm/compare.py, which explains it: python scripts/compare.py --help"""
+
 import sys
 from pathlib import Path
 

@@ -1,8 +1,9 @@
 """Which dependencies of pyproject.toml does this Python lack?  python scripts/dependencies.py
 
-Prints the requirements that are absent or too old, one a line, and exits with 1 if there are any. It reads installed
-metadata only, so it takes a fraction of a second and runs in a Python that has none of them.
-"""
+Prints the requirements that are absent or too old, one a line, and exits with 1 if there are any.
+It reads installed metadata only, so it takes a fraction of a second and runs in a Python that has
+none of them."""
+
 import operator
 import re
 import sys
@@ -10,13 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PROJECT_FILE = Path(__file__).resolve().parents[1] / "pyproject.toml"
-LISTS = ("dependencies", "test")             # what the tests need is installed too
-COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
-           ">": operator.gt, "<": operator.lt}
+LISTS = ("dependencies", "test")  # what the tests need is installed too
+COMPARE = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 
 def requirements(text):
-    """The quoted entries of the lists named in LISTS (the standard TOML reader came with Python 3.11 only)."""
+    """The quoted entries of the lists named in LISTS (the standard TOML reader came with Python
+    3.11 only)."""
     found = []
     for name in LISTS:
         body = re.search(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL).group(1)
@@ -41,8 +49,10 @@ def is_met(requirement, version_of=installed):
     """Whether a requirement such as torch>=2.11,!=2.13.0 holds."""
     name, conditions = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
     found = version_of(name)
-    return found is not None and all(COMPARE[sign](numbers(found), numbers(wanted))
-                                     for sign, wanted in re.findall(r"([<>=!]+)([\w.]+)", conditions))
+    return found is not None and all(
+        COMPARE[sign](numbers(found), numbers(wanted))
+        for sign, wanted in re.findall(r"([<>=!]+)([\w.]+)", conditions)
+    )
 
 
 if __name__ == "__main__":

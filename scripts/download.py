@@ -1,4 +1,5 @@
 """The command of models/download.py, which explains it: python scripts/download.py --help"""
+
 import sys
 from pathlib import Path
 

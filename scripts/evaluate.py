@@ -1,4 +1,5 @@
 """The command of tinydm/stages/evaluate.py, which explains it: python scripts/evaluate.py --help"""
+
 import sys
 from pathlib import Path
 

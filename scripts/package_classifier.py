@@ -1,4 +1,6 @@
-"""The command of tinydm/training/package_classifier.py, which explains it: python scripts/package_classifier.py --help"""
+"""The command of tinydm/training/package_classifier.py, which explains it: python
+scripts/package_classifier.py --help"""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The command of tinydm/stages/quantize.py, which explains it: python scripts/quantize.py --help"""
+
 import sys
 from pathlib import Path
 

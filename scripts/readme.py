@@ -1,4 +1,5 @@
 """The command of tinydm/report/documents.py, which explains it: python scripts/readme.py --help"""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The command of tinydm/report/command.py, which explains it: python scripts/report.py --help"""
+
 import sys
 from pathlib import Path
 

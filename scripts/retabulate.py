@@ -1,4 +1,6 @@
-"""The command of tinydm/stages/retabulate.py, which explains it: python scripts/retabulate.py --help"""
+"""The command of tinydm/stages/retabulate.py, which explains it: python scripts/retabulate.py
+--help"""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The command of tinydm/stages/sample.py, which explains it: python scripts/sample.py --help"""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The command of tinydm/report/table.py, which explains it: python scripts/table.py --help"""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """The command of tinydm/training/train.py, which explains it: python scripts/train.py --help"""
+
 import sys
 from pathlib import Path
 

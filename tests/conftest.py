@@ -1,4 +1,6 @@
-"""What the tests share: recorded fixtures, a tiny network, a tiny model on disk, comparison in words."""
+"""What the tests share: recorded fixtures, a tiny network, a tiny model on disk, comparison in
+words."""
+
 import gzip
 import json
 from contextlib import contextmanager
@@ -14,9 +16,17 @@ from models.zoo import build_network
 from tinydm.training.tasks import DiffusionTraining
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CHECKPOINTS = json.loads(gzip.decompress((FIXTURES / "ddim_checkpoints.json.gz").read_bytes()))   # public ones: shapes
-TINY = {"family": "ddim-unet", "image_size": 8, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
-        "attn_resolutions": [4], "norm_groups": 4}
+# public ones: shapes
+CHECKPOINTS = json.loads(gzip.decompress((FIXTURES / "ddim_checkpoints.json.gz").read_bytes()))
+TINY = {
+    "family": "ddim-unet",
+    "image_size": 8,
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [4],
+    "norm_groups": 4,
+}
 
 
 class Killed(Exception):
@@ -25,7 +35,8 @@ class Killed(Exception):
 
 @contextmanager
 def killed_training(after):
-    """While inside, a diffusion training dies when `after` optimizer steps are done; that it does is checked."""
+    """While inside, a diffusion training dies when `after` optimizer steps are done; that it does
+    is checked."""
     count, step = [0], DiffusionTraining.training_step
 
     def dying_step(self, *arguments):
@@ -33,13 +44,15 @@ def killed_training(after):
             raise Killed
         count[0] += 1
         return step(self, *arguments)
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(DiffusionTraining, "training_step", dying_step)
         yield
 
 
 def read_fixture(name):
-    """-> meta, weights, tensors of tests/fixtures/NAME.npz; a weight is stored as integers times a power of two."""
+    """-> meta, weights, tensors of tests/fixtures/NAME.npz; a weight is stored as integers times a
+    power of two."""
     content = np.load(FIXTURES / f"{name}.npz")
     meta, weights, tensors = json.loads(str(content["meta"])), {}, {}
     for key in content.files:
@@ -55,7 +68,9 @@ def read_fixture(name):
 
 def below(prefix, tensors):
     """The entries whose names begin with `prefix`, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
 def deviation(found, expected):
@@ -65,11 +80,14 @@ def deviation(found, expected):
 
 
 def assert_close(found, expected, tolerance):
-    assert deviation(found, expected) <= tolerance, f"deviates by {deviation(found, expected):.1e} of its largest value"
+    assert deviation(found, expected) <= tolerance, (
+        f"deviates by {deviation(found, expected):.1e} of its largest value"
+    )
 
 
 def randomize(net, seed=0):
-    """Every parameter from a seeded normal law, the layers that training starts at zero included; returns `net`."""
+    """Every parameter from a seeded normal law, the layers that training starts at zero included;
+    returns `net`."""
     rng = torch.Generator().manual_seed(seed)
     for name, value in net.named_parameters():
         noise = torch.randn(value.shape, generator=rng)
@@ -85,10 +103,16 @@ def tiny_net():
 
 @pytest.fixture
 def tiny_config(tiny_net, tmp_path):
-    """A model YAML's content with its checkpoint on disk: a 3 x 8 x 8 model of 20 thousand parameters."""
+    """A model YAML's content with its checkpoint on disk: a 3 x 8 x 8 model of 20 thousand
+    parameters."""
     save_file(tiny_net.state_dict(), tmp_path / "tiny.safetensors")
-    return {"name": "tiny", "network": TINY, "checkpoint": str(tmp_path / "tiny.safetensors"), "schedule": {},
-            "sampling": {"sampler": "ddim", "steps": 5, "skip": "uniform", "eta": 0.0}}
+    return {
+        "name": "tiny",
+        "network": TINY,
+        "checkpoint": str(tmp_path / "tiny.safetensors"),
+        "schedule": {},
+        "sampling": {"sampler": "ddim", "steps": 5, "skip": "uniform", "eta": 0.0},
+    }
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """What the tests of quant/ share: rules, calibration samples and jobs for the tiny network."""
+
 from types import SimpleNamespace
 
 import torch
@@ -12,7 +13,7 @@ from quant.passes.run import run_passes
 from quant.timeline import Timeline
 
 SHAPE = (3, 8, 8)
-EXAMPLE = torch.empty(1, *SHAPE), torch.zeros(1)       # arguments of the tiny network
+EXAMPLE = torch.empty(1, *SHAPE), torch.zeros(1)  # arguments of the tiny network
 WEIGHT_8 = {"bits": 8, "per": "channel"}
 
 
@@ -26,18 +27,29 @@ def rules(weight, inputs):
 
 
 def samples(num=10, seed=0, context=0):
-    """Calibration samples at steps that are spread over 0..999, as if of one trajectory, with contexts of 4 tokens if
-    they have features."""
+    """Calibration samples at steps that are spread over 0..999, as if of one trajectory, with
+    contexts of 4 tokens if they have features."""
     cond = normal(3, 4, context, seed=seed + 1) if context else None
-    return CalibrationSet(normal(num, *SHAPE, seed=seed), torch.linspace(999, 0, num).round(), cond,
-                          torch.arange(num) % 3 if context else None, torch.zeros(num, dtype=torch.long))
+    return CalibrationSet(
+        normal(num, *SHAPE, seed=seed),
+        torch.linspace(999, 0, num).round(),
+        cond,
+        torch.arange(num) % 3 if context else None,
+        torch.zeros(num, dtype=torch.long),
+    )
 
 
 def make_job(net, folder, wanted, *, num=10, boundaries=(), context=0, **more):
     calibration = samples(num, context=context)
-    return Job(model=SimpleNamespace(net=net, shape=SHAPE), net=convert(net, wanted, Timeline(boundaries)),
-               calibration=calibration, graph=trace(net, calibration.arguments(slice(0, 1))), resume_folder=folder,
-               rules=wanted, **{"log": lambda line: None} | more)
+    return Job(
+        model=SimpleNamespace(net=net, shape=SHAPE),
+        net=convert(net, wanted, Timeline(boundaries)),
+        calibration=calibration,
+        graph=trace(net, calibration.arguments(slice(0, 1))),
+        resume_folder=folder,
+        rules=wanted,
+        **{"log": lambda line: None} | more,
+    )
 
 
 def quantized(net, folder, wanted, *, passes=({"fit_ranges": {}},), **more):
@@ -78,7 +90,8 @@ class Wired(nn.Module):
 
 @torch.no_grad()
 def capture_whole(net, unit, calibration, batch_size):
-    """Arguments and output of one unit from complete forward passes: what a stream must reproduce bit for bit."""
+    """Arguments and output of one unit from complete forward passes: what a stream must reproduce
+    bit for bit."""
     module, calls = dict(net.named_modules())[unit], []
     hook = module.register_forward_hook(lambda _, arguments, out: calls.append((arguments, out)))
     try:
@@ -86,4 +99,6 @@ def capture_whole(net, unit, calibration, batch_size):
             net(*batch)
     finally:
         hook.remove()
-    return [torch.cat(parts) for parts in zip(*(a for a, _ in calls))], torch.cat([out for _, out in calls])
+    return [torch.cat(parts) for parts in zip(*(a for a, _ in calls))], torch.cat(
+        [out for _, out in calls]
+    )

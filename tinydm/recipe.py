@@ -1,4 +1,6 @@
-"""The recipe of a run: all keys, what is refused before any work begins, and what tells two recipes apart."""
+"""The recipe of a run: all keys, what is refused before any work begins, and what tells two recipes
+apart."""
+
 import inspect
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -20,9 +22,10 @@ from quant.timeline import segment_boundaries
 @dataclass
 class Bits:
     """Widths that the rules of a method refer to; 32 = floating point."""
+
     weight: int = 8
     input: int = 8
-    softmax: int = 8                         # of attention maps; a model may want more
+    softmax: int = 8  # of attention maps; a model may want more
 
 
 STARTS = ("normal", "i2n", "di2n")
@@ -30,16 +33,22 @@ STARTS = ("normal", "i2n", "di2n")
 
 @dataclass
 class Calibration:
-    """Where calibration data come from: `steps` * `images` samples of `images` trajectories, or a `file`."""
-    builder: str = "uniform"                 # which steps of which images: a word of quant.calibration.BUILDERS
-    options: dict[str, Any] = field(default_factory=dict)        # of the builder
+    """Where calibration data come from: `steps` * `images` samples of `images` trajectories, or a
+    `file`."""
+
+    # which steps of which images: a word of quant.calibration.BUILDERS
+    builder: str = "uniform"
+    options: dict[str, Any] = field(default_factory=dict)  # of the builder
     steps: int = 20
     images: int = 256
     seed: int = 1000
-    start: str = "normal"                    # of the trajectories: normal | i2n | di2n, see scripts/calibrate.py
-    start_step: float = 1.0                  # share of the chain that they run through; 1 = all of it
-    data: str = ""                           # images for start: i2n, a folder or cifar10[:FOLDER]
-    file: str = ""                           # ready-made set: our safetensors or a torch file {"xs", "ts"}
+    # of the trajectories: normal | i2n | di2n, see scripts/calibrate.py
+    start: str = "normal"
+    # share of the chain that they run through; 1 = all of it
+    start_step: float = 1.0
+    data: str = ""  # images for start: i2n, a folder or cifar10[:FOLDER]
+    # ready-made set: our safetensors or a torch file {"xs", "ts"}
+    file: str = ""
 
 
 @dataclass
@@ -50,14 +59,17 @@ class Sampling:
     eta: float = 0.0
     seed: int = 0
     batch_size: int = 64
-    num: int = 256                           # images 0 .. num-1 of the seed
-    classes: list[int] = field(default_factory=list)     # in turn; [] draws one for each image
-    prompts: str = ""                        # file of prompts, in turn: one a line, or COCO captions .json
+    num: int = 256  # images 0 .. num-1 of the seed
+    classes: list[int] = field(default_factory=list)  # in turn; [] draws one for each image
+    # file of prompts, in turn: one a line, or COCO captions .json
+    prompts: str = ""
 
 
 @dataclass
 class Guidance:
-    """Classifier-free guidance: its scale (1 = none) and the class or prompt that stands for no condition."""
+    """Classifier-free guidance: its scale (1 = none) and the class or prompt that stands for no
+    condition."""
+
     scale: float = 1.0
     null_class: int | None = None
     null_prompt: str = ""
@@ -66,17 +78,21 @@ class Guidance:
 @dataclass
 class Effort:
     """Counts and rates of reconstruction; the defaults are the published ones."""
+
     weight_iters: int = 20000
     input_iters: int = 5000
     weight_lr: float = 1e-3
     input_lr: float = 4e-4
     batch_size: int = 32
-    bfloat16: Any = False                    # true | false | auto: where the device computes it; config.yaml says which
+    # true | false | auto: where the device computes it; config.yaml says which
+    bfloat16: Any = False
 
 
 @dataclass
 class Evaluation:
-    """Arguments of evaluation.metrics.distribution_scores, and the images on which SQNR per step is measured."""
+    """Arguments of evaluation.metrics.distribution_scores, and the images on which SQNR per step is
+    measured."""
+
     extractor: str = "auto"
     inception_path: str = ""
     fetch: bool = False
@@ -86,44 +102,52 @@ class Evaluation:
 
 @dataclass
 class RunConfig:
-    """All keys of a run: a model YAML, a bits YAML, a method YAML, a preset YAML and key=value, merged in order."""
-    name: str = ""                           # of the model
+    """All keys of a run: a model YAML, a bits YAML, a method YAML, a preset YAML and key=value,
+    merged in order."""
+
+    name: str = ""  # of the model
     network: dict[str, Any] = field(default_factory=dict)
-    first_stage: dict[str, Any] = field(default_factory=dict)    # of latent models: the autoencoder
-    cond_stage: dict[str, Any] = field(default_factory=dict)     # of latent models: what encodes the condition
-    scale_factor: float | None = None        # of the latents; None: from the checkpoint, 1 where it has none
+    first_stage: dict[str, Any] = field(default_factory=dict)  # of latent models: the autoencoder
+    # of latent models: what encodes the condition
+    cond_stage: dict[str, Any] = field(default_factory=dict)
+    # of the latents; None: from the checkpoint, 1 where it has none
+    scale_factor: float | None = None
     guidance: Guidance = field(default_factory=Guidance)
     checkpoint: str = ""
-    weights: str = "ema"                     # ema | raw, where a checkpoint has both
-    download: str = ""                       # command that fetches the checkpoint
-    demo: str = ""                           # command that does the same with a model that ships
+    weights: str = "ema"  # ema | raw, where a checkpoint has both
+    download: str = ""  # command that fetches the checkpoint
+    demo: str = ""  # command that does the same with a model that ships
     schedule: dict[str, Any] = field(default_factory=dict)
     bits: Bits = field(default_factory=Bits)
     method: str = ""
-    variant: str = ""                        # of the method in a comparison, as its tables call it
-    segments: Any = 1                        # of time: 1, a number, per_step, or [boundaries]
+    variant: str = ""  # of the method in a comparison, as its tables call it
+    segments: Any = 1  # of time: 1, a number, per_step, or [boundaries]
     rules: list[Any] = field(default_factory=list)
-    exceptions: list[Any] = field(default_factory=list)          # rules on top of those of any method
+    # rules on top of those of any method
+    exceptions: list[Any] = field(default_factory=list)
     passes: list[Any] = field(default_factory=list)
-    pass_options: dict[str, Any] = field(default_factory=dict)   # on top of `passes`, by name; null: without it
+    # on top of `passes`, by name; null: without it
+    pass_options: dict[str, Any] = field(default_factory=dict)
     preset: str = "paper"
     effort: Effort = field(default_factory=Effort)
     calibration: Calibration = field(default_factory=Calibration)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    seed: int = 0                            # of everything random in quantization
+    seed: int = 0  # of everything random in quantization
     out: str = ""
     device: str = "auto"
-    threads: int = 0                         # CPU threads; 0 = PyTorch's choice
-    memory_gb: float = 4.0                   # captured activations held in memory; the rest spills to disk
-    max_batch: int = 256                     # samples at most that a pass measures at once; learning: effort.batch_size
-    force: bool = False                      # do a finished stage again
+    threads: int = 0  # CPU threads; 0 = PyTorch's choice
+    # captured activations held in memory; the rest spills to disk
+    memory_gb: float = 4.0
+    # samples at most that a pass measures at once; learning: effort.batch_size
+    max_batch: int = 256
+    force: bool = False  # do a finished stage again
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def all_rules(self):
-        """Of the method, then exceptions; 32 bits for inputs leave those in floating point that a method's rules hold
-        at other widths too."""
+        """Of the method, then exceptions; 32 bits for inputs leave those in floating point that a
+        method's rules hold at other widths too."""
         weights_only = [{"match": "*", "input": {"bits": 32}}] if self.bits.input == 32 else []
         return [*self.rules, *weights_only, *self.exceptions]
 
@@ -133,13 +157,15 @@ class RunConfig:
 
 
 def load_recipe(files, words=()):
-    """The RunConfig of `files` and key=value words, effort.bfloat16: auto decided: as the run folder says that is there
-    already, else by what the device computes."""
+    """The RunConfig of `files` and key=value words, effort.bfloat16: auto decided: as the run
+    folder says that is there already, else by what the device computes."""
     config = load(RunConfig, files, words)
     if isinstance(config.effort.bfloat16, bool):
         return config
     if config.effort.bfloat16 != "auto":
-        raise ValueError(f"effort.bfloat16 is {config.effort.bfloat16}; it must be true, false or auto")
+        raise ValueError(
+            f"effort.bfloat16 is {config.effort.bfloat16}; it must be true, false or auto"
+        )
     saved = Path(config.out) / "config.yaml"
     if config.out and saved.exists():
         chosen = load(RunConfig, [saved]).effort.bfloat16
@@ -149,7 +175,17 @@ def load_recipe(files, words=()):
 
 
 # These change no artefact.
-FREE = {"num", "out", "variant", "device", "threads", "memory_gb", "force", "provenance", "evaluation"}
+FREE = {
+    "num",
+    "out",
+    "variant",
+    "device",
+    "threads",
+    "memory_gb",
+    "force",
+    "provenance",
+    "evaluation",
+}
 
 
 def check(config):
@@ -167,7 +203,9 @@ def check(config):
             raise ValueError(unknown_word(f"schedule has no key '{key}'", key, known))
         kind = type(known[key].default)
         if kind in (int, float) and (type(value) not in (int, kind) or value <= 0):
-            raise ValueError(f"schedule.{key} is {value}; it must be a {'whole ' * (kind is int)}number above 0")
+            raise ValueError(
+                f"schedule.{key} is {value}; it must be a {'whole ' * (kind is int)}number above 0"
+            )
     num_segments = len(boundaries(config)) + 1
     check_rules(config.all_rules)
     passes = check_passes(config.all_passes)
@@ -180,21 +218,37 @@ def check(config):
         word = config.sampling.sampler
         raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
     if config.sampling.eta and config.sampling.sampler not in STOCHASTIC:
-        raise ValueError(f"{config.sampling.sampler} is deterministic, but sampling.eta is {config.sampling.eta}; set "
-                         f"it to 0, or choose {' or '.join(STOCHASTIC)}")
-    num_steps = len(step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule)))
+        raise ValueError(
+            f"{config.sampling.sampler} is deterministic, but sampling.eta is "
+            f"{config.sampling.eta}; set "
+            f"it to 0, or choose {' or '.join(STOCHASTIC)}"
+        )
+    num_steps = len(
+        step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule))
+    )
     if config.calibration.steps > num_steps and not config.calibration.file:
-        raise ValueError(f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} steps; "
-                         "choose at most that many")
-    for key in ("sampling.num", "sampling.batch_size", "sampling.steps", "calibration.images", "calibration.steps",
-                "evaluation.sqnr_images", "max_batch"):
+        raise ValueError(
+            f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} "
+            "steps; "
+            "choose at most that many"
+        )
+    for key in (
+        "sampling.num",
+        "sampling.batch_size",
+        "sampling.steps",
+        "calibration.images",
+        "calibration.steps",
+        "evaluation.sqnr_images",
+        "max_batch",
+    ):
         value = reduce(getattr, key.split("."), config)
         if value < 1:
             raise ValueError(f"{key} is {value}; it must be at least 1")
 
 
 def check_seeds(config):
-    """Raises ValueError where the images to be scored are those that the network would be fitted to."""
+    """Raises ValueError where the images to be scored are those that the network would be fitted
+    to."""
     fitted = {} if config.calibration.file else {"calibration.seed": config.calibration.seed}
     for name, options in check_passes(config.all_passes):
         known = {} if "." in name else inspect.signature(find_pass(name)).parameters
@@ -202,8 +256,11 @@ def check_seeds(config):
             fitted[f"seed of the pass {name}"] = options.get("seed", known["seed"].default)
     for key, seed in fitted.items():
         if seed == config.sampling.seed:
-            raise ValueError(f"sampling.seed and the {key} are both {seed}: the network would be fitted to the images "
-                             "that it is scored on; choose another sampling.seed")
+            raise ValueError(
+                f"sampling.seed and the {key} are both {seed}: the network would be fitted to the "
+                "images "
+                "that it is scored on; choose another sampling.seed"
+            )
 
 
 def check_start(c):
@@ -211,11 +268,16 @@ def check_start(c):
     if c.start not in STARTS:
         raise ValueError(unknown_word(f"calibration.start '{c.start}' is unknown", c.start, STARTS))
     if not 0 < c.start_step <= 1 or c.start == "normal" and c.start_step != 1:
-        raise ValueError(f"calibration.start_step is {c.start_step} with start '{c.start}'; it must lie above 0 and at "
-                         "most at 1, and at 1 with start normal (pure noise is right at the noisiest step only)")
+        raise ValueError(
+            f"calibration.start_step is {c.start_step} with start '{c.start}'; it must lie above "
+            "0 and at "
+            "most at 1, and at 1 with start normal (pure noise is right at the noisiest step only)"
+        )
     if c.start == "i2n" and not c.data:
-        raise ValueError("calibration.start is i2n, which needs images; give calibration.data=FOLDER or "
-                         "calibration.data=cifar10")
+        raise ValueError(
+            "calibration.start is i2n, which needs images; give calibration.data=FOLDER or "
+            "calibration.data=cifar10"
+        )
 
 
 def network_times(config):
@@ -232,8 +294,11 @@ def boundaries(config):
 def differences(a, b):
     """Keys on which two configurations disagree, those that change no artefact left out."""
     a, b = (flatten(without_free(asdict(c))) for c in (a, b))
-    return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in sorted(a.keys() | b.keys())
-            if a.get(key) != b.get(key)]
+    return [
+        f"{key} ({a.get(key)} there, {b.get(key)} here)"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
 
 
 def without_free(tree):

@@ -1,4 +1,6 @@
-"""The offline extractor: the CIFAR-10 classifier that ships with the project, behind torch-fidelity's interface."""
+"""The offline extractor: the CIFAR-10 classifier that ships with the project, behind
+torch-fidelity's interface."""
+
 import hashlib
 from pathlib import Path
 
@@ -13,18 +15,22 @@ WEIGHTS = PROJECT / "models/weights/cifar10-classifier.safetensors"
 
 
 def load_classifier(path=WEIGHTS):
-    """The classifier in a file of tinydm/training/package_classifier.py: its metadata says how to build the network."""
+    """The classifier in a file of tinydm/training/package_classifier.py: its metadata says how to
+    build the network."""
     weights, facts = load_tensors(path)
     if "network" not in facts:
-        raise ValueError(f"{path} is not a packaged classifier; restore it from the repository or make it with "
-                         "python scripts/package_classifier.py")
+        raise ValueError(
+            f"{path} is not a packaged classifier; restore it from the repository or make it with "
+            "python scripts/package_classifier.py"
+        )
     net = build_classifier(**facts["network"])
     net.load_state_dict(weights)
     return net.eval()
 
 
 class CifarResnet(FeatureExtractorBase):
-    """`pooled` (N, 136) and `logits` (N, 10) of the CIFAR-10 classifier, for uint8 images (N, 3, 32, 32)."""
+    """`pooled` (N, 136) and `logits` (N, 10) of the CIFAR-10 classifier, for uint8 images (N, 3,
+    32, 32)."""
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **_):
         super().__init__(name, features_list)
@@ -48,8 +54,11 @@ class CifarResnet(FeatureExtractorBase):
 
     def forward(self, x):
         if x.shape[1:] != (3, 32, 32):
-            raise ValueError(f"images are {x.shape[-1]}x{x.shape[-2]} but the extractor cifar-resnet takes 32x32; "
-                             "give evaluation.inception_path=FILE for other sizes")
+            raise ValueError(
+                f"images are {x.shape[-1]}x{x.shape[-2]} but the extractor cifar-resnet takes "
+                "32x32; "
+                "give evaluation.inception_path=FILE for other sizes"
+            )
         pooled = self.net.features(x.float() / 255)
         features = {"pooled": pooled, "logits": self.net.head(pooled)}
         return tuple(features[name] for name in self.features_list)

@@ -1,16 +1,21 @@
-"""A small CIFAR-10 classifier: the feature extractor for scores where Inception weights cannot be had.
+"""A small CIFAR-10 classifier: the feature extractor for scores where Inception weights cannot be
+had.
 
-Shaped like ResNet-9 (D. Page 2018, "How to train your ResNet"): few wide layers, max pooling after the convolution that
-widens. 0.95 M parameters, so that the weights fit in 2 MB, and one CPU core trains it in little more than an hour.
-"""
+Shaped like ResNet-9 (D. Page 2018, "How to train your ResNet"): few wide layers, max pooling after
+the convolution that widens. 0.95 M parameters, so that the weights fit in 2 MB, and one CPU core
+trains it in little more than an hour."""
+
 import torch.nn.functional as F
 from torch import nn
 
-MEAN, STD = 0.4734, 0.2515                  # of all CIFAR-10 training values in [0, 1], all channels together
+# of all CIFAR-10 training values in [0, 1], all channels together
+MEAN, STD = 0.4734, 0.2515
 
 
 def conv(in_ch, out_ch):
-    return nn.Sequential(nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU()
+    )
 
 
 class Stage(nn.Module):
@@ -28,14 +33,16 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (N, 3, 32, 32) in [0, 1] -> features (N, widths[-1]) after the global mean, and class logits. In
-    evaluation mode both are the mean over an image and its mirror image."""
+    """Images (N, 3, 32, 32) in [0, 1] -> features (N, widths[-1]) after the global mean, and class
+    logits. In evaluation mode both are the mean over an image and its mirror image."""
 
     def __init__(self, stem_width=24, widths=(64, 128, 136), depth=2, num_classes=10):
         super().__init__()
         self.stem = conv(3, stem_width)
         in_widths = [stem_width, *widths[:-1]]
-        self.stages = nn.Sequential(*(Stage(in_ch, out_ch, depth) for in_ch, out_ch in zip(in_widths, widths)))
+        self.stages = nn.Sequential(
+            *(Stage(in_ch, out_ch, depth) for in_ch, out_ch in zip(in_widths, widths))
+        )
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, x):

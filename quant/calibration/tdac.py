@@ -1,26 +1,32 @@
-"""Temporal distribution alignment calibration (EDA-DM, arXiv:2401.04585): steps whose features have many neighbours
-(density) and differ most from the rest (variety) get more calibration samples.
+"""Temporal distribution alignment calibration (EDA-DM, arXiv:2401.04585): steps whose features have
+many neighbours (density) and differ most from the rest (variety) get more calibration samples.
 
 Axes: S steps, n images (twice as many with guidance), C channels, h x w positions.
 """
+
 import torch
 import torch.nn.functional as F
 
-MIDDLE_ATTENTION = ("mid.attn_1", "middle_block.1")       # of ddim/unet.py and ldm/unet.py
-CHUNK = 2 ** 16                            # features that are widened to double precision at a time
+MIDDLE_ATTENTION = ("mid.attn_1", "middle_block.1")  # of ddim/unet.py and ldm/unet.py
+CHUNK = 2**16  # features that are widened to double precision at a time
 
 
 @torch.no_grad()
 def middle_features(model, x, t, cond=None):
-    """What the middle attention of model.net reads when `model.eps` runs on x (S, n, C, H, W) at the steps t (S,)
-    -> (S, n, C, h, w). Raises ValueError for a network without one."""
+    """What the middle attention of model.net reads when `model.eps` runs on x (S, n, C, H, W) at
+    the steps t (S,) -> (S, n, C, h, w). Raises ValueError for a network without one."""
     modules = dict(model.net.named_modules())
     found = [modules[name] for name in MIDDLE_ATTENTION if name in modules]
     if not found:
-        raise ValueError(f"builder 'tdac' reads the input of the middle attention, but the network has no module "
-                         f"{' or '.join(MIDDLE_ATTENTION)}; choose another calibration.builder")
+        raise ValueError(
+            "builder 'tdac' reads the input of the middle attention, but the network has no "
+            "module "
+            f"{' or '.join(MIDDLE_ATTENTION)}; choose another calibration.builder"
+        )
     device, seen = next(model.net.parameters()).device, []
-    hook = found[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].float().cpu()))
+    hook = found[0].register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].float().cpu())
+    )
     try:
         for x_t, step in zip(x, t.float().to(device)):
             model.eps(x_t.to(device), step.expand(len(x_t)), cond)
@@ -30,16 +36,22 @@ def middle_features(model, x, t, cond=None):
 
 
 def tdac(num_steps, num_images, num_samples, rng, features, *, lamda=1.2, radius=3.0, least=0):
-    """A calibration builder (see quant/calibration.py): each image at one step, the images in turn. Weight of a step =
-    density + `lamda` * variety, both rescaled to [0, 1]. As released: `lamda` 1.2 and `radius` 3.0 for CIFAR-10 and
-    ImageNet, 1.0 and 0.3 for LSUN, 5.0 and 0.3 for COCO. Every step has `least` samples before the others are shared
-    out: scales of every step (segments: per_step) need one."""
+    """A calibration builder (see quant/calibration.py): each image at one step, the images in turn.
+    Weight of a step = density + `lamda` * variety, both rescaled to [0, 1]. As released: `lamda`
+    1.2 and `radius` 3.0 for CIFAR-10 and ImageNet, 1.0 and 0.3 for LSUN, 5.0 and 0.3 for COCO.
+    Every step has `least` samples before the others are shared out: scales of every step (segments:
+    per_step) need one."""
     if lamda < 0 or not 0 <= least * num_steps <= num_samples:
-        raise ValueError(f"builder 'tdac' has lamda {lamda} and least {least}; lamda must not be negative, least 0 to "
-                         f"{num_samples // num_steps} ({num_samples} samples, {num_steps} steps)")
+        raise ValueError(
+            f"builder 'tdac' has lamda {lamda} and least {least}; lamda must not be negative, "
+            "least 0 to "
+            f"{num_samples // num_steps} ({num_samples} samples, {num_steps} steps)"
+        )
     found = features()
     weight = rescaled(density(found, radius)) + lamda * rescaled(variety(found))
-    step = torch.arange(num_steps).repeat_interleave(apportion(weight, num_samples - least * num_steps) + least)
+    step = torch.arange(num_steps).repeat_interleave(
+        apportion(weight, num_samples - least * num_steps) + least
+    )
     return step[torch.randperm(num_samples, generator=rng)], torch.arange(num_samples) % num_images
 
 
@@ -52,7 +64,8 @@ def density(features, radius):
 
 
 def variety(features):
-    """V_i = sum over j != i, images and positions of 1 - cos(f_i, f_j), the cosine along the channels; (S,) double."""
+    """V_i = sum over j != i, images and positions of 1 - cos(f_i, f_j), the cosine along the
+    channels; (S,) double."""
     cosines = gram(F.normalize(features, dim=2, eps=1e-6).flatten(1))
     positions = features[0].numel() // features.shape[2]
     return (len(features) - 1) * positions - (cosines.sum(1) - cosines.diagonal())
@@ -70,8 +83,9 @@ def rescaled(values):
 
 
 def apportion(weight, num):
-    """`num` samples in proportion to weight (S,) -> counts (S,): rounded, then what is missing is added to the largest
-    counts, what is too much taken from the last positive ones. Without any weight all steps get equally many."""
+    """`num` samples in proportion to weight (S,) -> counts (S,): rounded, then what is missing is
+    added to the largest counts, what is too much taken from the last positive ones. Without any
+    weight all steps get equally many."""
     share = weight / weight.sum() if weight.sum() > 0 else torch.full_like(weight, 1 / len(weight))
     counts = (num * share).round().long()
     missing = num - int(counts.sum())

@@ -1,14 +1,16 @@
-"""Correction of the noise that quantization adds to eps (PTQD, He et al. 2023, arXiv:2305.10657, "Correlation
-disentanglement" and "Quantization noise correction").
+"""Correction of the noise that quantization adds to eps (PTQD, He et al. 2023, arXiv:2305.10657,
+"Correlation disentanglement" and "Quantization noise correction").
 
-At every time t the error d = eps_q - eps splits into a part that follows eps and a residual r of mean b, per channel
-(PTQD) or for every row and column of a channel, as errors near the border differ from those inside:
+At every time t the error d = eps_q - eps splits into a part that follows eps and a residual r of
+mean b, per channel (PTQD) or for every row and column of a channel, as errors near the border
+differ from those inside:
     d = k eps + r,    eps' = (eps_q - b) / (1 + k) = eps + (r - b) / (1 + k).
-The sampler goes on with eps'. What is left of the error has the variance sigma_q^2 = var(r) / (1 + k)^2, and a sampler
-that adds noise of its own adds that much less (ddim/sampler.py).
+The sampler goes on with eps'. What is left of the error has the variance sigma_q^2 = var(r) / (1 +
+k)^2, and a sampler that adds noise of its own adds that much less (ddim/sampler.py).
 
 Axes: S times, N images, C channels of eps of H x W pixels.
 """
+
 from typing import Literal
 
 import torch
@@ -18,33 +20,49 @@ from quant.convert import quant_layers
 from quant.network import Correction
 
 # Lowest k that is corrected
-SLOPES = {True: 0.0,                       # PTQD
-          "signed": -0.5,                  # also an error that shrinks eps, as learning by mean squares leaves it
-          False: None}
+SLOPES = {
+    True: 0.0,  # PTQD
+    # also an error that shrinks eps, as learning by mean squares leaves it
+    "signed": -0.5,
+    False: None,
+}
 # What is taken for the bias, from the sums of d and of r: (d, r) -> as these
-BIASES = {"residual": lambda d, r: r,      # the paper
-          "total": lambda d, r: d,         # the released code
-          False: lambda d, r: 0 * d}
-SUMMED = {"channel": (0, 2, 3), "line": (0,)}       # `per`: axes of eps to sum over
+BIASES = {
+    "residual": lambda d, r: r,  # the paper
+    "total": lambda d, r: d,  # the released code
+    False: lambda d, r: 0 * d,
+}
+SUMMED = {"channel": (0, 2, 3), "line": (0,)}  # `per`: axes of eps to sum over
 
 
 @torch.no_grad()
-def correct_noise(job, *, num_images=1024, seed=2000, slope: Literal[tuple(SLOPES)] = True,
-                  bias: Literal[tuple(BIASES)] = "residual", per: Literal[tuple(SUMMED)] = "channel", variance=True):
-    """The pass: measure k, b and sigma_q^2 at every time that the sampler visits, both networks on the full-precision
-    trajectories of `num_images` images of `seed`, and give them to the quantized network as `correction`. `slope`
-    (true: of errors that enlarge eps; signed; false), `bias` (residual, total or false), one `per` channel or per line
-    of it, and `variance` say which parts are corrected; the others stay zero.
+def correct_noise(
+    job,
+    *,
+    num_images=1024,
+    seed=2000,
+    slope: Literal[tuple(SLOPES)] = True,
+    bias: Literal[tuple(BIASES)] = "residual",
+    per: Literal[tuple(SUMMED)] = "channel",
+    variance=True,
+):
+    """The pass: measure k, b and sigma_q^2 at every time that the sampler visits, both networks on
+    the full-precision trajectories of `num_images` images of `seed`, and give them to the quantized
+    network as `correction`. `slope` (true: of errors that enlarge eps; signed; false), `bias`
+    (residual, total or false), one `per` channel or per line of it, and `variance` say which parts
+    are corrected; the others stay zero.
 
-    The images had better not be those of the calibration set: on these a network that was fitted to them errs
-    otherwise. The weights are hardened first. Returns one fact per time: k, mean |b|, sigma_q, and the mean square of
-    eps_q - eps and of eps' - eps. Raises ValueError for no images.
+    The images had better not be those of the calibration set: on these a network that was fitted to
+    them errs otherwise. The weights are hardened first. Returns one fact per time: k, mean |b|,
+    sigma_q, and the mean square of eps_q - eps and of eps' - eps. Raises ValueError for no images.
     """
     if num_images < 1:
-        raise ValueError(f"correct_noise cannot measure on {num_images} images; set num_images to 1 or more")
+        raise ValueError(
+            f"correct_noise cannot measure on {num_images} images; set num_images to 1 or more"
+        )
     for layer in quant_layers(job.net).values():
         layer.harden()
-    job.net.correction = None              # that of an earlier pass would be measured along
+    job.net.correction = None  # that of an earlier pass would be measured along
     totals, images, num_channels = {}, 0, job.model.shape[0]
     for step, t, x, cond, eps in job.trajectory(num_images, seed):
         eps_q = job.model.with_net(job.net).eps(x, batch_of(t, x), cond)
@@ -59,33 +77,52 @@ def correct_noise(job, *, num_images=1024, seed=2000, slope: Literal[tuple(SLOPE
     for name in ("slope", "rows", "columns", "variance"):
         getattr(correction, name).copy_(torch.stack([tables[name] for tables in fits]))
     job.net.correction = correction
-    return [{"pass": "correct_noise", "t": t, "slope": float(tables["slope"]),
-             "bias": float((tables["rows"] + tables["columns"]).abs().mean()),
-             "sigma": float(tables["variance"]) ** 0.5,
-             "mse_before": float(tables["mse_before"]), "mse_after": float(tables["mse_after"])}
-            for t, tables in zip(times, fits)]
+    return [
+        {
+            "pass": "correct_noise",
+            "t": t,
+            "slope": float(tables["slope"]),
+            "bias": float((tables["rows"] + tables["columns"]).abs().mean()),
+            "sigma": float(tables["variance"]) ** 0.5,
+            "mse_before": float(tables["mse_before"]),
+            "mse_after": float(tables["mse_after"]),
+        }
+        for t, tables in zip(times, fits)
+    ]
 
 
 def sums(e, d, axes=SUMMED["channel"]):
-    """n, sum e, sum d, sum e d, sum e^2, sum d^2 over `axes` of eps e and its error d (N, C, H, W) -> (6, C, 1, 1) or
-    (6, C, H, W) float64. Those of several batches add up."""
+    """n, sum e, sum d, sum e d, sum e^2, sum d^2 over `axes` of eps e and its error d (N, C, H, W)
+    -> (6, C, 1, 1) or (6, C, H, W) float64. Those of several batches add up."""
     e, d = e.double(), d.double()
-    return torch.stack([a.sum(axes, keepdim=True)[0] for a in (torch.ones_like(e), e, d, e * d, e * e, d * d)])
+    return torch.stack(
+        [a.sum(axes, keepdim=True)[0] for a in (torch.ones_like(e), e, d, e * d, e * e, d * d)]
+    )
 
 
 def fit(total, slope, bias, variance):
-    """Correction at one time from its `sums`, in closed form: k from the regression of d on eps over all elements; b
-    nearest to the means of r, a number for every row plus one for every column; sigma_q^2 from the variance of r about
-    these means."""
+    """Correction at one time from its `sums`, in closed form: k from the regression of d on eps
+    over all elements; b nearest to the means of r, a number for every row plus one for every
+    column; sigma_q^2 from the variance of r about these means."""
     n, e, d, ed, ee, dd = total
     k = n.new_zeros(())
     if slope:
-        covariance, spread = ed.sum() - e.sum() * d.sum() / n.sum(), ee.sum() - e.sum() ** 2 / n.sum()
+        covariance, spread = (
+            ed.sum() - e.sum() * d.sum() / n.sum(),
+            ee.sum() - e.sum() ** 2 / n.sum(),
+        )
         k = (covariance / spread.clamp(min=1e-30)).clamp(min=SLOPES[slope])
-    r, rr = d - k * e, dd - 2 * k * ed + k ** 2 * ee                               # sums of r and r^2
+    # sums of r and r^2
+    r, rr = d - k * e, dd - 2 * k * ed + k**2 * ee
     b = BIASES[bias](d, r) / n
     rows, columns = b.mean(2, keepdim=True), b.mean(1, keepdim=True) - b.mean((1, 2), keepdim=True)
     b, scale = rows + columns, n.sum() * (1 + k) ** 2
-    q = (rr - r ** 2 / n).sum().clamp(min=0) / scale
-    return {"slope": k, "rows": rows, "columns": columns, "variance": q if variance else torch.zeros_like(q),
-            "mse_before": dd.sum() / n.sum(), "mse_after": (rr - 2 * b * r + n * b ** 2).sum() / scale}
+    q = (rr - r**2 / n).sum().clamp(min=0) / scale
+    return {
+        "slope": k,
+        "rows": rows,
+        "columns": columns,
+        "variance": q if variance else torch.zeros_like(q),
+        "mse_before": dd.sum() / n.sum(),
+        "mse_after": (rr - 2 * b * r + n * b**2).sum() / scale,
+    }

@@ -1,27 +1,30 @@
-"""TinyDM's range analysis as a pass: what every quantization point asks for by its ranges over time and channels,
-r_abs[t, c], becomes a rule for it.
+"""TinyDM's range analysis as a pass: what every quantization point asks for by its ranges over time
+and channels, r_abs[t, c], becomes a rule for it.
 
     temporal variation  V_t = std_t a_t                large: a scale for every time segment; else one for all of them
     channel imbalance   V_c = max_c r / median_c r     large: channels are balanced (in the pass balance); else not
 
-with ln r_abs ~ mu + a_t + b_c (quant/analysis.py, which also says why the thresholds are what they are). Where time and
-channels do not separate (rho), one balance serves no step well; balance then finds out by the error whether it gains.
-"""
+with ln r_abs ~ mu + a_t + b_c (quant/analysis.py, which also says why the thresholds are what they
+are). Where time and channels do not separate (rho), one balance serves no step well; balance then
+finds out by the error whether it gains."""
+
 from quant.analysis import decide, describe, observe_ranges
 from quant.layers import QuantLayer, QuantMatmul, QuantOperand
 
 
 def decide_by_ranges(job, *, num_samples=1024, segments_above=0.25, balance_above=4.0):
-    """The pass, before any that changes the network: measure the ranges of `num_samples` calibration samples through
-    the full-precision network and add a rule for every quantized point.
+    """The pass, before any that changes the network: measure the ranges of `num_samples`
+    calibration samples through the full-precision network and add a rule for every quantized point.
 
-    Facts: V_t, V_c and rho of every point, and what was decided. Raises ValueError on a timeline of one segment, where
-    no scale depends on time.
-    """
+    Facts: V_t, V_c and rho of every point, and what was decided. Raises ValueError on a timeline of
+    one segment, where no scale depends on time."""
     timeline = job.net.timeline
     if timeline.num_segments == 1:
-        raise ValueError("decide_by_ranges chooses between one scale and one for each time segment, of which there is "
-                         "but one; set segments: per_step")
+        raise ValueError(
+            "decide_by_ranges chooses between one scale and one for each time segment, of which "
+            "there is "
+            "but one; set segments: per_step"
+        )
     sample = job.calibration.subset(num_samples, job.net.timeline, job.seed)
     ranges = observe_ranges(job.model.net, by_segment(job, sample))
     rules, facts = [], []
@@ -32,8 +35,11 @@ def decide_by_ranges(job, *, num_samples=1024, segments_above=0.25, balance_abov
         rules.append(about | {"input": {"static": not wanted["segments"]}} | balanced)
         facts.append({"pass": "decide_by_ranges", "unit": point} | numbers | wanted)
     job.add_rules(rules)
-    job.log(f"decide_by_ranges: of {len(facts)} points {sum(f['segments'] for f in facts)} ask for a scale of each "
-            f"time segment, {sum(f['balance'] for f in facts)} for balanced channels")
+    job.log(
+        f"decide_by_ranges: of {len(facts)} points {sum(f['segments'] for f in facts)} ask for a "
+        "scale of each "
+        f"time segment, {sum(f['balance'] for f in facts)} for balanced channels"
+    )
     return facts
 
 
@@ -46,7 +52,8 @@ def by_segment(job, sample):
 
 
 def quantized_points(net):
-    """Quantized inputs and operands, named as observe_ranges does -> what a rule says to mean this one."""
+    """Quantized inputs and operands, named as observe_ranges does -> what a rule says to mean this
+    one."""
     found = {}
     for name, module in net.named_modules():
         if isinstance(module, QuantMatmul):

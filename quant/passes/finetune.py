@@ -1,19 +1,22 @@
-"""Fine-tuning of the whole quantized network towards the full-precision one; integer weights stay as they are.
+"""Fine-tuning of the whole quantized network towards the full-precision one; integer weights stay
+as they are.
 
     minimise E [ mean_k ||e_k||^2 + ||sum_k e_k||^2 / K ] / 2,   e_k = (eps_q(x_k, t_k) - eps(x_k, t_k)) / b(t_k)
 
-over stretches of K successive calibration samples x_1 .. x_K of one trajectory; ||.||^2 is the mean square of all that
-the network answers, a learned variance included, and b(t) the root mean square of the error at t before the pass.
-Without b the last steps, where eps is least exact (a hundred times the mean square of the first steps at W4A4), would
-be learned at the cost of the first, whose errors count most for the image. The second term is what the sampler sums up:
-errors that are alike from step to step make more of the image's error than as large ones that are not. Where successive
+over stretches of K successive calibration samples x_1 .. x_K of one trajectory; ||.||^2 is the mean
+square of all that the network answers, a learned variance included, and b(t) the root mean square
+of the error at t before the pass. Without b the last steps, where eps is least exact (a hundred
+times the mean square of the first steps at W4A4), would be learned at the cost of the first, whose
+errors count most for the image. The second term is what the sampler sums up: errors that are alike
+from step to step make more of the image's error than as large ones that are not. Where successive
 errors are independent both terms are alike, 1 before the pass.
 
-Block reconstruction makes each unit right by itself; what is left of their errors adds up along the network. Here all
-that is not an integer is learned together against the network's answer: scales of activations and of weights, biases,
-and the affine parameters of norms (selective fine-tuning as in QuEST, Wang et al. 2024, arXiv:2402.03666; the error of
-the whole network as in APQ-DM, arXiv:2305.18723). All of it is stored anyway and costs nothing at run time.
-"""
+Block reconstruction makes each unit right by itself; what is left of their errors adds up along the
+network. Here all that is not an integer is learned together against the network's answer: scales of
+activations and of weights, biases, and the affine parameters of norms (selective fine-tuning as in
+QuEST, Wang et al. 2024, arXiv:2402.03666; the error of the whole network as in APQ-DM,
+arXiv:2305.18723). All of it is stored anyway and costs nothing at run time."""
+
 import math
 import time
 
@@ -25,34 +28,39 @@ from base.files import load_tensors, save_tensors
 from quant.convert import input_quantizers, quant_layers
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
-ERROR_SAMPLES = 256                        # on which the error before and after is measured
-SMALLEST = 1e-8                            # scale
-SAVED_EVERY = 50                           # steps
+ERROR_SAMPLES = 256  # on which the error before and after is measured
+SMALLEST = 1e-8  # scale
+SAVED_EVERY = 50  # steps
 
 
-def finetune(job, *, iters=500, scale_lr=1e-3, bias_lr=1e-3, stretch=8, batch_size=16, bfloat16=False):
-    """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule. `scale_lr` is
-    relative to the mean of a table of scales; `bias_lr`, of biases and norms, is absolute. A batch is made of stretches
-    of `stretch` samples (K above; fewer where no trajectory has as many), one at least. `bfloat16` computes under
-    autocast.
+def finetune(
+    job, *, iters=500, scale_lr=1e-3, bias_lr=1e-3, stretch=8, batch_size=16, bfloat16=False
+):
+    """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule.
+    `scale_lr` is relative to the mean of a table of scales; `bias_lr`, of biases and norms, is
+    absolute. A batch is made of stretches of `stretch` samples (K above; fewer where no trajectory
+    has as many), one at least. `bfloat16` computes under autocast.
 
-    Weights are hardened first. Tables of scales that a function of time or groups gave (dynamic_scales, group_scales)
-    stay as these gave them. If the error has not fallen in the end (that of 8 bits leaves little to learn), all is
-    put back as it was. The state is saved in `job.resume_folder` on the way; a run that is killed and started again
-    ends in the same bytes.
+    Weights are hardened first. Tables of scales that a function of time or groups gave
+    (dynamic_scales, group_scales) stay as these gave them. If the error has not fallen in the end
+    (that of 8 bits leaves little to learn), all is put back as it was. The state is saved in
+    `job.resume_folder` on the way; a run that is killed and started again ends in the same bytes.
 
-    Returns one fact: the objective before and after. Raises ValueError before fit_ranges, for a network with own
-    weights for every time segment, and where the calibration file does not tell trajectories.
-    """
+    Returns one fact: the objective before and after. Raises ValueError before fit_ranges, for a
+    network with own weights for every time segment, and where the calibration file does not tell
+    trajectories."""
     options = {key: value for key, value in locals().items() if key != "job"}
     job.need_ranges("finetune")
     if any(layer.has_segments for layer in quant_layers(job.net).values()):
-        raise ValueError("finetune learns one network for all steps, this one has own weights for every time segment; "
-                         "leave out finetune, or segment_models and per_segment")
+        raise ValueError(
+            "finetune learns one network for all steps, this one has own weights for every time "
+            "segment; "
+            "leave out finetune, or segment_models and per_segment"
+        )
     for module in [*quant_layers(job.net).values(), *input_quantizers(job.net).values()]:
         module.harden()
     started, stretches = time.monotonic(), job.calibration.stretches(stretch)
-    each = max(1, batch_size // stretches.shape[1])        # stretches in a batch
+    each = max(1, batch_size // stretches.shape[1])  # stretches in a batch
     batches = some(stretches, each, job.seed)
     errors = errors_of(job, batches)
     level = rms_by_step(job.calibration.t, batches, errors)
@@ -62,14 +70,17 @@ def finetune(job, *, iters=500, scale_lr=1e-3, bias_lr=1e-3, stretch=8, batch_si
     scales, parameters = ([p for g in gs for p in g["params"]] for gs in (groups[1:], groups))
     original = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(job.seed)
-    begun = {"options": options, "error": before}          # what a saved state must have begun with to be this one's
+    # what a saved state must have begun with to be this one's
+    begun = {"options": options, "error": before}
     done = load_state(path, begun, parameters, optimizer, generator)
     for step in range(done + 1, iters + 1):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (1 + math.cos(math.pi * (step - 1) / iters)) / 2
         rows = torch.randint(len(stretches), (each,), generator=generator)
         loss = objective(eps_error(job, stretches[rows], bfloat16), level[stretches[rows]])
-        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+        for parameter, grad in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True)
+        ):
             parameter.grad = grad
         optimizer.step()
         for scale in scales:
@@ -77,32 +88,48 @@ def finetune(job, *, iters=500, scale_lr=1e-3, bias_lr=1e-3, stretch=8, batch_si
         if step % SAVED_EVERY == 0 or step == iters:
             save_state(path, begun | {"step": step}, parameters, optimizer, generator)
             left = (time.monotonic() - started) * (iters - step) / (step - done)
-            job.log(f"finetune: step {step} of {iters}, error {loss.item():.3f}, about {left:.0f} s left")
+            job.log(
+                f"finetune: step {step} of {iters}, error {loss.item():.3f}, about {left:.0f} s "
+                "left"
+            )
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
     after = error(errors_of(job, batches), batches, level)
-    if not after < before:                                 # nor where it has become NaN
+    if not after < before:  # nor where it has become NaN
         after = before
         for parameter, value in zip(parameters, original):
             parameter.copy_(value)
-    return [{"pass": "finetune", "unit": "whole network", "error_before": before, "error_after": after}]
+    return [
+        {"pass": "finetune", "unit": "whole network", "error_before": before, "error_after": after}
+    ]
 
 
 def learned(net, scale_lr, bias_lr):
-    """Optimizer groups: first biases and norms, set apart from the float network, which shared them; then each table of
-    scales."""
+    """Optimizer groups: first biases and norms, set apart from the float network, which shared
+    them; then each table of scales."""
     layers, own = quant_layers(net).values(), []
     for module in net.modules():
-        names = ("weight", "bias") if isinstance(module, NORMS) else ("bias",) if module in layers else ()
+        names = (
+            ("weight", "bias")
+            if isinstance(module, NORMS)
+            else ("bias",)
+            if module in layers
+            else ()
+        )
         for name in names:
             if getattr(module, name) is not None:
                 setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))
                 own.append(getattr(module, name))
     quantizers = [q for q in input_quantizers(net).values() if q.learnable and q.made_by is None]
     quantizers += [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
-    return [{"params": own, "lr": bias_lr}, *({"params": [q.scale.requires_grad_(True)],
-                                               "lr": scale_lr * q.scale.mean().item()} for q in quantizers)]
+    return [
+        {"params": own, "lr": bias_lr},
+        *(
+            {"params": [q.scale.requires_grad_(True)], "lr": scale_lr * q.scale.mean().item()}
+            for q in quantizers
+        ),
+    ]
 
 
 def save_state(path, facts, parameters, optimizer, generator):
@@ -147,7 +174,7 @@ def objective(errors, level):
 def some(stretches, each, seed):
     """About ERROR_SAMPLES samples in batches of `each` stretches."""
     order = torch.randperm(len(stretches), generator=torch.Generator().manual_seed(seed))
-    return stretches[order[:max(1, ERROR_SAMPLES // stretches.shape[1])]].split(each)
+    return stretches[order[: max(1, ERROR_SAMPLES // stretches.shape[1])]].split(each)
 
 
 @torch.no_grad()
@@ -156,12 +183,17 @@ def errors_of(job, batches):
 
 
 def rms_by_step(t, batches, errors):
-    """b at the step of every calibration sample, t (N,) -> (N,), interpolated between those of the `batches`, whose
-    errors these are."""
+    """b at the step of every calibration sample, t (N,) -> (N,), interpolated between those of the
+    `batches`, whose errors these are."""
     squares = torch.cat([e.square().mean(2).flatten() for e in errors])
     seen, at = t[torch.cat(batches).flatten()].unique(return_inverse=True)
     mean = torch.zeros(len(seen)).index_add(0, at, squares) / at.bincount()
-    return torch.from_numpy(np.interp(t.numpy(), seen.numpy(), mean.numpy())).float().clamp(min=SMALLEST ** 2).sqrt()
+    return (
+        torch.from_numpy(np.interp(t.numpy(), seen.numpy(), mean.numpy()))
+        .float()
+        .clamp(min=SMALLEST**2)
+        .sqrt()
+    )
 
 
 def error(errors, batches, level):

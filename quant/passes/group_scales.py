@@ -1,15 +1,18 @@
-"""Differentiable group-wise quantization (APQ-DM, Wang et al. 2024, arXiv:2305.18723): few scales shared by all steps.
+"""Differentiable group-wise quantization (APQ-DM, Wang et al. 2024, arXiv:2305.18723): few scales
+shared by all steps.
 
     x_q = sum_g sigma[t, g] * s_g * Phi(x / s_g),   sigma[t] = softmax(logits[t]),   loss + lambda * H(sigma)
 
-Phi rounds and clips. For the first half of the learning x_q is this mixture; then step t takes the scale of its most
-probable group, and the scales are tuned as they will run. The steps a batch is taken from may be chosen actively:
-quant/learn.py.
+Phi rounds and clips. For the first half of the learning x_q is this mixture; then step t takes the
+scale of its most probable group, and the scales are tuned as they will run. The steps a batch is
+taken from may be chosen actively: quant/learn.py.
 
-With `axis: channel`, as in the released code, every step has its own groups and assigns its channels c to them,
+With `axis: channel`, as in the released code, every step has its own groups and assigns its
+channels c to them,
 
     x_q[c] = sum_g sigma[t, c, g] * s[t, g] * Phi(x[c] / s[t, g]),   sigma[t, c] = softmax(logits[t, c]).
 """
+
 from typing import Literal
 
 import torch
@@ -18,33 +21,35 @@ from torch import nn
 from quant.convert import input_quantizers
 from quant.scales import SoftScale, attach
 
-SHARPNESS = 2.0                            # a group's initial logit one gap between groups away is lower by this
-DECIDED_FROM = 0.5                         # share of the learning after which every step has one group
+# a group's initial logit one gap between groups away is lower by this
+SHARPNESS = 2.0
+# share of the learning after which every step has one group
+DECIDED_FROM = 0.5
 
 
 class GroupedScale(SoftScale):
     """Begun from a fitted `table` (segments, quantizer's groups) with `num` groups of scales.
 
-    Axis "timestep": one set of scales for all segments, logits (segments, 1, num). Axis "channel": a set for each
-    segment, logits (segments, channels, num). Scales start at even quantiles of the table, each entry with most of its
-    weight on the nearest.
-    """
+    Axis "timestep": one set of scales for all segments, logits (segments, 1, num). Axis "channel":
+    a set for each segment, logits (segments, channels, num). Scales start at even quantiles of the
+    table, each entry with most of its weight on the nearest."""
 
     def __init__(self, table, num, axis, entropy_weight):
         super().__init__()
         log, self.entropy_weight = table.log(), entropy_weight
         share = (torch.arange(num, device=table.device) + 0.5) / num
         if axis == "timestep":
-            scales = torch.quantile(log, share, dim=0).T[None]                    # (1, groups, num)
+            scales = torch.quantile(log, share, dim=0).T[None]  # (1, groups, num)
             distance = (log[:, :, None] - scales).square().mean(1, keepdim=True)
             spread = log.amax(0) - log.amin(0)
         else:
-            scales = torch.quantile(log, share, dim=1).T[:, None]                 # (segments, 1, num)
+            # (segments, 1, num)
+            scales = torch.quantile(log, share, dim=1).T[:, None]
             distance = (log[:, :, None] - scales).square()
             spread = log.amax(1) - log.amin(1)
         self.shape, gap = table.shape, spread.square().mean().sqrt().clamp(min=1e-6) / num
         self.log_scales = nn.Parameter(scales.clone())
-        self.logits = nn.Parameter(-SHARPNESS * distance / gap ** 2)
+        self.logits = nn.Parameter(-SHARPNESS * distance / gap**2)
 
     def options(self):
         """-> scales and probabilities, both (segments, groups, num)."""
@@ -55,8 +60,10 @@ class GroupedScale(SoftScale):
         if self.done >= DECIDED_FROM:
             return super().codes(quantizer, x)
         scales, shares = self.options()
-        mixture = sum(quantizer.codes_at(scale, x) * quantizer.table(scale * share, x)
-                      for scale, share in zip(scales.unbind(2), shares.unbind(2)))
+        mixture = sum(
+            quantizer.codes_at(scale, x) * quantizer.table(scale * share, x)
+            for scale, share in zip(scales.unbind(2), shares.unbind(2))
+        )
         return mixture / quantizer.table(self(), x)
 
     def forward(self):
@@ -73,20 +80,32 @@ class GroupedScale(SoftScale):
         return self.entropy_weight * self.entropy().mean()
 
 
-def group_scales(job, *, groups=8, axis: Literal["timestep", "channel"] = "timestep", entropy_weight=0.8):
-    """The pass: replace every fitted table by `groups` shared scales with soft assignments, which the reconstruction
-    that follows learns and hardens.
+def group_scales(
+    job, *, groups=8, axis: Literal["timestep", "channel"] = "timestep", entropy_weight=0.8
+):
+    """The pass: replace every fitted table by `groups` shared scales with soft assignments, which
+    the reconstruction that follows learns and hardens.
 
-    Raises ValueError before fit_ranges, for more groups than time segments on axis "timestep", and on axis "channel"
-    for inputs with one scale for all channels."""
+    Raises ValueError before fit_ranges, for more groups than time segments on axis "timestep", and
+    on axis "channel" for inputs with one scale for all channels."""
     if axis == "timestep" and not 1 <= groups <= job.net.timeline.num_segments:
-        raise ValueError(f"{groups} groups of time segments asked for, there are {job.net.timeline.num_segments}; "
-                         "choose at most that many")
+        raise ValueError(
+            f"{groups} groups of time segments asked for, there are "
+            f"{job.net.timeline.num_segments}; "
+            "choose at most that many"
+        )
     job.need_ranges("group_scales")
     if axis == "channel":
-        single = [name for name, q in input_quantizers(job.net).items() if q.scale.shape[1] == 1 and not q.spec.static]
+        single = [
+            name
+            for name, q in input_quantizers(job.net).items()
+            if q.scale.shape[1] == 1 and not q.spec.static
+        ]
         if single:
-            raise ValueError(f"group_scales puts channels into groups, but {single[0]} has one scale for all of them; "
-                             "give the inputs of its rule per: channel, or choose axis: timestep")
+            raise ValueError(
+                f"group_scales puts channels into groups, but {single[0]} has one scale for all "
+                "of them; "
+                "give the inputs of its rule per: channel, or choose axis: timestep"
+            )
     count = attach(job.net, lambda q: GroupedScale(q.scale.detach(), groups, axis, entropy_weight))
     return [{"pass": "group_scales", "inputs": count, "groups": groups}]

@@ -1,10 +1,12 @@
-"""The temporal information block (TFMQ-DM, Huang et al. 2024, arXiv:2311.16503): the layers that see nothing but the
-time step, i.e. the embedding's MLP and every block's projection of it, are reconstructed together and first.
+"""The temporal information block (TFMQ-DM, Huang et al. 2024, arXiv:2311.16503): the layers that
+see nothing but the time step, i.e. the embedding's MLP and every block's projection of it, are
+reconstructed together and first.
 
     L = sum over blocks lp(e_i^q(t), e_i(t); 2) + rounding penalty
 
 The steps of a sampler are a finite set, so the whole input of these layers is known.
 """
+
 import time
 
 import torch
@@ -19,26 +21,48 @@ ROLES = ("temb", "emb_proj")
 
 
 class TemporalBlock(torch.nn.Module):
-    """t (N,)[, condition] -> the projections of the time embedding of all blocks, side by side (N, sum of C)."""
+    """t (N,)[, condition] -> the projections of the time embedding of all blocks, side by side (N,
+    sum of C)."""
 
     def __init__(self, net):
         super().__init__()
         self.__dict__["net"] = net
-        self.projections = torch.nn.ModuleDict({name.replace(".", "|"): m for name, m in net.named_modules()
-                                                if getattr(m, "role", None) == "emb_proj"})
+        self.projections = torch.nn.ModuleDict(
+            {
+                name.replace(".", "|"): m
+                for name, m in net.named_modules()
+                if getattr(m, "role", None) == "emb_proj"
+            }
+        )
 
     def forward(self, t, *cond):
         emb = F.silu(self.net.embed_time(t, *cond))
         return torch.cat([projection(emb) for projection in self.projections.values()], dim=1)
 
 
-def reconstruct_temporal(job, *, iters=20000, lr=1e-3, batch_size=32, round_weight=0.01, warmup=0.2, beta_start=20.0,
-                         beta_end=2.0):
-    """The pass: AdaRound on the temporal layers, which are hard afterwards; `reconstruct` then leaves them alone."""
+def reconstruct_temporal(
+    job,
+    *,
+    iters=20000,
+    lr=1e-3,
+    batch_size=32,
+    round_weight=0.01,
+    warmup=0.2,
+    beta_start=20.0,
+    beta_end=2.0,
+):
+    """The pass: AdaRound on the temporal layers, which are hard afterwards; `reconstruct` then
+    leaves them alone."""
     path = job.resume_folder / "temporal.safetensors"
-    layers = {n: m for n, m in quant_layers(job.net).items() if m.role in ROLES and m.weight_quantizer is not None}
+    layers = {
+        n: m
+        for n, m in quant_layers(job.net).items()
+        if m.role in ROLES and m.weight_quantizer is not None
+    }
     if not layers:
-        raise ValueError("no quantized layer has the role temb or emb_proj; leave reconstruct_temporal out")
+        raise ValueError(
+            "no quantized layer has the role temb or emb_proj; leave reconstruct_temporal out"
+        )
     job.need_ranges("reconstruct_temporal")
     job.need_float_weights("reconstruct_temporal")
     holder = torch.nn.ModuleDict({name.replace(".", "|"): m for name, m in layers.items()})
@@ -46,10 +70,23 @@ def reconstruct_temporal(job, *, iters=20000, lr=1e-3, batch_size=32, round_weig
     if facts is not None:
         job.log("temporal information block: learned already")
         return facts
-    started, settings = time.monotonic(), dict(
-        weight_iters=iters, weight_lr=lr, batch_size=batch_size, round_weight=round_weight, warmup=warmup,
-        beta_start=beta_start, beta_end=beta_end, weight_norm=2.0, layer_weight=0.0, bfloat16=False,
-        weight_cosine=False, gptq=False)
+    started, settings = (
+        time.monotonic(),
+        dict(
+            weight_iters=iters,
+            weight_lr=lr,
+            batch_size=batch_size,
+            round_weight=round_weight,
+            warmup=warmup,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            weight_norm=2.0,
+            layer_weight=0.0,
+            bfloat16=False,
+            weight_cosine=False,
+            gptq=False,
+        ),
+    )
     inputs = distinct_times(job)
     device = next(job.net.parameters()).device
     with torch.no_grad():
@@ -58,20 +95,35 @@ def reconstruct_temporal(job, *, iters=20000, lr=1e-3, batch_size=32, round_weig
     set_input_quantization(job.net, False)
     try:
         before = relative_error(unit, inputs, target)
-        learn_rounding(unit, list(layers.values()), inputs, target,
-                       torch.Generator().manual_seed(mix(job.seed, -1)), settings)
+        learn_rounding(
+            unit,
+            list(layers.values()),
+            inputs,
+            target,
+            torch.Generator().manual_seed(mix(job.seed, -1)),
+            settings,
+        )
         after = relative_error(unit, inputs, target)
     finally:
         set_input_quantization(job.net, True)
-    facts = [{"pass": "reconstruct_temporal", "stage": "weight", "unit": "temporal", "error_before": before,
-              "error_after": after, "seconds": time.monotonic() - started}]
+    facts = [
+        {
+            "pass": "reconstruct_temporal",
+            "stage": "weight",
+            "unit": "temporal",
+            "error_before": before,
+            "error_after": after,
+            "seconds": time.monotonic() - started,
+        }
+    ]
     job.log(f"temporal information block: weight error {before:.2e} -> {after:.2e}")
     save_unit(holder, path, facts)
     return facts
 
 
 def distinct_times(job):
-    """The network's arguments without x, one row for each distinct time (and class label, where it takes labels)."""
+    """The network's arguments without x, one row for each distinct time (and class label, where it
+    takes labels)."""
     labels = getattr(job.model.net, "num_classes", None) is not None
     rows, seen = [], set()
     for i, t in enumerate(job.calibration.t.tolist()):

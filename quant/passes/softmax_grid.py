@@ -1,5 +1,6 @@
-"""The grid of softmax outputs, chosen per layer: even steps, or powers of two, which follow the long tail of small
-weights (log2 quantization of attention: Lin et al. 2022, arXiv:2111.13824)."""
+"""The grid of softmax outputs, chosen per layer: even steps, or powers of two, which follow the
+long tail of small weights (log2 quantization of attention: Lin et al. 2022, arXiv:2111.13824)."""
+
 import torch
 
 from base.network import attention_parts
@@ -10,12 +11,15 @@ from quant.reconstruction.capture import inputs_of
 
 def softmax_grid(job, *, num_samples=16):
     """The pass, before any that changes the network: for every attention the grid with the smaller
-    ||A V - A^ V||^2 / ||A V||^2 on `num_samples` calibration samples. V is that of full precision, so that the error of
-    its own grid, which both share, does not blur the choice. Adds a rule for each log2.
+    ||A V - A^ V||^2 / ||A V||^2 on `num_samples` calibration samples. V is that of full precision,
+    so that the error of its own grid, which both share, does not blur the choice. Adds a rule for
+    each log2.
 
-    Facts: both errors and row_drift, the mean |sum of a row of A^ - 1|, of the grid that was chosen.
-    """
-    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed).thinned(job.batch(num_samples))
+    Facts: both errors and row_drift, the mean |sum of a row of A^ - 1|, of the grid that was
+    chosen."""
+    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed).thinned(
+        job.batch(num_samples)
+    )
     facts, rules = [], []
     for name in (part.av for part in attention_parts(job.model.net)):
         product = job.net.get_submodule(name)
@@ -28,12 +32,24 @@ def softmax_grid(job, *, num_samples=16):
         operands = inputs_of(job.model.net, [name], sample, len(sample), whole=True)[name]
         errors, drifts = {}, {}
         for grid in ("uniform", "log2"):
-            errors[grid], drifts[grid] = grid_error(quantizer, grid, operands, at, job.net.timeline, sample.t)
-        best = min(errors, key=errors.get)                 # the uniform one wins ties
+            errors[grid], drifts[grid] = grid_error(
+                quantizer, grid, operands, at, job.net.timeline, sample.t
+            )
+        best = min(errors, key=errors.get)  # the uniform one wins ties
         if best == "log2":
-            rules.append({"match": name, "kind": "matmul", "role": "probs", "input": {"grid": "log2"}})
-        facts.append({"pass": "softmax_grid", "unit": name, "grid": best, "error_uniform": errors["uniform"],
-                      "error_log2": errors["log2"], "row_drift": drifts[best]})
+            rules.append(
+                {"match": name, "kind": "matmul", "role": "probs", "input": {"grid": "log2"}}
+            )
+        facts.append(
+            {
+                "pass": "softmax_grid",
+                "unit": name,
+                "grid": best,
+                "error_uniform": errors["uniform"],
+                "error_log2": errors["log2"],
+                "row_drift": drifts[best],
+            }
+        )
     job.add_rules(rules)
     job.log(f"softmax_grid: log2 for {len(rules)} of {len(facts)} attention maps")
     return facts
@@ -41,13 +57,16 @@ def softmax_grid(job, *, num_samples=16):
 
 @torch.no_grad()
 def grid_error(quantizer, grid, operands, at, timeline, t):
-    """-> (relative squared error of the product, mean |row sum - 1|) with the attention map on this grid."""
+    """-> (relative squared error of the product, mean |row sum - 1|) with the attention map on this
+    grid."""
     trial = quantizer.unfitted(timeline.restricted_to(t), grid=grid)
     probs = operands[at]
     refit([trial], lambda: trial.active(probs), len(probs))
     quantized = list(operands)
     quantized[at] = trial(probs)
     wanted = operands[0] @ operands[1]
-    error = (quantized[0] @ quantized[1] - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30)
-    rows = quantized[at].sum(-2 if at == 1 else -1)        # a right operand is (keys, queries)
+    error = (quantized[0] @ quantized[1] - wanted).square().sum() / wanted.square().sum().clamp(
+        min=1e-30
+    )
+    rows = quantized[at].sum(-2 if at == 1 else -1)  # a right operand is (keys, queries)
     return float(error), float((rows - 1).abs().mean())

@@ -1,12 +1,12 @@
-"""Step-aware mixed precision of activations (PTQD, He et al. 2023, arXiv:2305.10657, Section 3.4): few bits where the
-image is mostly noise, more where it is mostly signal.
+"""Step-aware mixed precision of activations (PTQD, He et al. 2023, arXiv:2305.10657, Section 3.4):
+few bits where the image is mostly noise, more where it is mostly signal.
 
     bits(t) = the smallest b with SNR_Q^b(t) > SNR_F(t), else the largest
 
-SNR_F(t) = abar_t / (1 - abar_t) of the forward process, SNR_Q^b(t) = ||eps|| / ||eps_b - eps|| of a network with b-bit
-activations and full-precision weights, along full-precision trajectories. Neighbouring steps of the same width form one
-time segment.
-"""
+SNR_F(t) = abar_t / (1 - abar_t) of the forward process, SNR_Q^b(t) = ||eps|| / ||eps_b - eps|| of a
+network with b-bit activations and full-precision weights, along full-precision trajectories.
+Neighbouring steps of the same width form one time segment."""
+
 from collections import Counter
 
 import torch
@@ -16,8 +16,9 @@ from quant.timeline import Timeline
 
 
 def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
-    """The pass, before any that changes the network: cut the timeline into ranges of steps with their own width out of
-    `choices`, and add the rule. Needs a network whose rules quantize inputs on a timeline of one segment."""
+    """The pass, before any that changes the network: cut the timeline into ranges of steps with
+    their own width out of `choices`, and add the rule. Needs a network whose rules quantize inputs
+    on a timeline of one segment."""
     if job.net.timeline.num_segments > 1:
         raise ValueError("step_bits makes its own time segments; leave `segments` at 1")
     choices = sorted(choices)
@@ -28,29 +29,49 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
             layer.weight_quantizer.enabled = False
     for _, t, x, cond, eps in job.trajectory(num_images, seed):
         times += [] if t in times else [t]
-        eps = eps[:, :x.shape[1]]              # without a learned variance
+        eps = eps[:, : x.shape[1]]  # without a learned variance
         signal[t] = signal.get(t, 0.0) + float(eps.double().square().sum())
         for bits, net in nets.items():
-            found = job.model.with_net(net).eps(x, torch.full((len(x),), float(t), device=x.device), cond)
-            error = found[:, :x.shape[1]] - eps
+            found = job.model.with_net(net).eps(
+                x, torch.full((len(x),), float(t), device=x.device), cond
+            )
+            error = found[:, : x.shape[1]] - eps
             noise[bits][t] = noise[bits].get(t, 0.0) + float(error.double().square().sum())
     ratio = {b: {t: (signal[t] / max(noise[b][t], 1e-30)) ** 0.5 for t in times} for b in choices}
     forward = {t: forward_snr(job.model.schedule, t) for t in times}
-    bits = {t: next((b for b in choices if ratio[b][t] > forward[t]), choices[-1]) for t in sorted(times)}
+    bits = {
+        t: next((b for b in choices if ratio[b][t] > forward[t]), choices[-1])
+        for t in sorted(times)
+    }
     boundaries, widths = ranges_of(bits)
     job.add_rules(input_rules(job.net, {"segment_bits": widths}), Timeline(boundaries))
-    job.log("step_bits: " + ", ".join(f"{b} bits" for b in widths) + f" with boundaries at t = {boundaries}")
-    return [{"pass": "step_bits", "t": t, "bits": b, "snr_forward": forward[t],
-             "snr_quantized": {b: ratio[b][t] for b in choices}} for t, b in bits.items()]
+    job.log(
+        "step_bits: "
+        + ", ".join(f"{b} bits" for b in widths)
+        + f" with boundaries at t = {boundaries}"
+    )
+    return [
+        {
+            "pass": "step_bits",
+            "t": t,
+            "bits": b,
+            "snr_forward": forward[t],
+            "snr_quantized": {b: ratio[b][t] for b in choices},
+        }
+        for t, b in bits.items()
+    ]
 
 
 def input_rules(net, facts):
-    """Rules that give `facts` to the quantized activations of `net` but softmax outputs and exceptions, those of other
-    widths than most."""
+    """Rules that give `facts` to the quantized activations of `net` but softmax outputs and
+    exceptions, those of other widths than most."""
     rules, quantizers = [], input_quantizers(net)
     if not quantizers:
-        raise ValueError("step_bits gives widths to inputs, and none is quantized; choose bits.input below 32 or leave "
-                         "out step_bits")
+        raise ValueError(
+            "step_bits gives widths to inputs, and none is quantized; choose bits.input below 32 "
+            "or leave "
+            "out step_bits"
+        )
     usual = Counter(q.spec.bits for q in quantizers.values()).most_common(1)[0][0]
     for name in (name for name, q in quantizers.items() if q.spec.bits == usual):
         owner, _, part = name.rpartition(".")
@@ -70,7 +91,8 @@ def forward_snr(schedule, t):
 
 
 def ranges_of(bits):
-    """{t ascending: bits} -> (boundaries between neighbours of different width, width of each range)"""
+    """{t ascending: bits} -> (boundaries between neighbours of different width, width of each
+    range)"""
     times, boundaries, widths = list(bits), [], []
     for i, t in enumerate(times):
         if i == 0 or bits[t] != widths[-1]:

@@ -1,10 +1,12 @@
-"""Inputs and outputs of every reconstruction unit over a calibration set, by streaming from unit to unit.
+"""Inputs and outputs of every reconstruction unit over a calibration set, by streaming from unit to
+unit.
 
-A stream holds the activations of one network at the graph cut of the current unit: the outputs of finished units that
-something later still reads. To reach the inputs of the next unit the network's own forward is replayed with finished
-units answering from the stream, so only the glue between units (concatenations, padding) is computed again and the
-whole walk costs one forward pass per network, O(L) instead of O(L^2).
-"""
+A stream holds the activations of one network at the graph cut of the current unit: the outputs of
+finished units that something later still reads. To reach the inputs of the next unit the network's
+own forward is replayed with finished units answering from the stream, so only the glue between
+units (concatenations, padding) is computed again and the whole walk costs one forward pass per
+network, O(L) instead of O(L^2)."""
+
 import os
 import tempfile
 from contextlib import contextmanager
@@ -14,10 +16,11 @@ import torch
 
 
 class Store:
-    """Tensors in memory up to `memory_gb`, beyond that in unlinked files under `folder`, mapped into memory."""
+    """Tensors in memory up to `memory_gb`, beyond that in unlinked files under `folder`, mapped
+    into memory."""
 
     def __init__(self, memory_gb, folder):
-        self.budget, self.folder = int(memory_gb * 2 ** 30), Path(folder)
+        self.budget, self.folder = int(memory_gb * 2**30), Path(folder)
         self.used = self.peak = self.spilled = 0
         self.sizes = {}
 
@@ -33,11 +36,13 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(dir=self.folder, suffix=".spill")
         try:
-            os.posix_fallocate(handle, 0, 4 * count)      # a full disk is an error here, not a crash on first touch
+            # a full disk is an error here, not a crash on first touch
+            os.posix_fallocate(handle, 0, 4 * count)
             tensor = torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
         finally:
             os.close(handle)
-            os.unlink(path)                               # the mapping keeps the space until it is dropped
+            # the mapping keeps the space until it is dropped
+            os.unlink(path)
         self.spilled += 4 * count
         return tensor
 
@@ -72,12 +77,25 @@ def answering(modules, answers):
 
 
 class Stream:
-    """One network's activations over a calibration set. `advance` units in order; `inputs` looks one unit ahead."""
+    """One network's activations over a calibration set. `advance` units in order; `inputs` looks
+    one unit ahead."""
 
     def __init__(self, net, units, last_use, calibration, *, batch_size, store):
-        self.net, self.modules, self.units, self.last_use = net, dict(net.named_modules()), units, last_use
-        self.calibration, self.store, self.device = calibration, store, next(net.parameters()).device
-        self.rows = [slice(i, min(i + batch_size, len(calibration))) for i in range(0, len(calibration), batch_size)]
+        self.net, self.modules, self.units, self.last_use = (
+            net,
+            dict(net.named_modules()),
+            units,
+            last_use,
+        )
+        self.calibration, self.store, self.device = (
+            calibration,
+            store,
+            next(net.parameters()).device,
+        )
+        self.rows = [
+            slice(i, min(i + batch_size, len(calibration)))
+            for i in range(0, len(calibration), batch_size)
+        ]
         self.outputs, self.shapes = {}, {}
 
     def _recall(self, name, rows):
@@ -85,15 +103,20 @@ class Stream:
             if name in self.outputs:
                 return self.outputs[name][rows].to(self.device)
             # Nobody reads it any more: the right shape without memory.
-            return torch.zeros((), device=self.device).expand(rows.stop - rows.start, *self.shapes[name])
+            return torch.zeros((), device=self.device).expand(
+                rows.stop - rows.start, *self.shapes[name]
+            )
+
         return answer
 
     @torch.no_grad()
     def inputs(self, unit):
-        """Arguments of `unit` over the whole set: a list of tensors (N, ...) (or Conditions); give them back with
-        `free`."""
+        """Arguments of `unit` over the whole set: a list of tensors (N, ...) (or Conditions); give
+        them back with `free`."""
+
         def stop(*arguments):
             raise _Reached(arguments)
+
         gathered = None
         for rows in self.rows:
             answers = {name: self._recall(name, rows) for name in self.shapes} | {unit: stop}
@@ -104,11 +127,15 @@ class Stream:
                     raise RuntimeError(f"the network never calls {unit}")
                 except _Reached as reached:
                     arguments = reached.args[0]
-            # The condition reaches units as it is: it stays in the calibration set, one row for many samples.
+            # The condition reaches units as it is: it stays in the calibration set, one row for
+            # many samples.
             given = [len(batch) == 3 and a is batch[2] for a in arguments]
-            gathered = gathered or [Conditions(self.calibration) if is_condition
-                                    else self.store.empty((len(self.calibration), *a.shape[1:]))
-                                    for a, is_condition in zip(arguments, given)]
+            gathered = gathered or [
+                Conditions(self.calibration)
+                if is_condition
+                else self.store.empty((len(self.calibration), *a.shape[1:]))
+                for a, is_condition in zip(arguments, given)
+            ]
             for whole, a, is_condition in zip(gathered, arguments, given):
                 if not is_condition:
                     whole[rows] = a
@@ -116,13 +143,18 @@ class Stream:
 
     @torch.no_grad()
     def advance(self, unit, inputs):
-        """Run `unit` on its inputs, keep the output (N, ...), drop what nobody reads any more; returns the output."""
+        """Run `unit` on its inputs, keep the output (N, ...), drop what nobody reads any more;
+        returns the output."""
         whole = None
         for rows in self.rows:
             if hasattr(self.net, "timeline"):
                 self.net.timeline.set_time(self.calibration.t[rows])
             out = self.modules[unit](*(a[rows].to(self.device) for a in inputs))
-            whole = self.store.empty((len(self.calibration), *out.shape[1:])) if whole is None else whole
+            whole = (
+                self.store.empty((len(self.calibration), *out.shape[1:]))
+                if whole is None
+                else whole
+            )
             whole[rows] = out
         self.outputs[unit], self.shapes[unit] = whole, whole.shape[1:]
         return whole
@@ -140,16 +172,22 @@ class Stream:
 
 @torch.no_grad()
 def inputs_of(net, names, calibration, batch_size, *, whole=False):
-    """Inputs of the modules `names` over a calibration set -> {name: tensor (N, ...)}; with `whole` a tuple of all
-    their arguments."""
+    """Inputs of the modules `names` over a calibration set -> {name: tensor (N, ...)}; with `whole`
+    a tuple of all their arguments."""
     found, device = {name: [] for name in names}, next(net.parameters()).device
-    hooks = [net.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: found[name].append(inputs))
-             for name in names]
+    hooks = [
+        net.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: found[name].append(inputs)
+        )
+        for name in names
+    ]
     try:
         for arguments in calibration.batches(batch_size):
             net(*(a.to(device) for a in arguments))
     finally:
         for hook in hooks:
             hook.remove()
-    joined = {name: tuple(torch.cat(parts) for parts in zip(*calls)) for name, calls in found.items()}
+    joined = {
+        name: tuple(torch.cat(parts) for parts in zip(*calls)) for name, calls in found.items()
+    }
     return joined if whole else {name: inputs[0] for name, inputs in joined.items()}

@@ -1,50 +1,64 @@
-"""Errors weighed by what they do to the image: reconstruction that knows which spatial frequencies survive (TinyDM).
+"""Errors weighed by what they do to the image: reconstruction that knows which spatial frequencies
+survive (TinyDM).
 
-What a sampler does with an error of a feature map depends on how the error varies over the map. Of an error of eps at a
-noisy step the mean over the map stays in the image as a shift of its colours, while later steps repair most of the fine
-part: on latent-compact-class the mean counts 15 times as much as the average frequency there, on latent-compact 46
-times. Inside the network it can be the other way round, as a norm takes means out.
+What a sampler does with an error of a feature map depends on how the error varies over the map. Of
+an error of eps at a noisy step the mean over the map stays in the image as a shift of its colours,
+while later steps repair most of the fine part: on latent-compact-class the mean counts 15 times as
+much as the average frequency there, on latent-compact 46 times. Inside the network it can be the
+other way round, as a norm takes means out.
 
-To first order an error e of a map h at step t moves the clean image x_0 by J e, J = d x_0 / d h. In the basis of the
-two-dimensional cosine transform (DCT-II), over which J is taken for diagonal, its mean square is
+To first order an error e of a map h at step t moves the clean image x_0 by J e, J = d x_0 / d h. In
+the basis of the two-dimensional cosine transform (DCT-II), over which J is taken for diagonal, its
+mean square is
 
     F(t, u, v) e_hat(u, v)^2,    F(t, u, v) = mean over images and channels of (J^T n)_hat(u, v)^2,  n ~ Normal(0, 1)
 
-and the error to minimise becomes the filtered one, W^(1/2) e_hat with W = F^p / mean over (u, v) of F^p: every step
-keeps its weight. With p = 1 it is the diagonal of the Fisher matrix, as BRECQ (Li et al. 2021, arXiv:2102.05426) weighs
-elements, in another basis and for the loss that counts here; p = 0 is the plain error.
+and the error to minimise becomes the filtered one, W^(1/2) e_hat with W = F^p / mean over (u, v) of
+F^p: every step keeps its weight. With p = 1 it is the diagonal of the Fisher matrix, as BRECQ (Li
+et al. 2021, arXiv:2102.05426) weighs elements, in another basis and for the loss that counts here;
+p = 0 is the plain error.
 
 Axes: N samples, C channels, H x W positions, G groups of steps.
 """
+
 import functools
 import math
 
 import torch
 
-NUM_GROUPS = 10                            # of successive steps that share a table
+NUM_GROUPS = 10  # of successive steps that share a table
 NUM_IMAGES = 8
 
 
 class FrequencyFilter:
-    """filter(name, t, error) -> error of the unit `name` at the steps t (N,), filtered: maps (N, C, H, W), tokens
-    (N, L, C) of a square map; others as they are. `power` is p above, in [0, 1]. Raises ValueError beyond that, and
-    where gradients are not finite."""
+    """filter(name, t, error) -> error of the unit `name` at the steps t (N,), filtered: maps (N, C,
+    H, W), tokens (N, L, C) of a square map; others as they are. `power` is p above, in [0, 1].
+    Raises ValueError beyond that, and where gradients are not finite."""
 
     def __init__(self, job, names, power):
         if not 0 <= power <= 1:
             raise ValueError(f"frequency is {power}; it must lie in 0 to 1")
         energies = gradient_energies(job, names)
         self.times = torch.tensor(sorted({t for found in energies.values() for t in found}))
-        self.group = torch.arange(len(self.times)) * min(NUM_GROUPS, len(self.times)) // max(len(self.times), 1)
+        self.group = (
+            torch.arange(len(self.times))
+            * min(NUM_GROUPS, len(self.times))
+            // max(len(self.times), 1)
+        )
         self.gains = {name: self.gain(found, power) for name, found in energies.items() if found}
 
     def gain(self, energy, power):
         """Energies by step {t: (H, W)} -> W^(1/2) (G, H, W)."""
         by_step = torch.stack([energy[float(t)] for t in self.times])
-        total = torch.zeros(int(self.group[-1]) + 1, *by_step.shape[1:]).index_add(0, self.group, by_step)
+        total = torch.zeros(int(self.group[-1]) + 1, *by_step.shape[1:]).index_add(
+            0, self.group, by_step
+        )
         if not torch.isfinite(total).all():
-            raise ValueError("the gradient of the image by the network's maps is NaN or infinite on this sampler; set "
-                             "frequency: 0 in reconstruct")
+            raise ValueError(
+                "the gradient of the image by the network's maps is NaN or infinite on this "
+                "sampler; set "
+                "frequency: 0 in reconstruct"
+            )
         weight = total.clamp(min=1e-30) ** power
         return (weight / weight.mean((1, 2), keepdim=True)).sqrt()
 
@@ -58,8 +72,9 @@ class FrequencyFilter:
 
 
 def gradient_energies(job, names):
-    """Energy of the gradient of <n, x_0> by the outputs of units, summed over NUM_IMAGES images and meaned over
-    channels: name -> {t: (H, W)}, none for outputs without positions. One backward pass through the sampler."""
+    """Energy of the gradient of <n, x_0> by the outputs of units, summed over NUM_IMAGES images and
+    meaned over channels: name -> {t: (H, W)}, none for outputs without positions. One backward pass
+    through the sampler."""
     net, found, now = job.model.net, {name: {} for name in names}, {}
 
     def note_time(module, arguments):
@@ -73,7 +88,9 @@ def gradient_energies(job, names):
         def hook(module, arguments, out):
             if out.requires_grad and as_maps(out) is not None:
                 out.register_hook(functools.partial(note, t=now["t"]))
+
         return hook
+
     hooks = [net.register_forward_pre_hook(note_time)]
     hooks += [net.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     generator = torch.Generator().manual_seed(job.seed)
@@ -110,5 +127,5 @@ def basis(n, device):
     """(n, n): row k holds sqrt(2 / n) cos(pi (i + 1/2) k / n), row 0 sqrt(1 / n)."""
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     rows = (2 / n) ** 0.5 * torch.cos(math.pi * (i + 0.5) * k / n)
-    rows[0] = n ** -0.5
+    rows[0] = n**-0.5
     return rows.float().to(device)

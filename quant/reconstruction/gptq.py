@@ -1,31 +1,36 @@
-"""Second-order rounding of weights (GPTQ, Frantar et al. 2023, arXiv:2210.17323), from which AdaRound may begin.
+"""Second-order rounding of weights (GPTQ, Frantar et al. 2023, arXiv:2210.17323), from which
+AdaRound may begin.
 
-Codes Q that nearly minimise tr (W - s Q) H (W - s Q)^T, H = X^T X / n + ridge for the layer's inputs X: each column in
-turn is rounded to nearest and its error led into the columns still to come,
+Codes Q that nearly minimise tr (W - s Q) H (W - s Q)^T, H = X^T X / n + ridge for the layer's
+inputs X: each column in turn is rounded to nearest and its error led into the columns still to
+come,
 
     W_k <- W_k - (W_j - s Q_j) U_jk / U_jj   (k > j),      U^T U = H^-1, U upper triangular,
 
 those with the largest H_jj first.
 
-Axes: O output channels, M columns of the flat weight (input channels x kernel), n positions, N samples.
-"""
+Axes: O output channels, M columns of the flat weight (input channels x kernel), n positions, N
+samples."""
+
 import torch
 import torch.nn.functional as F
 
-BLOCK = 128                                # columns between two updates of all that follow
-SAMPLES, POSITIONS = 256, 8192             # of a layer's inputs, for H
-RIDGE = 0.01                               # share of the mean of H's diagonal
+BLOCK = 128  # columns between two updates of all that follow
+SAMPLES, POSITIONS = 256, 8192  # of a layer's inputs, for H
+RIDGE = 0.01  # share of the mean of H's diagonal
 
 
 @torch.no_grad()
 def second_order_codes(unit, layers, inputs, num_samples, generator, batch_size=64):
-    """Centred codes of the weight of each of the `layers` of a unit (quant/learn.py), fed with an even pick of its
-    `inputs`, weights in full precision."""
+    """Centred codes of the weight of each of the `layers` of a unit (quant/learn.py), fed with an
+    even pick of its `inputs`, weights in full precision."""
     rows = torch.linspace(0, num_samples - 1, min(SAMPLES, num_samples)).long()
     taken, each = {layer: [] for layer in layers}, max(1, POSITIONS // len(rows))
 
-    def take(layer, arguments):            # sample by sample: the columns of a batch would need gigabytes
+    # sample by sample: the columns of a batch would need gigabytes
+    def take(layer, arguments):
         taken[layer] += [some(columns(layer, x), each, generator) for x in arguments[0].split(1)]
+
     hooks = [layer.register_forward_pre_hook(take) for layer in layers]
     for layer in layers:
         layer.weight_quantizer.enabled = False
@@ -40,13 +45,14 @@ def second_order_codes(unit, layers, inputs, num_samples, generator, batch_size=
 
 
 def columns(layer, x):
-    """What the rows of the flat weight are multiplied with, of an input of a QuantLayer: (N positions, M)."""
+    """What the rows of the flat weight are multiplied with, of an input of a QuantLayer: (N
+    positions, M)."""
     if layer.inverse_balance is not None:
         x = x * layer.per_channel(layer.inverse_balance)
     if not layer.trailing:
         return x.flatten(0, -2)
     options, kernel = dict(layer.operation.keywords), layer.shape[2:]
-    if layer.trailing == 1:                # as a convolution of one row
+    if layer.trailing == 1:  # as a convolution of one row
         x, kernel = x[:, :, None], (1, *kernel)
         options = {key: (0 if key == "padding" else 1, *value) for key, value in options.items()}
     return F.unfold(x, kernel, **options).transpose(1, 2).flatten(0, 1)
@@ -60,14 +66,18 @@ def some(x, count, generator):
 def rounded(layer, x):
     """Codes, of the weight's shape, of a layer that reads the columns x (n, M)."""
     q, weight = layer.weight_quantizer, layer.weight.detach()
-    scale, zero_point = (q.table(v, weight).expand_as(weight).flatten(1) for v in (q.scale, q.zero_point))
-    codes = optimal_codes(weight.flatten(1), scale, q.low - zero_point, q.high - zero_point, x.T @ x / len(x))
+    scale, zero_point = (
+        q.table(v, weight).expand_as(weight).flatten(1) for v in (q.scale, q.zero_point)
+    )
+    codes = optimal_codes(
+        weight.flatten(1), scale, q.low - zero_point, q.high - zero_point, x.T @ x / len(x)
+    )
     return codes.reshape(weight.shape)
 
 
 def optimal_codes(weight, scale, low, high, hessian):
-    """Integers Q (O, M), as floats, within low and high; these and `scale` have the shape of `weight`, `hessian` is
-    (M, M) without its ridge."""
+    """Integers Q (O, M), as floats, within low and high; these and `scale` have the shape of
+    `weight`, `hessian` is (M, M) without its ridge."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
     left, scale, low, high = (values[:, order] for values in (weight, scale, low, high))
     upper, codes = inverse_factor(hessian[order][:, order]), torch.empty_like(left)

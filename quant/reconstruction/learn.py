@@ -3,9 +3,10 @@
     lp(a, b; p) = mean over samples and positions of sum over channels |a - b|^p                       (BRECQ's measure)
     L = lp(out, target) + layer_weight * sum over inner layers lp(out_j, target_j) + round_weight * rounding penalty
 
-`layer_weight` is the fine-grained block reconstruction of EDA-DM (Liu et al. 2024, arXiv:2401.04585), random dropping
-of quantization that of QDrop (Wei et al. 2022, arXiv:2203.05740). Positions may be weighted by their saliency.
-"""
+`layer_weight` is the fine-grained block reconstruction of EDA-DM (Liu et al. 2024,
+arXiv:2401.04585), random dropping of quantization that of QDrop (Wei et al. 2022,
+arXiv:2203.05740). Positions may be weighted by their saliency."""
+
 import math
 
 import torch
@@ -18,13 +19,22 @@ from quant.reconstruction.unit import uniform_like
 
 
 def learn_rounding(unit, layers, inputs, target, generator, s):
-    """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct. No scale is learned here whose
-    doubts could choose batches actively."""
+    """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct. No scale is
+    learned here whose doubts could choose batches actively."""
     begin_rounding(unit, layers, inputs, target, generator, s)
     s = s | {"active": 0.0, "visit_cost": 0.0}
     groups = [rounding_group(layers, s)]
-    optimise(unit, groups, s["weight_iters"], lambda done: rounding_penalty(layers, done, s),
-             inputs, target, generator, s, s["weight_norm"])
+    optimise(
+        unit,
+        groups,
+        s["weight_iters"],
+        lambda done: rounding_penalty(layers, done, s),
+        inputs,
+        target,
+        generator,
+        s,
+        s["weight_norm"],
+    )
     for layer in layers:
         layer.harden()
 
@@ -34,8 +44,17 @@ def learn_scales(unit, quantizers, inputs, target, generator, s):
     learned = [q for q in quantizers if q.learnable]
     groups = scale_groups(learned, s)
     if groups:
-        optimise(unit, groups, s["input_iters"], lambda done: scale_penalty(learned, s), inputs, target,
-                 generator, s, s["input_norm"])
+        optimise(
+            unit,
+            groups,
+            s["input_iters"],
+            lambda done: scale_penalty(learned, s),
+            inputs,
+            target,
+            generator,
+            s,
+            s["input_norm"],
+        )
     end_scales(learned)
 
 
@@ -50,9 +69,17 @@ def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
         q.drop = lambda x: uniform_like(x, generator) < s["drop"]
     try:
         if groups:
-            optimise(unit, groups, s["weight_iters"],
-                     lambda done: rounding_penalty(layers, done, s) + scale_penalty(learned, s), inputs, target,
-                     generator, s, s["weight_norm"])
+            optimise(
+                unit,
+                groups,
+                s["weight_iters"],
+                lambda done: rounding_penalty(layers, done, s) + scale_penalty(learned, s),
+                inputs,
+                target,
+                generator,
+                s,
+                s["weight_norm"],
+            )
     finally:
         for q in quantizers:
             q.drop = None
@@ -65,13 +92,19 @@ def begin_rounding(unit, layers, inputs, target, generator, s):
     """From the weights or, with `gptq`, from halfway to second-order codes."""
     starts = [None] * len(layers)
     if s["gptq"]:
-        starts = second_order_codes(unit, layers, inputs, len(target), generator, s["capture_batch"])
+        starts = second_order_codes(
+            unit, layers, inputs, len(target), generator, s["capture_batch"]
+        )
     for layer, start in zip(layers, starts):
         layer.rounding = Rounding(layer.weight, layer.weight_quantizer, start)
 
 
 def rounding_group(layers, s):
-    return {"params": [layer.rounding.alpha for layer in layers], "lr": s["weight_lr"], "cosine": s["weight_cosine"]}
+    return {
+        "params": [layer.rounding.alpha for layer in layers],
+        "lr": s["weight_lr"],
+        "cosine": s["weight_cosine"],
+    }
 
 
 def rounding_penalty(layers, done, s):
@@ -84,11 +117,14 @@ def rounding_penalty(layers, done, s):
 
 
 def scale_groups(quantizers, s):
-    """Optimizer groups: tables of scales, and the parameters of whatever gives a table while it is learned."""
+    """Optimizer groups: tables of scales, and the parameters of whatever gives a table while it is
+    learned."""
     free = [q.scale.requires_grad_(True) for q in quantizers if q.soft_scale is None]
     soft = [p for q in quantizers if q.soft_scale is not None for p in q.soft_scale.parameters()]
-    groups = [{"params": free, "lr": s["input_lr"], "cosine": True},
-              {"params": soft, "lr": s["soft_lr"], "cosine": True}]
+    groups = [
+        {"params": free, "lr": s["input_lr"], "cosine": True},
+        {"params": soft, "lr": s["soft_lr"], "cosine": True},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -99,15 +135,19 @@ def end_scales(quantizers):
 
 
 def scale_penalty(quantizers, s):
-    """Of soft scales their own; smooth * sum over steps (ln scale_i - ln scale_{i+1})^2: neighbours differ little."""
+    """Of soft scales their own; smooth * sum over steps (ln scale_i - ln scale_{i+1})^2: neighbours
+    differ little."""
     penalty = sum(q.soft_scale.penalty() for q in quantizers if q.soft_scale is not None)
     if s["smooth"]:
-        penalty = penalty + s["smooth"] * sum(q.scales().log().diff(dim=0).square().sum() for q in quantizers)
+        penalty = penalty + s["smooth"] * sum(
+            q.scales().log().diff(dim=0).square().sum() for q in quantizers
+        )
     return penalty
 
 
 def optimise(unit, groups, iters, penalty, inputs, target, generator, s, norm):
-    """`iters` Adam steps on `groups`; `penalty(share of the steps done)` is added to the loss of a batch."""
+    """`iters` Adam steps on `groups`; `penalty(share of the steps done)` is added to the loss of a
+    batch."""
     optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     quantizers = input_quantizers(unit.module).values()
@@ -120,7 +160,9 @@ def optimise(unit, groups, iters, penalty, inputs, target, generator, s, norm):
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = grad
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * (1 + math.cos(math.pi * step / iters)) / 2 if group["cosine"] else rate
+            group["lr"] = (
+                rate * (1 + math.cos(math.pi * step / iters)) / 2 if group["cosine"] else rate
+            )
         optimizer.step()
         for parameter in parameters:
             if id(parameter) in scales:
@@ -142,16 +184,20 @@ def batch_loss(unit, inputs, target, generator, s, norm):
 
 
 def draw_rows(unit, target, generator, s):
-    """Samples of one batch: any; or, with `active` or `visit_cost`, all of the time segment that is undecided or seldom
-    visited most (APQ-DM, active timestep selection: the paper's second term, its released code's third),
-    argmax_t entropy(t) + active / (visits(t) + 1) - visit_cost visits(t)."""
+    """Samples of one batch: any; or, with `active` or `visit_cost`, all of the time segment that is
+    undecided or seldom visited most (APQ-DM, active timestep selection: the paper's second term,
+    its released code's third), argmax_t entropy(t) + active / (visits(t) + 1) - visit_cost
+    visits(t)."""
     if not (s["active"] or s["visit_cost"]):
         return torch.randint(len(target), (s["batch_size"],), generator=generator)
-    soft = [q.soft_scale for q in input_quantizers(unit.module).values() if q.soft_scale is not None]
+    soft = [
+        q.soft_scale for q in input_quantizers(unit.module).values() if q.soft_scale is not None
+    ]
     visits = unit.visits
     score = sum(m.entropy().detach().cpu() for m in soft) / max(len(soft), 1)
     score = score + s["active"] / (visits + 1) - s["visit_cost"] * visits
-    score[torch.bincount(unit.segments, minlength=len(score)) == 0] = -torch.inf     # no sample lies there
+    # no sample lies there
+    score[torch.bincount(unit.segments, minlength=len(score)) == 0] = -torch.inf
     segment = int(score.argmax())
     visits[segment] += 1
     rows = (unit.segments == segment).nonzero()[:, 0]

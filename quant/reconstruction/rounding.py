@@ -2,18 +2,19 @@
 
     W_q = s clamp(floor(W / s) + h(alpha), low, high),   h(alpha) = clamp(1.2 sigmoid(alpha) - 0.1, 0, 1)
 
-in codes from which the zero point has been taken; learned with lambda sum(1 - |2h - 1|^beta), which drives h to 0 or 1.
-"""
+in codes from which the zero point has been taken; learned with lambda sum(1 - |2h - 1|^beta), which
+drives h to 0 or 1."""
+
 import torch
 from torch import nn
 
-GAMMA, ZETA = -0.1, 1.1                    # ends of the stretched sigmoid
+GAMMA, ZETA = -0.1, 1.1  # ends of the stretched sigmoid
 
 
 class Rounding(nn.Module):
-    """Rounding variables of one weight: h(alpha) in [0, 1] is added to a floor. It starts as the weight itself, at
-    floor + h = W/scale; or, given centred codes of W's shape to `start` from, halfway between both, where the floor is
-    a neighbour of the code or the code itself."""
+    """Rounding variables of one weight: h(alpha) in [0, 1] is added to a floor. It starts as the
+    weight itself, at floor + h = W/scale; or, given centred codes of W's shape to `start` from,
+    halfway between both, where the floor is a neighbour of the code or the code itself."""
 
     def __init__(self, weight, quantizer, start=None):
         super().__init__()

@@ -1,8 +1,10 @@
-"""Self-attention-aware quantization: what the full-precision attention maps say about where errors matter.
+"""Self-attention-aware quantization: what the full-precision attention maps say about where errors
+matter.
 
-Received attention of position p, averaged over the heads: w_p = 1/H sum_h sum_i A[h, i, p]; the mean over p is 1, as
-every row of A sums to 1. Self-attention guidance masks images by the same map (Hong et al. 2023, arXiv:2210.00939).
-"""
+Received attention of position p, averaged over the heads: w_p = 1/H sum_h sum_i A[h, i, p]; the
+mean over p is 1, as every row of A sums to 1. Self-attention guidance masks images by the same map
+(Hong et al. 2023, arXiv:2210.00939)."""
+
 import torch
 import torch.nn.functional as F
 
@@ -16,19 +18,23 @@ def received_attention(probs):
 
 
 class Saliency:
-    """Weights of the reconstruction error: omega = (1 - kappa) + kappa * w, w from the attention map of the network
-    whose resolution is nearest to the output's, resized and normalised to mean 1 per sample.
+    """Weights of the reconstruction error: omega = (1 - kappa) + kappa * w, w from the attention
+    map of the network whose resolution is nearest to the output's, resized and normalised to mean 1
+    per sample.
 
-    Called as saliency(rows, out) -> (N, 1, H, W) for feature maps, (N, L, 1) for tokens, None for outputs without
-    positions. `kappa` in [0, 1]. Maps are square; attention to a context does not count.
-    """
+    Called as saliency(rows, out) -> (N, 1, H, W) for feature maps, (N, L, 1) for tokens, None for
+    outputs without positions. `kappa` in [0, 1]. Maps are square; attention to a context does not
+    count."""
 
     def __init__(self, net, calibration, kappa, batch_size):
         if not 0 <= kappa <= 1:
             raise ValueError(f"saliency is {kappa}; it must lie in 0 to 1")
         self.kappa, self.maps = kappa, record_maps(net, calibration, batch_size)
         if not self.maps:
-            raise ValueError("saliency needs a network with self-attention, and this one has none; set saliency: 0")
+            raise ValueError(
+                "saliency needs a network with self-attention, and this one has none; set "
+                "saliency: 0"
+            )
 
     def __call__(self, rows, out):
         if out.dim() < 3:
@@ -46,15 +52,21 @@ class Saliency:
 
 @torch.no_grad()
 def record_maps(net, calibration, batch_size):
-    """Received attention over a calibration set: size -> (samples, size^2), the mean over the maps of that size."""
+    """Received attention over a calibration set: size -> (samples, size^2), the mean over the maps
+    of that size."""
     found, modules = {}, dict(net.named_modules())
 
     def note(module, operands):
         probs = operands[module.roles.index("probs")]
-        if module.roles[0] == "v":                         # (.., keys, queries)
+        if module.roles[0] == "v":  # (.., keys, queries)
             probs = probs.transpose(-1, -2)
         found.setdefault(int(probs.shape[-1] ** 0.5), []).append(received_attention(probs.float()))
-    hooks = [modules[part.av].register_forward_pre_hook(note) for part in attention_parts(net) if part.is_to_itself]
+
+    hooks = [
+        modules[part.av].register_forward_pre_hook(note)
+        for part in attention_parts(net)
+        if part.is_to_itself
+    ]
     device, maps = next(net.parameters()).device, {}
     try:
         for arguments in calibration.batches(batch_size):

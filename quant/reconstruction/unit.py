@@ -1,28 +1,35 @@
 """A reconstruction unit while it is learned: its inputs, its error, its file."""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
 from base.files import load_tensors, save_tensors
 from quant.convert import input_quantizers, quant_layers
 
-DROPPED_INPUTS = 0.5                       # share of a unit's input that is full precision in joint mode (QDrop)
+# share of a unit's input that is full precision in joint mode (QDrop)
+DROPPED_INPUTS = 0.5
 
 
 @dataclass
 class Unit:
     """A unit of the quantized network as it is being learned."""
+
     name: str
     module: torch.nn.Module
     device: torch.device
-    set_time: Callable                     # tells the timeline which calibration rows are about to run
-    original: Any = None                   # the unit of the full-precision network, and its inputs
+    # tells the timeline which calibration rows are about to run
+    set_time: Callable
+    original: Any = None  # the unit of the full-precision network, and its inputs
     float_inputs: Any = None
-    segments: Any = None                   # time segment of every row, and how often each was drawn
+    segments: Any = None  # time segment of every row, and how often each was drawn
     visits: Any = None
-    saliency: Any = None                   # rows, output -> weights that broadcast to the output, mean 1; None: alike
-    frequency: Any = None                  # rows, error -> error filtered by what it does to the image; None: as it is
+    # rows, output -> weights that broadcast to the output, mean 1; None: alike
+    saliency: Any = None
+    # rows, error -> error filtered by what it does to the image; None: as it is
+    frequency: Any = None
 
     def __call__(self, inputs, rows):
         return self.call(self.module, inputs, rows)
@@ -30,7 +37,9 @@ class Unit:
     def call(self, module, inputs, rows):
         self.set_time(rows)
         x = [a[rows].to(self.device) for a in inputs]
-        return module(*(a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a for a in x))
+        return module(
+            *(a.contiguous(memory_format=torch.channels_last) if a.dim() == 4 else a for a in x)
+        )
 
 
 class Mixed:
@@ -45,26 +54,27 @@ class Mixed:
 
 
 def uniform_like(x, generator):
-    """Draws from [0, 1) of the shape of x: on the CPU by `generator`, elsewhere by one that it seeds, as millions of
-    numbers for each step would keep a GPU waiting."""
+    """Draws from [0, 1) of the shape of x: on the CPU by `generator`, elsewhere by one that it
+    seeds, as millions of numbers for each step would keep a GPU waiting."""
     if x.device.type == "cpu":
         return torch.rand(x.shape, generator=generator)
-    own = torch.Generator(x.device).manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+    own = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
     return torch.rand(x.shape, generator=own, device=x.device)
 
 
 def mixed(quant_inputs, float_inputs, generator):
-    """A unit's inputs for joint learning: its main input mixed elementwise, embedding and condition as they are in the
-    quantized network."""
+    """A unit's inputs for joint learning: its main input mixed elementwise, embedding and condition
+    as they are in the quantized network."""
     return [Mixed(quant_inputs[0], float_inputs[0], generator), *quant_inputs[1:]]
 
 
-ERROR_ROWS = 256                           # samples on which the error before and after is measured
+ERROR_ROWS = 256  # samples on which the error before and after is measured
 
 
 @torch.no_grad()
 def relative_error(unit, inputs, target, batch_size=64):
-    """mean square of (unit(inputs) - target) over mean square of target, on an even pick of the samples."""
+    """mean square of (unit(inputs) - target) over mean square of target, on an even pick of the
+    samples."""
     rows = torch.linspace(0, len(target) - 1, min(ERROR_ROWS, len(target))).long()
     error = power = 0.0
     for part in rows.split(batch_size):
@@ -75,10 +85,19 @@ def relative_error(unit, inputs, target, batch_size=64):
 
 
 def save_unit(module, path, facts):
-    """Everything reconstruction decided: integer weights and activation scales; and what the integers stand on."""
-    layers = {name: layer for name, layer in quant_layers(module).items() if layer.weight_int is not None}
-    tensors = {f"{name}|weight_int": layer.weight_int.to(torch.int16) for name, layer in layers.items()}
-    tensors |= {f"{name}|on.{key}": value for name, layer in layers.items() for key, value in stands_on(layer).items()}
+    """Everything reconstruction decided: integer weights and activation scales; and what the
+    integers stand on."""
+    layers = {
+        name: layer for name, layer in quant_layers(module).items() if layer.weight_int is not None
+    }
+    tensors = {
+        f"{name}|weight_int": layer.weight_int.to(torch.int16) for name, layer in layers.items()
+    }
+    tensors |= {
+        f"{name}|on.{key}": value
+        for name, layer in layers.items()
+        for key, value in stands_on(layer).items()
+    }
     for name, q in input_quantizers(module).items():
         tensors[f"{name}|scale"] = q.scale
         tensors |= {f"{name}|soft.{key}": value for key, value in q.learned_by().items()}
@@ -89,18 +108,27 @@ def stands_on(layer):
     """What integer weights mean nothing without: grid and balance, which earlier passes chose."""
     q = layer.weight_quantizer
     found = {"scale": q.scale, "zero_point": q.zero_point, "bits": torch.tensor(q.spec.bits)}
-    return found | ({} if layer.inverse_balance is None else {"inverse_balance": layer.inverse_balance})
+    return found | (
+        {} if layer.inverse_balance is None else {"inverse_balance": layer.inverse_balance}
+    )
 
 
 def load_unit(module, path):
-    """Put a saved unit back; returns its facts, None where it was learned upon other grids or another balance: on
-    another device or number of threads, sums round otherwise and earlier passes may choose otherwise."""
+    """Put a saved unit back; returns its facts, None where it was learned upon other grids or
+    another balance: on another device or number of threads, sums round otherwise and earlier passes
+    may choose otherwise."""
     layers, quantizers = quant_layers(module), input_quantizers(module)
     tensors, meta = load_tensors(path)
     for name in (key.removesuffix("|weight_int") for key in tensors if key.endswith("|weight_int")):
-        before = {key.rpartition("|on.")[2]: value for key, value in tensors.items() if key.startswith(f"{name}|on.")}
+        before = {
+            key.rpartition("|on.")[2]: value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}|on.")
+        }
         now = {key: value.cpu() for key, value in stands_on(layers[name]).items()}
-        if before.keys() != now.keys() or any(not torch.equal(before[key], now[key]) for key in now):
+        if before.keys() != now.keys() or any(
+            not torch.equal(before[key], now[key]) for key in now
+        ):
             return None
     for key, value in tensors.items():
         name, _, part = key.rpartition("|")
@@ -112,5 +140,5 @@ def load_unit(module, path):
         elif part.startswith("soft."):
             quantizers[name].soft_scale.get_parameter(part.removeprefix("soft.")).data.copy_(value)
     for name in {key.rpartition("|soft.")[0] for key in tensors if "|soft." in key}:
-        quantizers[name].harden()              # others wait for the pass that learns them
+        quantizers[name].harden()  # others wait for the pass that learns them
     return meta["facts"]

@@ -1,4 +1,5 @@
 """Configurations: files merge left to right, then key=value; every mistake ends in one sentence."""
+
 from dataclasses import dataclass, field
 
 import pytest
@@ -26,6 +27,7 @@ def write(tmp_path):
     def to(name, text):
         (tmp_path / name).write_text(text)
         return tmp_path / name
+
     return to
 
 
@@ -41,7 +43,10 @@ MISTAKES = {
     "unknown key 'bits.wieght'; did you mean 'weight'?": ("bits: {wieght: 4}", ()),
     "unknown key 'nam'; did you mean 'name'?": ("nam: x", ()),
     "unknown key 'zzz'; known: name, bits, symmetric, rules, facts": ("zzz: x", ()),
-    "'bits.inputt=4': unknown key 'bits.inputt'; did you mean 'input'?": ("name: x", ("bits.inputt=4",)),
+    "'bits.inputt=4': unknown key 'bits.inputt'; did you mean 'input'?": (
+        "name: x",
+        ("bits.inputt=4",),
+    ),
     "key 'bits.weight': Value 'four'": ("bits: {weight: four}", ()),
     "key 'symmetric': Value 'perhaps'": ("name: x", ("symmetric=perhaps",)),
     "'force' is not key=value": ("name: x", ("force",)),
@@ -90,18 +95,33 @@ def test_empty_file_changes_nothing(write):
 
 
 def test_a_file_goes_on_top_of_its_base(write):
-    write("a.yaml", "name: a\nbits: {weight: 4, input: 6}\nrules: [one, '${bits.weight}']\nfacts: {k: 1}")
-    write("b.yaml", "base: a.yaml\nbits: {input: 5}\nfirst: {rules: [zero]}\nlast: {rules: [{end: '${bits.input}'}]}")
+    write(
+        "a.yaml",
+        "name: a\nbits: {weight: 4, input: 6}\nrules: [one, '${bits.weight}']\nfacts: {k: 1}",
+    )
+    write(
+        "b.yaml",
+        "base: a.yaml\nbits: {input: 5}\nfirst: {rules: [zero]}\nlast: {rules: [{end: "
+        "'${bits.input}'}]}",
+    )
     top = write("c.yaml", "base: b.yaml\nname: c\nlast: {rules: [last]}")
     assert load(Schema, [top], ["bits.weight=7"]).rules[2] == 7
-    assert load(Schema, [top]) == Schema("c", Bits(4, 5), False, ["zero", "one", 4, {"end": 5}, "last"], {"k": 1})
+    assert load(Schema, [top]) == Schema(
+        "c", Bits(4, 5), False, ["zero", "one", 4, {"end": 5}, "last"], {"k": 1}
+    )
 
 
-@pytest.mark.parametrize("text, sentence", [
-    ("base: absent.yaml", "absent.yaml does not exist"), ("base: c.yaml", "c.yaml is its own base"),
-    ("base: a.yaml\nfirst: {name: [b]}", "name is none"),
-    ("base: a.yaml\nlast: {rules: {b: 1}}", "rules is none"),
-    ("base: a.yaml\nlast: [b]", "first and last add lists to lists"), ("first: {rules: [b]}", "unknown key 'first'")])
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("base: absent.yaml", "absent.yaml does not exist"),
+        ("base: c.yaml", "c.yaml is its own base"),
+        ("base: a.yaml\nfirst: {name: [b]}", "name is none"),
+        ("base: a.yaml\nlast: {rules: {b: 1}}", "rules is none"),
+        ("base: a.yaml\nlast: [b]", "first and last add lists to lists"),
+        ("first: {rules: [b]}", "unknown key 'first'"),
+    ],
+)
 def test_mistakes_about_a_base(write, text, sentence):
     write("a.yaml", "name: a\nrules: [one]")
     with pytest.raises(ValueError, match=sentence):
@@ -109,4 +129,8 @@ def test_mistakes_about_a_base(write, text, sentence):
 
 
 def test_flat_keys():
-    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": {}, "f": None}) == {"a.b": 1, "a.c.d": [2], "f": None}
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": {}, "f": None}) == {
+        "a.b": 1,
+        "a.c.d": [2],
+        "f": None,
+    }

@@ -1,4 +1,5 @@
 """A script ends in one sentence and the right status, whatever goes wrong on the user's side."""
+
 import errno
 import subprocess
 import sys
@@ -19,6 +20,7 @@ def run_main(monkeypatch, body, *arguments):
 def raising(error):
     def body(_):
         raise error
+
     return body
 
 
@@ -26,8 +28,16 @@ ENDINGS = [
     (ValueError("bits is 0; expected 2 to 32"), 2, "error: bits is 0; expected 2 to 32\n"),
     (KeyboardInterrupt(), 130, "stopped; run the same command to continue\n"),
     (OSError(errno.ENOSPC, "No space left on device"), 2, "error: no space is left on the disk; "),
-    (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "error: no space is left on the disk; "),
-    (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "error: /root/x: Permission denied; "),
+    (
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        2,
+        "error: no space is left on the disk; ",
+    ),
+    (
+        PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+        2,
+        "error: /root/x: Permission denied; ",
+    ),
 ]
 
 
@@ -53,11 +63,15 @@ def test_arguments_are_passed_on_and_success_is_silent(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
 def test_help_is_the_docstring(arguments):
-    ended = subprocess.run([sys.executable, ROOT / "scripts/download.py", *arguments], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts/download.py", *arguments], capture_output=True, text=True
+    )
     assert ended.returncode == 0 and ended.stdout.startswith("Fetch public checkpoints")
 
 
 def test_status_and_sentence_of_a_real_script():
-    ended = subprocess.run([sys.executable, ROOT / "scripts/download.py", "cifar"], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts/download.py", "cifar"], capture_output=True, text=True
+    )
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.startswith("error: checkpoint 'cifar' is unknown; choose from cifar10, ")

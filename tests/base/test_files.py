@@ -1,4 +1,5 @@
 """A file is the old one or the complete new one; safetensors with metadata."""
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     def broken(part):
         part.write_text("half of the n")
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, broken)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
@@ -38,7 +40,11 @@ def test_old_file_is_whole_while_the_new_one_is_written(tmp_path):
     assert seen == [(3, "old")] and path.read_text() == "new"
 
 
-TENSORS = {"b": torch.arange(6).reshape(2, 3).T, "a": torch.ones(2, requires_grad=True), "c": torch.zeros(0, 3)}
+TENSORS = {
+    "b": torch.arange(6).reshape(2, 3).T,
+    "a": torch.ones(2, requires_grad=True),
+    "c": torch.zeros(0, 3),
+}
 META = {"z": [1, 2.5, None], "a": {"word": "ü"}}
 
 
@@ -67,6 +73,8 @@ def test_cut_file_is_named_in_one_sentence(tmp_path, size):
     path = tmp_path / "x.safetensors"
     save_tensors(path, TENSORS, META)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="x.safetensors is cut off or no safetensors file") as caught:
+    with pytest.raises(
+        ValueError, match="x.safetensors is cut off or no safetensors file"
+    ) as caught:
         load_tensors(path)
     assert "\n" not in str(caught.value)

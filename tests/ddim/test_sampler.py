@@ -1,4 +1,5 @@
 """Samplers retrace the recorded trajectories; noise belongs to images, not to batches."""
+
 import math
 from types import SimpleNamespace
 
@@ -12,13 +13,16 @@ from base.seeds import SeededNoise
 from ddim.sampler import SAMPLERS, ddim, ddpm, num_evaluations, plms
 from ddim.schedule import make_schedule, step_sequence
 
-FILES = {name: read_fixture(name) for name in ("sampler_pixel", "sampler_latent", "sampler_dpm_pixel",
-                                               "sampler_respaced")}
+FILES = {
+    name: read_fixture(name)
+    for name in ("sampler_pixel", "sampler_latent", "sampler_dpm_pixel", "sampler_respaced")
+}
 META, _, TENSORS = FILES["sampler_pixel"]
 
 
 def recorded_network(meta, tensors):
-    """The small fixed network with which the trajectories of a file were recorded: eps, then v if it has one."""
+    """The small fixed network with which the trajectories of a file were recorded: eps, then v if
+    it has one."""
     w = below("model/", tensors)
 
     def network(x, t, context=None):
@@ -28,24 +32,34 @@ def recorded_network(meta, tensors):
         if context is not None:
             h = h + (context.flatten(1) @ w["u"].T)[:, :, None, None]
         out = F.conv2d(F.silu(h), w["w2"], w["b2"], padding=1)
-        e, v = out[:, :x.shape[1]], out[:, x.shape[1]:]
+        e, v = out[:, : x.shape[1]], out[:, x.shape[1] :]
         s = (t / 1000)[:, None, None, None]
-        return torch.cat([(meta["config"]["noise_model"]["k"] - s) * e + (math.pi / 2 * s).sin() * x, v], dim=1)
+        return torch.cat(
+            [(meta["config"]["noise_model"]["k"] - s) * e + (math.pi / 2 * s).sin() * x, v], dim=1
+        )
+
     return network
 
 
 recorded_eps = recorded_network(META, TENSORS)
 
 
-@pytest.mark.parametrize("file, name", [(file, name) for file in FILES for name in FILES[file][0]["config"]["runs"]])
+@pytest.mark.parametrize(
+    "file, name", [(file, name) for file in FILES for name in FILES[file][0]["config"]["runs"]]
+)
 def test_every_recorded_run_as_released(file, name):
     meta, _, tensors = FILES[file]
     recorded = below(f"{name}/", tensors)
     inputs = {"x_T": recorded.get("x", recorded.get("x_calls"))[0]} | below("in/", tensors)
     inputs |= {key: recorded[key] for key in ("noise",) if key in recorded}
-    found = fixture_adapter_samplers.sample(file.replace("_", "-"), meta["config"]["runs"][name], meta["config"],
-                                            recorded_network(meta, tensors), inputs)
-    for key in {"x", "pred_x0"} & recorded.keys():                        # per state
+    found = fixture_adapter_samplers.sample(
+        file.replace("_", "-"),
+        meta["config"]["runs"][name],
+        meta["config"],
+        recorded_network(meta, tensors),
+        inputs,
+    )
+    for key in {"x", "pred_x0"} & recorded.keys():  # per state
         for state, expected in zip(found[key], recorded[key], strict=True):
             assert_close(state, expected, meta["tolerance"])
     for key in {"x_final", "t"} & recorded.keys():
@@ -58,8 +72,15 @@ def test_recorded_trajectory(name):
     sampler = {"ddim": ddim, "ddpm_noisy": ddpm}[run["kind"]]
     schedule = make_schedule(kind=META["config"]["betas"]["kind"])
     noises, seen = iter(recorded["noise"]), []
-    x = sampler(recorded_eps, recorded["x"][0], step_sequence(run["skip"], run["steps"], schedule), schedule,
-                noise=lambda: next(noises), eta=run.get("eta", 1.0), callback=lambda *facts: seen.append(facts))
+    x = sampler(
+        recorded_eps,
+        recorded["x"][0],
+        step_sequence(run["skip"], run["steps"], schedule),
+        schedule,
+        noise=lambda: next(noises),
+        eta=run.get("eta", 1.0),
+        callback=lambda *facts: seen.append(facts),
+    )
     assert [facts[0] for facts in seen] == list(range(len(recorded["t"])))
     assert [facts[1] for facts in seen] == recorded["t"].tolist()
     for state, expected in zip([facts[2] for facts in seen] + [x], recorded["x"], strict=True):
@@ -70,29 +91,43 @@ def test_recorded_trajectory(name):
 
 @pytest.mark.parametrize("sampler", [ddim, ddpm, plms])
 def test_exact_noise_leads_back_to_the_image(sampler):
-    # For a single image x0 the best eps is known: (x - sqrt(a) x0) / sqrt(1 - a). Any sampler then ends at x0.
+    # For a single image x0 the best eps is known: (x - sqrt(a) x0) / sqrt(1 - a). Any sampler then
+    # ends at x0.
     schedule, x0 = make_schedule(), torch.linspace(-0.9, 0.9, 12).view(1, 3, 2, 2)
 
     def eps(x, t):
         level = schedule.level(int(t[0]))
-        return (x - level ** 0.5 * x0) / (1 - level) ** 0.5
+        return (x - level**0.5 * x0) / (1 - level) ** 0.5
+
     noise = SeededNoise(0, [0], x0.shape[1:])
-    x = sampler(eps, noise.draw(), step_sequence("uniform", 20, schedule), schedule, noise=noise.draw)
+    x = sampler(
+        eps, noise.draw(), step_sequence("uniform", 20, schedule), schedule, noise=noise.draw
+    )
     assert_close(x, x0, 1e-4)
 
 
 def always(value):
     """A network that answers eps = 0.1 x and, if `value` is given, that v."""
-    return lambda x, t: 0.1 * x if value is None else torch.cat([0.1 * x, torch.full_like(x, value)], dim=1)
+    return lambda x, t: (
+        0.1 * x if value is None else torch.cat([0.1 * x, torch.full_like(x, value)], dim=1)
+    )
 
 
 def test_learned_variance_runs_from_small_to_large():
     def run(variance, v):
         noise, schedule = SeededNoise(0, [0], (3, 2, 2)), make_schedule(variance=variance)
-        return ddpm(always(v), noise.draw(), step_sequence("respaced", 10, schedule), schedule, noise=noise.draw)
+        return ddpm(
+            always(v),
+            noise.draw(),
+            step_sequence("respaced", 10, schedule),
+            schedule,
+            noise=noise.draw,
+        )
+
     assert_close(run("learned", 1.0), run("large", None), 1e-6)
     assert_close(run("learned", -1.0), run("small", None), 1e-6)
-    assert torch.equal(run("small", 0.3), run("small", None))              # a variance that is not asked for is left
+    # a variance that is not asked for is left
+    assert torch.equal(run("small", 0.3), run("small", None))
     with pytest.raises(ValueError, match="the network answers eps alone; set schedule.variance"):
         run("learned", None)
 
@@ -101,23 +136,40 @@ def test_learned_variance_runs_from_small_to_large():
 @pytest.mark.parametrize("clip", [None, True, False])
 def test_clip_bounds_the_predicted_image(sampler, clip):
     schedule, seen, noise = make_schedule(clip=clip), [], SeededNoise(0, [0], (3, 2, 2))
-    SAMPLERS[sampler](always(None), 30 * noise.draw(), step_sequence("uniform", 5, schedule), schedule,
-                      noise=noise.draw, callback=lambda *facts: seen.append(float(facts[4].abs().max())))
+    SAMPLERS[sampler](
+        always(None),
+        30 * noise.draw(),
+        step_sequence("uniform", 5, schedule),
+        schedule,
+        noise=noise.draw,
+        callback=lambda *facts: seen.append(float(facts[4].abs().max())),
+    )
     assert (max(seen) <= 1) == (clip is True or clip is None and sampler == "ddpm")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 8])
 def test_the_callback_tells_every_evaluation_and_its_time(name, num):
-    schedule, asked, told = make_schedule(kind="improved_linear", timesteps=4000, rescale_timesteps=True), [], []
+    schedule, asked, told = (
+        make_schedule(kind="improved_linear", timesteps=4000, rescale_timesteps=True),
+        [],
+        [],
+    )
     steps = step_sequence("time_uniform" if name.startswith("dpm_") else "ddim", num, schedule)
     noise = SeededNoise(0, [0], (3, 2, 2))
 
     def eps(x, t):
         asked.append((float(t[0]), x))
         return 0.1 * x
-    x = SAMPLERS[name](eps, noise.draw(), steps, schedule, noise=noise.draw,
-                       callback=lambda *facts: told.append(facts))
+
+    x = SAMPLERS[name](
+        eps,
+        noise.draw(),
+        steps,
+        schedule,
+        noise=noise.draw,
+        callback=lambda *facts: told.append(facts),
+    )
     assert [facts[0] for facts in told] == list(range(num_evaluations(name, steps)))
     assert [pytest.approx(facts[1]) for facts in told] == [t for t, _ in asked]
     assert all(0 <= t < 1000 for t, _ in asked)
@@ -137,8 +189,16 @@ def test_deterministic_samplers_draw_nothing_and_refuse_an_eta(name):
 @pytest.mark.parametrize("sampler", [ddim, ddpm, plms])
 def test_fractions_of_a_step_are_for_the_dpm_solvers(sampler):
     schedule = make_schedule()
-    with pytest.raises(ValueError, match="step 999 may lie between two steps, which only the DPM-Solvers allow"):
-        sampler(always(None), torch.ones(1, 3, 2, 2), step_sequence("time_uniform", 10, schedule), schedule, noise=None)
+    with pytest.raises(
+        ValueError, match="step 999 may lie between two steps, which only the DPM-Solvers allow"
+    ):
+        sampler(
+            always(None),
+            torch.ones(1, 3, 2, 2),
+            step_sequence("time_uniform", 10, schedule),
+            schedule,
+            noise=None,
+        )
 
 
 def test_repeated_steps_are_harmless():
@@ -147,8 +207,14 @@ def test_repeated_steps_are_harmless():
     assert steps[:5] == [0, 0, 0, 0, 1]
     for sampler in (ddim, ddpm, plms):
         noise = SeededNoise(0, [0], (3, 2, 2))
-        x = sampler(lambda x, t: 0.1 * x, noise.draw(), steps, schedule, noise=noise.draw,
-                    eta=0.0 if sampler is plms else 1.0)
+        x = sampler(
+            lambda x, t: 0.1 * x,
+            noise.draw(),
+            steps,
+            schedule,
+            noise=noise.draw,
+            eta=0.0 if sampler is plms else 1.0,
+        )
         assert torch.isfinite(x).all()
 
 
@@ -161,13 +227,16 @@ def test_noise_of_an_image_is_independent_of_the_batch():
 
 def test_noise_differs_between_images_seeds_and_draws():
     noise = SeededNoise(7, range(4), (3, 8, 8))
-    draws = torch.cat([noise.draw(), noise.draw(), SeededNoise(8, range(4), (3, 8, 8)).draw()]).flatten(1)
+    draws = torch.cat(
+        [noise.draw(), noise.draw(), SeededNoise(8, range(4), (3, 8, 8)).draw()]
+    ).flatten(1)
     correlation = torch.corrcoef(draws) - torch.eye(12)
-    assert correlation.abs().max() < 0.35                 # 5 standard deviations of unrelated noise
+    assert correlation.abs().max() < 0.35  # 5 standard deviations of unrelated noise
     assert abs(float(draws.mean())) < 0.1 and abs(float(draws.std()) - 1) < 0.05
 
 
 # ---- corrections: all the samplers ask of one is sigma_q^2 at a time
+
 
 def bringing(variance):
     """A correction of that sigma_q^2 at step 700, which is all that a sampler asks of one."""
@@ -177,38 +246,53 @@ def bringing(variance):
 def moved(sampler, *, e=0.3, z=0.0, sigma_q=None, eta=0.8, **habits):
     """Where the step from 700 to 400 takes one value, in double precision."""
     x, seen = torch.full((1, 1, 1, 1), 0.2, dtype=torch.float64), []
-    sampler(lambda x, t: torch.full_like(x, e), x, [400, 700], make_schedule(clip=False, **habits), eta=eta,
-            noise=lambda: torch.full_like(x, z), callback=lambda step, t, x, *_: seen.append(float(x)),
-            correction=None if sigma_q is None else bringing(sigma_q ** 2))
+    sampler(
+        lambda x, t: torch.full_like(x, e),
+        x,
+        [400, 700],
+        make_schedule(clip=False, **habits),
+        eta=eta,
+        noise=lambda: torch.full_like(x, z),
+        callback=lambda step, t, x, *_: seen.append(float(x)),
+        correction=None if sigma_q is None else bringing(sigma_q**2),
+    )
     return seen[1]
 
 
 @pytest.mark.parametrize("sampler", [ddim, ddpm])
-@pytest.mark.parametrize("habits", [{}, {"variance": "small"}, {"space": "latent"}, {"as_released": True}])
+@pytest.mark.parametrize(
+    "habits", [{}, {"variance": "small"}, {"space": "latent"}, {"as_released": True}]
+)
 def test_noise_of_eps_and_noise_of_the_sampler_add_up_to_its_variance(sampler, habits):
-    """What a unit of eps and of z does to x is measured, not derived: c^2 sigma_q^2 + sigma'^2 = sigma^2."""
+    """What a unit of eps and of z does to x is measured, not derived: c^2 sigma_q^2 + sigma'^2 =
+    sigma^2."""
     sigma = moved(sampler, z=1.0, **habits) - moved(sampler, **habits)
     c = moved(sampler, e=1.3, **habits) - moved(sampler, **habits)
     for share in (0.0, 0.3, 1.0, 5.0):
-        left = moved(sampler, z=1.0, sigma_q=share ** 0.5 * sigma / c, **habits) - moved(sampler, **habits)
+        left = moved(sampler, z=1.0, sigma_q=share**0.5 * sigma / c, **habits) - moved(
+            sampler, **habits
+        )
         assert left == pytest.approx(sigma * max(1 - share, 0.0) ** 0.5, rel=1e-5, abs=1e-6)
-        assert moved(sampler, sigma_q=share, **habits) == moved(sampler, **habits)      # the mean is left alone
+        # the mean is left alone
+        assert moved(sampler, sigma_q=share, **habits) == moved(sampler, **habits)
 
 
 def test_variance_of_ddim_by_hand():
     a, b = (make_schedule().level(s) for s in (700, 400))
     sigma = 0.8 * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
-    c = math.sqrt(1 - b - sigma ** 2) - math.sqrt(b * (1 - a) / a)
+    c = math.sqrt(1 - b - sigma**2) - math.sqrt(b * (1 - a) / a)
     left = moved(ddim, z=1.0, sigma_q=0.1) - moved(ddim, sigma_q=0.1)
-    assert left == pytest.approx(math.sqrt(sigma ** 2 - c ** 2 * 0.01), rel=1e-6)
-    assert moved(ddim, z=1.0, sigma_q=1.01 * sigma / c) == moved(ddim)        # clamped at zero
+    assert left == pytest.approx(math.sqrt(sigma**2 - c**2 * 0.01), rel=1e-6)
+    assert moved(ddim, z=1.0, sigma_q=1.01 * sigma / c) == moved(ddim)  # clamped at zero
 
 
 def test_variance_of_ddpm_by_hand():
     a, b = (make_schedule().level(s) for s in (700, 400))
     alpha, beta = a / b, 1 - a / b
     left = moved(ddpm, z=1.0, sigma_q=0.1) - moved(ddpm, sigma_q=0.1)
-    assert left == pytest.approx(math.sqrt(0.64 * beta - beta ** 2 * 0.01 / (alpha * (1 - a))), rel=1e-6)
+    assert left == pytest.approx(
+        math.sqrt(0.64 * beta - beta**2 * 0.01 / (alpha * (1 - a))), rel=1e-6
+    )
     assert moved(ddpm, z=1.0, sigma_q=30.0) == moved(ddpm)
 
 
@@ -218,20 +302,36 @@ def test_variance_of_ddpm_by_hand():
 def test_a_correction_without_variance_changes_no_bit(name, eta, habits):
     def run(correction):
         noise, schedule = SeededNoise(0, [0, 1], (3, 4, 4)), make_schedule(**habits)
-        return SAMPLERS[name](always(0.2), noise.draw(), step_sequence("uniform", 20, schedule), schedule,
-                              noise=noise.draw, eta=eta, correction=correction)
+        return SAMPLERS[name](
+            always(0.2),
+            noise.draw(),
+            step_sequence("uniform", 20, schedule),
+            schedule,
+            noise=noise.draw,
+            eta=eta,
+            correction=correction,
+        )
+
     assert torch.equal(run(None), run(bringing(0.0)))
     assert torch.equal(run(None), run(bringing(0.1))) == (eta == 0)
 
 
 def test_learned_variance_shrinks_at_every_value():
     """v = 0.5 in one half of the image, -1 in the other: both lose the same variance."""
+
     def run(variance, z):
         x, v, seen = torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.5, -1.0]]]]), []
-        ddpm(lambda x, t: torch.cat([0 * x, v], dim=1), x, [400, 700], make_schedule(variance="learned", clip=False),
-             noise=lambda: torch.full_like(x, z), callback=lambda step, t, x, *_: seen.append(x),
-             correction=bringing(variance))
+        ddpm(
+            lambda x, t: torch.cat([0 * x, v], dim=1),
+            x,
+            [400, 700],
+            make_schedule(variance="learned", clip=False),
+            noise=lambda: torch.full_like(x, z),
+            callback=lambda step, t, x, *_: seen.append(x),
+            correction=bringing(variance),
+        )
         return seen[1].flatten()
+
     a, b = (make_schedule().level(s) for s in (700, 400))
     brought = (1 - a / b) ** 2 * 0.02 / (a / b * (1 - a))
     assert_close(run(0.02, 1.0), (run(0.0, 1.0) ** 2 - brought).clamp(min=0).sqrt(), 1e-5)

@@ -1,4 +1,6 @@
-"""The DDIM U-Net and its parts give the recorded numbers and have the names and shapes of the public checkpoints."""
+"""The DDIM U-Net and its parts give the recorded numbers and have the names and shapes of the
+public checkpoints."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,15 @@ def test_network_and_every_stage_give_the_recorded_values():
         found = seen[name][:1]
         if found.dim() == 4 and found.shape[3] >= 16:
             found = found[..., ::2, ::2]
-        assert_close(found, expected, 1e-3)              # taps are recorded in half precision
+        assert_close(found, expected, 1e-3)  # taps are recorded in half precision
 
 
-PRIMITIVES = {"down_asymmetric": lambda: Downsample(32, True), "up_nearest_conv": lambda: Upsample(32, True),
-              "resnet_block": lambda: ResnetBlock(32, 64, 48, 0.0, 32), "attn_block_1head": lambda: AttnBlock(32, 32)}
+PRIMITIVES = {
+    "down_asymmetric": lambda: Downsample(32, True),
+    "up_nearest_conv": lambda: Upsample(32, True),
+    "resnet_block": lambda: ResnetBlock(32, 64, 48, 0.0, 32),
+    "attn_block_1head": lambda: AttnBlock(32, 32),
+}
 
 
 @pytest.mark.parametrize("name", PRIMITIVES)
@@ -45,15 +51,22 @@ def test_part_gives_the_recorded_values(name):
 @pytest.mark.parametrize("width", [32, 33, 128])
 def test_timestep_embedding(width):
     meta, _, tensors = read_fixture("primitives")
-    assert_close(timestep_embedding(tensors["embed_sin_first/in/t"], width),
-                 tensors[f"embed_sin_first/out/dim{width}"], meta["tolerance"])
+    assert_close(
+        timestep_embedding(tensors["embed_sin_first/in/t"], width),
+        tensors[f"embed_sin_first/out/dim{width}"],
+        meta["tolerance"],
+    )
 
 
 def test_attention_equals_the_fused_one():
     torch.manual_seed(0)
     block, x = AttnBlock(8, 4).requires_grad_(False), torch.randn(2, 8, 3, 5)
-    q, k, v = (layer(block.norm(x)).flatten(2).transpose(1, 2) for layer in (block.q, block.k, block.v))
-    expected = x + block.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 8, 3, 5))
+    q, k, v = (
+        layer(block.norm(x)).flatten(2).transpose(1, 2) for layer in (block.q, block.k, block.v)
+    )
+    expected = x + block.proj_out(
+        F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 8, 3, 5)
+    )
     assert_close(block(x), expected, 1e-6)
 
 
@@ -69,8 +82,11 @@ def test_public_checkpoint_fits_strictly(name):
 
 
 def test_every_layer_has_a_role_and_concatenations_know_their_halves(tiny_net):
-    layers = {name: module for name, module in tiny_net.named_modules()
-              if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))}
+    layers = {
+        name: module
+        for name, module in tiny_net.named_modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
+    }
     assert all(hasattr(layer, "role") for layer in layers.values())
     for level in tiny_net.up:
         for block in level.block:
@@ -78,7 +94,14 @@ def test_every_layer_has_a_role_and_concatenations_know_their_halves(tiny_net):
 
 
 def test_options_without_parameters():
-    net = UNet(image_size=8, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resamp_with_conv=False,
-               norm_groups=4)
+    net = UNet(
+        image_size=8,
+        ch=8,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        resamp_with_conv=False,
+        norm_groups=4,
+    )
     assert not any("sample.conv" in name for name in net.state_dict())
     assert net(torch.zeros(1, 3, 8, 8), torch.zeros(1)).shape == (1, 3, 8, 8)

@@ -1,4 +1,5 @@
 """The offline extractor's network, its package and the files that ship."""
+
 import json
 from pathlib import Path
 
@@ -31,12 +32,16 @@ def test_shapes_and_a_hand_computed_head():
     features = net.features(x)
     assert features.shape == (2, 6) and (features >= 0).all()
     torch.testing.assert_close(net.logits(x), features @ net.head.weight.T + net.head.bias)
-    assert net.stages(net.stem(x)).shape == (2, 6, 4, 4)                 # halved once in each of three stages
+    # halved once in each of three stages
+    assert net.stages(net.stem(x)).shape == (2, 6, 4, 4)
 
 
 def test_the_recipe_builds_the_shipped_network():
     recipe = read_yaml(Path(__file__).parents[2] / "configs" / "train" / "cifar10-classifier.yaml")
-    assert build_classifier(**recipe.classifier).state_dict().keys() == load_classifier().state_dict().keys()
+    assert (
+        build_classifier(**recipe.classifier).state_dict().keys()
+        == load_classifier().state_dict().keys()
+    )
 
 
 def test_shipped_files_fit_together():
@@ -46,17 +51,26 @@ def test_shipped_files_fit_together():
     assert record["weights_sha256"] == facts["extractor_sha256"] == sha256(WEIGHTS)
     assert record["statistics_sha256"] == sha256(STATISTICS) and facts["count"] == 50000
     for kind, size in (("pooled", 136), ("spatial", 8 * 8 * 7)):
-        assert statistics[kind]["mu"].shape == (size,) and statistics[kind]["sigma"].shape == (size, size)
+        assert statistics[kind]["mu"].shape == (size,) and statistics[kind]["sigma"].shape == (
+            size,
+            size,
+        )
         assert np.linalg.eigvalsh(statistics[kind]["sigma"]).min() > 0
-    deviation = (kept.mean(0).numpy() - statistics["pooled"]["mu"]) / kept.std(0).numpy()      # of every fifth image
-    assert kept.shape == (10_000, 136) and abs(deviation).max() < 4 / 10_000 ** 0.5
+    # of every fifth image
+    deviation = (kept.mean(0).numpy() - statistics["pooled"]["mu"]) / kept.std(0).numpy()
+    assert kept.shape == (10_000, 136) and abs(deviation).max() < 4 / 10_000**0.5
 
 
 def test_package_of_a_tiny_run(tmp_path):
     net = build_classifier(**TINY).eval()
     (tmp_path / "run").mkdir()
-    save_file({key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()},
-              tmp_path / "run" / "weights.safetensors")
+    save_file(
+        {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in net.state_dict().items()
+        },
+        tmp_path / "run" / "weights.safetensors",
+    )
     recipe = {"classifier": TINY, "seed": 7, "data": "somewhere", "out": "elsewhere", "model": ""}
     (tmp_path / "run" / "record.json").write_text(json.dumps({"recipe": recipe, "final_loss": 1.5}))
     rng = np.random.default_rng(0)
@@ -66,12 +80,20 @@ def test_package_of_a_tiny_run(tmp_path):
             for i in range(10):
                 image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
                 image.save(tmp_path / "data" / split / label / f"{i}.png")
-    record = package(PackageConfig(run=str(tmp_path / "run"), data=str(tmp_path / "data"), out=str(tmp_path / "out")))
+    record = package(
+        PackageConfig(
+            run=str(tmp_path / "run"), data=str(tmp_path / "data"), out=str(tmp_path / "out")
+        )
+    )
 
     packed = load_classifier(tmp_path / "out" / "cifar10-classifier.safetensors")
     x = torch.rand(4, 3, 32, 32)
     torch.testing.assert_close(packed.logits(x), net.logits(x), atol=1e-2, rtol=1e-2)
-    assert record["seed"] == 7 and record["scores"]["train"]["count"] == 20 and "somewhere" not in json.dumps(record)
+    assert (
+        record["seed"] == 7
+        and record["scores"]["train"]["count"] == 20
+        and "somewhere" not in json.dumps(record)
+    )
     assert json.loads((tmp_path / "out" / "cifar10-classifier.json").read_text()) == record
     *_, facts = read_statistics(tmp_path / "out" / "cifar10-classifier-stats.safetensors")
     assert facts["extractor_sha256"] == sha256(tmp_path / "out" / "cifar10-classifier.safetensors")
@@ -79,22 +101,35 @@ def test_package_of_a_tiny_run(tmp_path):
 
 def test_statistics_come_back_as_mean_and_covariance(tmp_path):
     features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
-    write_statistics(tmp_path / "s.safetensors", {"pooled": features, "spatial": features[:, :1] + 3}, {"count": 4})
+    write_statistics(
+        tmp_path / "s.safetensors",
+        {"pooled": features, "spatial": features[:, :1] + 3},
+        {"count": 4},
+    )
     statistics, kept, facts = read_statistics(tmp_path / "s.safetensors")
     np.testing.assert_allclose(statistics["pooled"]["mu"], [1, 1])
     np.testing.assert_allclose(statistics["pooled"]["sigma"], np.eye(2) * 4 / 3)
     np.testing.assert_allclose(statistics["spatial"]["mu"], [4])
     np.testing.assert_allclose(statistics["spatial"]["sigma"], [[4 / 3]])
-    assert facts == {"count": 4} and all(value.dtype == np.float64 for part in statistics.values()
-                                         for value in part.values())
-    assert load_tensors(tmp_path / "s.safetensors")[0].keys() == {"mu", "sigma", "mu_s", "sigma_s", "features"}
+    assert facts == {"count": 4} and all(
+        value.dtype == np.float64 for part in statistics.values() for value in part.values()
+    )
+    assert load_tensors(tmp_path / "s.safetensors")[0].keys() == {
+        "mu",
+        "sigma",
+        "mu_s",
+        "sigma_s",
+        "features",
+    }
     assert torch.equal(kept, features)
 
 
 def test_kept_features_are_evenly_picked(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "KEPT", 4)
     features = torch.arange(18.0)[:, None].repeat(1, 2)
-    write_statistics(tmp_path / "s.safetensors", {"pooled": features, "spatial": features}, {"count": 18})
+    write_statistics(
+        tmp_path / "s.safetensors", {"pooled": features, "spatial": features}, {"count": 18}
+    )
     assert read_statistics(tmp_path / "s.safetensors")[1][:, 0].tolist() == [0, 4, 8, 12]
 
 
@@ -102,11 +137,22 @@ def test_single_precision_of_the_covariance_does_not_move_the_distance(tmp_path)
     """Correlated features with standard deviations from 0.01 to 1, two sets that differ little."""
     rng = torch.Generator().manual_seed(0)
     mix = torch.randn(448, 448, generator=rng) * torch.logspace(-2, 0, 448)
-    a, b = ({kind: torch.randn(2000, 448, generator=rng) @ mix for kind in ("pooled", "spatial")} for _ in range(2))
+    a, b = (
+        {kind: torch.randn(2000, 448, generator=rng) @ mix for kind in ("pooled", "spatial")}
+        for _ in range(2)
+    )
     write_statistics(tmp_path / "s.safetensors", a, {"count": 2000})
-    stored, exact, other = (found["spatial"] for found in (
-        read_statistics(tmp_path / "s.safetensors")[0], statistics_of(a), statistics_of(b)))
-    assert frechet_distance(other, stored) == pytest.approx(frechet_distance(other, exact), rel=1e-4)
+    stored, exact, other = (
+        found["spatial"]
+        for found in (
+            read_statistics(tmp_path / "s.safetensors")[0],
+            statistics_of(a),
+            statistics_of(b),
+        )
+    )
+    assert frechet_distance(other, stored) == pytest.approx(
+        frechet_distance(other, exact), rel=1e-4
+    )
 
 
 def test_frechet_distance_of_two_gaussians():

@@ -1,4 +1,6 @@
-"""Choice of the extractor, never silent, and features that do not depend on how images are batched."""
+"""Choice of the extractor, never silent, and features that do not depend on how images are
+batched."""
+
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
@@ -54,17 +56,23 @@ def test_what_is_kept_is_extracted_once_for_the_same_images(tmp_path, monkeypatc
     source = sorted(tmp_path.glob("*.png")) if as_files else images
     net = build_extractor("cifar-resnet", WEIGHTS)
     wanted, calls = extract_all(net, "cifar-resnet", source), []
-    monkeypatch.setattr(features, "extract_all", lambda *a, **k: calls.append(1) or extract_all(*a, **k))
+    monkeypatch.setattr(
+        features, "extract_all", lambda *a, **k: calls.append(1) or extract_all(*a, **k)
+    )
     for _ in range(2):
         found = extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)
         assert found.keys() == wanted.keys() and len(calls) == 1
         assert all(torch.equal(found[key], wanted[key]) for key in ("pooled", "logits", "spatial"))
         assert (found["size"], found["sha256"]) == (wanted["size"], wanted["sha256"])
-    extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source[:4])            # others
+    extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source[:4])  # others
     if as_files:
-        Image.new("RGB", (32, 32)).save(source[0])                                       # the same name, another image
-        assert extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)["sha256"] != wanted["sha256"]
-    extract_once("", net, "cifar-resnet", WEIGHTS, source)                               # not kept
+        # the same name, another image
+        Image.new("RGB", (32, 32)).save(source[0])
+        assert (
+            extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)["sha256"]
+            != wanted["sha256"]
+        )
+    extract_once("", net, "cifar-resnet", WEIGHTS, source)  # not kept
     assert len(calls) == 3 + as_files and len(list((tmp_path / "kept").iterdir())) == 2 + as_files
 
 
@@ -75,10 +83,13 @@ def test_runs_that_score_at_once_extract_once(tmp_path, monkeypatch):
         calls.append(1)
         time.sleep(0.3)
         return extract_all(*arguments, **how)
+
     monkeypatch.setattr(features, "extract_all", slow)
     net = build_extractor("cifar-resnet", WEIGHTS)
     with ThreadPoolExecutor(2) as pool:
-        a, b = pool.map(lambda _: extract_once(tmp_path, net, "cifar-resnet", WEIGHTS, images), range(2))
+        a, b = pool.map(
+            lambda _: extract_once(tmp_path, net, "cifar-resnet", WEIGHTS, images), range(2)
+        )
     assert len(calls) == 1 and torch.equal(a["pooled"], b["pooled"])
 
 
@@ -99,7 +110,9 @@ def test_without_inception_the_offline_extractor_is_announced(hub):
     assert choose_extractor("cifar-resnet") == ("cifar-resnet", WEIGHTS, "")
     with pytest.raises(ValueError, match="no Inception weights"):
         choose_extractor("inception")
-    with pytest.raises(ValueError, match="extractor 'vgg' is unknown; choose auto, inception or cifar-resnet"):
+    with pytest.raises(
+        ValueError, match="extractor 'vgg' is unknown; choose auto, inception or cifar-resnet"
+    ):
         choose_extractor("vgg")
 
 
@@ -118,5 +131,6 @@ def test_inception_by_path_and_in_the_cache(hub, monkeypatch):
 def test_a_failed_download_is_part_of_the_notice(hub, monkeypatch):
     def fail(*_, **__):
         raise URLError("no network")
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     assert "the download failed" in choose_extractor(fetch=True)[2]

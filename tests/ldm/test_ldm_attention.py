@@ -1,4 +1,6 @@
-"""The attention of the U-Nets in ldm/ gives the recorded numbers and computes what its names say."""
+"""The attention of the U-Nets in ldm/ gives the recorded numbers and computes what its names
+say."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,14 @@ from ldm.attention import (
     SpatialTransformer,
 )
 
-PRIMITIVES = {"attention_legacy": lambda: QKVAttention(4, False), "attention_new": lambda: QKVAttention(4, True),
-              "cross_attention": lambda: CrossAttention(32, 24, 4, 8), "geglu_feed_forward": lambda: FeedForward(32),
-              "transformer_block": lambda: BasicTransformerBlock(32, 24, 4, 8),
-              "spatial_transformer": lambda: SpatialTransformer(32, 4, 8, 1, 24)}
+PRIMITIVES = {
+    "attention_legacy": lambda: QKVAttention(4, False),
+    "attention_new": lambda: QKVAttention(4, True),
+    "cross_attention": lambda: CrossAttention(32, 24, 4, 8),
+    "geglu_feed_forward": lambda: FeedForward(32),
+    "transformer_block": lambda: BasicTransformerBlock(32, 24, 4, 8),
+    "spatial_transformer": lambda: SpatialTransformer(32, 4, 8, 1, 24),
+}
 
 
 @pytest.mark.parametrize("name", PRIMITIVES)
@@ -33,7 +39,7 @@ def test_part_gives_the_recorded_values(name):
 @pytest.mark.parametrize("new_order", [False, True])
 def test_fused_attention_equals_that_of_torch(new_order):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 8, 10)                                   # (N, heads, D, L) each
+    q, k, v = torch.randn(3, 2, 4, 8, 10)  # (N, heads, D, L) each
     axis = 1 if new_order else 2
     found = QKVAttention(4, new_order)(torch.stack([q, k, v], dim=axis).reshape(2, 96, 10))
     expected = F.scaled_dot_product_attention(*(a.transpose(2, 3) for a in (q, k, v)))
@@ -66,15 +72,21 @@ def test_cross_attention_without_context_attends_to_its_input():
 
 def test_context_tokens_have_no_order():
     torch.manual_seed(0)
-    block, x, context = BasicTransformerBlock(16, 6, 2, 8), torch.randn(2, 9, 16), torch.randn(2, 5, 6)
+    block, x, context = (
+        BasicTransformerBlock(16, 6, 2, 8),
+        torch.randn(2, 9, 16),
+        torch.randn(2, 5, 6),
+    )
     block.requires_grad_(False)
     assert_close(block(x, context.flip(1)), block(x, context), 1e-6)
 
 
-MODULES = {                                                                  # how to build it, shapes of its inputs
+# how to build it, shapes of its inputs
+MODULES = {
     "fused": (lambda: AttentionBlock(32, 4), (2, 32, 3, 5)),
     "cross": (lambda: CrossAttention(32, 6, 4, 8), (2, 15, 32), (2, 7, 6)),
-    "spatial": (lambda: SpatialTransformer(32, 4, 8, 2, 6), (2, 32, 3, 5), (2, 7, 6))}
+    "spatial": (lambda: SpatialTransformer(32, 4, 8, 2, 6), (2, 32, 3, 5), (2, 7, 6)),
+}
 
 
 def products(module):
@@ -87,7 +99,9 @@ def test_products_are_modules_with_their_heads_on_axis_1(name):
     module, operands = randomize(make()), []
     for product in products(module):
         assert product.num_heads == 4
-        product.register_forward_pre_hook(lambda product, pair: operands.extend(zip(product.roles, pair)))
+        product.register_forward_pre_hook(
+            lambda product, pair: operands.extend(zip(product.roles, pair))
+        )
     module(*(torch.randn(shape) for shape in shapes))
     attentions = sum(isinstance(m, (QKVAttention, CrossAttention)) for m in module.modules())
     assert sorted(role for role, _ in operands) == sorted(["q", "k", "v", "probs"] * attentions)
@@ -115,6 +129,11 @@ def test_only_the_products_carry_values_to_the_output(name):
 def test_gradients_reach_inputs_and_weights(name):
     make, *shapes = MODULES[name]
     module = randomize(make())
-    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True) for shape in shapes]
+    inputs = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        for shape in shapes
+    ]
     module(*inputs).square().sum().backward()
-    assert all(a.grad is not None and a.grad.abs().max() > 0 for a in (*inputs, *module.parameters()))
+    assert all(
+        a.grad is not None and a.grad.abs().max() > 0 for a in (*inputs, *module.parameters())
+    )

@@ -1,4 +1,6 @@
-"""The U-Net of improved, guided and latent diffusion gives the recorded numbers and fits the public checkpoints."""
+"""The U-Net of improved, guided and latent diffusion gives the recorded numbers and fits the public
+checkpoints."""
+
 import gzip
 import json
 
@@ -13,11 +15,30 @@ from ldm.unet import Downsample, ResBlock
 from models.zoo import build_network
 
 LISTINGS = json.loads(gzip.decompress((FIXTURES / "latent_checkpoints.json.gz").read_bytes()))
-FAMILIES = {"ldm": "ldm-unet", "stable": "ldm-unet", "improved": "improved-unet", "guided": "guided-unet"}
-WHOLE = ("ldm_unet_uncond", "ldm_unet_updown", "ldm_unet_class_xattn", "ldm_unet_text_xattn", "improved_unet",
-         "guided_unet_new_order", "guided_unet_legacy_order")
-TINY = {"in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2],
-        "attention_resolutions": [2], "num_heads": 2}
+FAMILIES = {
+    "ldm": "ldm-unet",
+    "stable": "ldm-unet",
+    "improved": "improved-unet",
+    "guided": "guided-unet",
+}
+WHOLE = (
+    "ldm_unet_uncond",
+    "ldm_unet_updown",
+    "ldm_unet_class_xattn",
+    "ldm_unet_text_xattn",
+    "improved_unet",
+    "guided_unet_new_order",
+    "guided_unet_legacy_order",
+)
+TINY = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "attention_resolutions": [2],
+    "num_heads": 2,
+}
 
 
 def tiny(family="ldm-unet", **options):
@@ -25,7 +46,9 @@ def tiny(family="ldm-unet", **options):
 
 
 def inputs():
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([7, 801])
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor(
+        [7, 801]
+    )
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -33,27 +56,38 @@ def test_network_and_every_stage_give_the_recorded_values(name):
     meta, weights, tensors = read_fixture(name)
     net = build_network(meta["family"], **meta["config"]["unet"]).eval()
     net.load_state_dict(below("unet/", weights))
-    assert (net.in_channels, net.image_size) == (tensors["in/x"].shape[1], meta["config"]["unet"].get("image_size"))
+    assert (net.in_channels, net.image_size) == (
+        tensors["in/x"].shape[1],
+        meta["config"]["unet"].get("image_size"),
+    )
     seen = {}
     for path, module in net.named_modules():
         module.register_forward_hook(lambda _, __, out, path=path: seen.__setitem__(path, out))
-    cond = next((tensors[key] for key in ("in/context", "out/context", "in/y") if key in tensors), None)
+    cond = next(
+        (tensors[key] for key in ("in/context", "out/context", "in/y") if key in tensors), None
+    )
     with torch.no_grad():
         found = net(tensors["in/x"], tensors["in/t"], cond)
     for path, expected in below("tap/", tensors).items():
         tap = seen[path][:1]
         if tap.dim() == 4 and tap.shape[3] >= 16:
             tap = tap[..., ::2, ::2]
-        assert_close(tap, expected, 1e-3)                    # taps are recorded in half precision
-    assert_close(found, tensors["out/eps" if "out/eps" in tensors else "out/model"], meta["tolerance"])
+        assert_close(tap, expected, 1e-3)  # taps are recorded in half precision
+    assert_close(
+        found, tensors["out/eps" if "out/eps" in tensors else "out/model"], meta["tolerance"]
+    )
 
 
 PRIMITIVES = {
-    "down_symmetric": lambda: Downsample(32, True), "up_nearest_conv": lambda: Upsample(32, True),
+    "down_symmetric": lambda: Downsample(32, True),
+    "up_nearest_conv": lambda: Upsample(32, True),
     "res_block_add": lambda: ResBlock(32, 64, 48),
     "res_block_scale_shift": lambda: ResBlock(32, 64, 48, scale_shift=True),
     "res_block_up": lambda: ResBlock(32, 32, 48, scale_shift=True, resample=Upsample(32, False)),
-    "res_block_down": lambda: ResBlock(32, 32, 48, scale_shift=True, resample=Downsample(32, False))}
+    "res_block_down": lambda: ResBlock(
+        32, 32, 48, scale_shift=True, resample=Downsample(32, False)
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PRIMITIVES)
@@ -88,18 +122,34 @@ def test_public_checkpoint_fits_strictly(name):
 OPTIONS = {
     "transformer": {"use_spatial_transformer": True, "context_dim": 24, "transformer_depth": 2},
     "transformer without context": {"use_spatial_transformer": True},
-    "transformer and classes": {"use_spatial_transformer": True, "context_dim": 24, "num_classes": 5},
+    "transformer and classes": {
+        "use_spatial_transformer": True,
+        "context_dim": 24,
+        "num_classes": 5,
+    },
     "classes": {"num_classes": 5, "resblock_updown": True},
     "no convolution when resampling": {"conv_resample": False},
-    "three levels, two blocks": {"channel_mult": [2, 1, 3], "num_res_blocks": 2, "attention_resolutions": [1, 4]},
-    "fractional widths": {"model_channels": 64, "channel_mult": [0.5, 1, 1.5], "use_scale_shift_norm": True},
+    "three levels, two blocks": {
+        "channel_mult": [2, 1, 3],
+        "num_res_blocks": 2,
+        "attention_resolutions": [1, 4],
+    },
+    "fractional widths": {
+        "model_channels": 64,
+        "channel_mult": [0.5, 1, 1.5],
+        "use_scale_shift_norm": True,
+    },
     "odd width": {"model_channels": 33, "channel_mult": [32 / 33, 64 / 33]},
-    "no attention but in the middle": {"attention_resolutions": []}}
+    "no attention but in the middle": {"attention_resolutions": []},
+}
 
 
 def condition(options):
     """What a network of these options takes."""
-    context, labels = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(2)), torch.tensor([1, 4])
+    context, labels = (
+        torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(2)),
+        torch.tensor([1, 4]),
+    )
     if "context_dim" in options:
         return (context, labels) if "num_classes" in options else context
     return labels if "num_classes" in options else None
@@ -107,8 +157,8 @@ def condition(options):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
-    """Every layer and operand has a role and runs, every product is a module, the kept halves add up, gradients reach
-    all."""
+    """Every layer and operand has a role and runs, every product is a module, the kept halves add
+    up, gradients reach all."""
     net, (x, t), cond = tiny(**OPTIONS[name]), inputs(), condition(OPTIONS[name])
     ran = []
     for path, module in net.named_modules():
@@ -116,7 +166,9 @@ def test_options(name):
             assert module.role
             module.register_forward_hook(lambda _, __, out, path=path: ran.append(path))
     out = net(x, t, cond)
-    assert out.shape == x.shape and len(ran) == len(set(ran)) == sum(hasattr(m, "role") for m in net.modules())
+    assert out.shape == x.shape and len(ran) == len(set(ran)) == sum(
+        hasattr(m, "role") for m in net.modules()
+    )
     for stage in net.output_blocks:
         skip = stage[0].skip_connection
         assert isinstance(skip, torch.nn.Identity) or sum(skip.input_splits) == skip.in_channels
@@ -129,7 +181,13 @@ def test_options(name):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_image_does_not_depend_on_its_batch(name):
     net, (x, t), cond = tiny(**OPTIONS[name]), inputs(), condition(OPTIONS[name])
-    first = tuple(c[:1] for c in cond) if isinstance(cond, tuple) else None if cond is None else cond[:1]
+    first = (
+        tuple(c[:1] for c in cond)
+        if isinstance(cond, tuple)
+        else None
+        if cond is None
+        else cond[:1]
+    )
     with torch.no_grad():
         assert_close(net(x[:1], t[:1], first), net(x, t, cond)[:1], 1e-5)
 
@@ -137,17 +195,49 @@ def test_an_image_does_not_depend_on_its_batch(name):
 CONTEXT, LABELS = torch.zeros(2, 7, 24), torch.tensor([0, 4])
 
 
-@pytest.mark.parametrize("kind, wrong, expected", [
-    ("transformer", None, "a context of shape (2, length, 24); given: NoneType"),
-    ("transformer", LABELS, "a context of shape (2, length, 24); given: torch.int64 of shape (2,)"),
-    ("transformer", CONTEXT[..., :5], "a context of shape (2, length, 24); given: torch.float32 of shape (2, 7, 5)"),
-    ("transformer", CONTEXT[:1], "a context of shape (2, length, 24); given: torch.float32 of shape (1, 7, 24)"),
-    ("classes", None, "class labels of shape (2,), torch.int64; given: NoneType"),
-    ("classes", LABELS.float(), "class labels of shape (2,), torch.int64; given: torch.float32 of shape (2,)"),
-    ("classes", CONTEXT, "class labels of shape (2,), torch.int64; given: torch.float32 of shape (2, 7, 24)"),
-    ("transformer and classes", CONTEXT, "(2, length, 24) and class labels of shape (2,), torch.int64; given: torch"),
-    ("transformer and classes", (LABELS, CONTEXT), "and class labels of shape (2,), torch.int64; given: tuple"),
-    ("conv", LABELS, "the condition of this network is None; given: torch.int64 of shape (2,)")])
+@pytest.mark.parametrize(
+    "kind, wrong, expected",
+    [
+        ("transformer", None, "a context of shape (2, length, 24); given: NoneType"),
+        (
+            "transformer",
+            LABELS,
+            "a context of shape (2, length, 24); given: torch.int64 of shape (2,)",
+        ),
+        (
+            "transformer",
+            CONTEXT[..., :5],
+            "a context of shape (2, length, 24); given: torch.float32 of shape (2, 7, 5)",
+        ),
+        (
+            "transformer",
+            CONTEXT[:1],
+            "a context of shape (2, length, 24); given: torch.float32 of shape (1, 7, 24)",
+        ),
+        ("classes", None, "class labels of shape (2,), torch.int64; given: NoneType"),
+        (
+            "classes",
+            LABELS.float(),
+            "class labels of shape (2,), torch.int64; given: torch.float32 of shape (2,)",
+        ),
+        (
+            "classes",
+            CONTEXT,
+            "class labels of shape (2,), torch.int64; given: torch.float32 of shape (2, 7, 24)",
+        ),
+        (
+            "transformer and classes",
+            CONTEXT,
+            "(2, length, 24) and class labels of shape (2,), torch.int64; given: torch",
+        ),
+        (
+            "transformer and classes",
+            (LABELS, CONTEXT),
+            "and class labels of shape (2,), torch.int64; given: tuple",
+        ),
+        ("conv", LABELS, "the condition of this network is None; given: torch.int64 of shape (2,)"),
+    ],
+)
 def test_a_wrong_condition_is_refused_in_one_sentence(kind, wrong, expected):
     net = tiny(**OPTIONS.get(kind, {}))
     with pytest.raises(ValueError) as error:
@@ -163,11 +253,15 @@ def test_the_condition_shows_in_the_output(kind):
         assert not torch.allclose(net(x, t, cond), net(x, t, other), atol=1e-3)
 
 
-@pytest.mark.parametrize("options, counts", [
-    ({}, ([4, 4], [4], [4, 4, 4, 4])),
-    ({"num_heads_upsample": 8}, ([4, 4], [4], [8, 8, 8, 8])),
-    ({"num_heads_upsample": 8, "legacy": False}, ([4, 4], [4], [4, 4, 4, 4])),
-    ({"num_head_channels": 16}, ([2, 4], [4], [4, 4, 2, 2]))])
+@pytest.mark.parametrize(
+    "options, counts",
+    [
+        ({}, ([4, 4], [4], [4, 4, 4, 4])),
+        ({"num_heads_upsample": 8}, ([4, 4], [4], [8, 8, 8, 8])),
+        ({"num_heads_upsample": 8, "legacy": False}, ([4, 4], [4], [4, 4, 4, 4])),
+        ({"num_head_channels": 16}, ([2, 4], [4], [4, 4, 2, 2])),
+    ],
+)
 def test_heads(options, counts):
     net = tiny(**{"attention_resolutions": [1, 2], "num_heads": 4} | options)
     for part, expected in zip((net.input_blocks, net.middle_block, net.output_blocks), counts):
@@ -196,31 +290,50 @@ def test_both_orders_of_qkv_load_the_same_weights_and_differ():
         assert not torch.allclose(old(*inputs()), new(*inputs()), atol=1e-3)
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"num_heads": -1}, "'num_heads' or 'num_head_channels'"), ({"num_heads": 3}, "64 channels cannot be split evenly"),
-    ({"num_head_channels": 24}, "into heads of 24"), ({"context_dim": 24}, "'use_spatial_transformer: true'"),
-    ({"attention_resolutions": None}, "'attention_downsampling_factors'"),
-    ({"attention_downsampling_factors": [2]}, "one of them")])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"num_heads": -1}, "'num_heads' or 'num_head_channels'"),
+        ({"num_heads": 3}, "64 channels cannot be split evenly"),
+        ({"num_head_channels": 24}, "into heads of 24"),
+        ({"context_dim": 24}, "'use_spatial_transformer: true'"),
+        ({"attention_resolutions": None}, "'attention_downsampling_factors'"),
+        ({"attention_downsampling_factors": [2]}, "one of them"),
+    ],
+)
 def test_impossible_options_are_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
         build_network("ldm-unet", **TINY | options)
 
 
-@pytest.mark.parametrize("options", [{"num_classes": 5, "use_scale_shift_norm": True},
-                                     {"use_spatial_transformer": True, "context_dim": 24}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 5, "use_scale_shift_norm": True},
+        {"use_spatial_transformer": True, "context_dim": 24},
+    ],
+)
 def test_half_precision_trunk(options):
     net, cond = tiny(**options), condition(options)
     half = build_network("guided-unet", **TINY | options, use_fp16=True).eval()
     half.load_state_dict(net.state_dict())
     assert half.middle_block[0].in_layers[2].weight.dtype == torch.float16
-    assert {half.time_embed[0].weight.dtype, half.out[2].weight.dtype, half.out[0].weight.dtype,
-            half.middle_block[0].in_layers[0].weight.dtype} == {torch.float32}
+    assert {
+        half.time_embed[0].weight.dtype,
+        half.out[2].weight.dtype,
+        half.out[0].weight.dtype,
+        half.middle_block[0].in_layers[0].weight.dtype,
+    } == {torch.float32}
     seen = {}
     for path, module in half.named_modules():
-        module.register_forward_hook(lambda _, __, out, path=path: seen.__setitem__(path, out.dtype))
+        module.register_forward_hook(
+            lambda _, __, out, path=path: seen.__setitem__(path, out.dtype)
+        )
     with torch.no_grad():
         found, expected = half(*inputs(), cond), net(*inputs(), cond)
-    assert found.dtype == seen["time_embed"] == torch.float32 and seen["middle_block"] == torch.float16
+    assert (
+        found.dtype == seen["time_embed"] == torch.float32 and seen["middle_block"] == torch.float16
+    )
     assert_close(found, expected, 1e-2)
     assert not torch.equal(found, expected)
 
@@ -229,8 +342,10 @@ def test_units_take_positional_tensors():
     net, seen = tiny(**OPTIONS["transformer"], num_head_channels=16), {}
     for module in net.modules():
         if isinstance(module, (ResBlock, AttentionBlock, SpatialTransformer)):
-            module.register_forward_hook(lambda m, args, kwargs, out: seen.setdefault(type(m), []).append(
-                (args, kwargs)), with_kwargs=True)
+            module.register_forward_hook(
+                lambda m, args, kwargs, out: seen.setdefault(type(m), []).append((args, kwargs)),
+                with_kwargs=True,
+            )
     net(*inputs(), CONTEXT)
     assert set(seen) == {ResBlock, SpatialTransformer}
     for args, kwargs in sum(seen.values(), []):

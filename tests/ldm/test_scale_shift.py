@@ -1,4 +1,6 @@
-"""The embedding that scales and shifts a norm: an own quantizer for either half, where a rule asks for it by role."""
+"""The embedding that scales and shifts a norm: an own quantizer for either half, where a rule asks
+for it by role."""
+
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,18 @@ from tinydm.recipe import RunConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
-SPLIT = ("di2n", "i2n", "uniform")                         # the methods that ask for it
-NETWORK = {"family": "improved-unet", "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1,
-           "channel_mult": [1], "attention_resolutions": [1], "num_heads": 2, "use_scale_shift_norm": True}
+SPLIT = ("di2n", "i2n", "uniform")  # the methods that ask for it
+NETWORK = {
+    "family": "improved-unet",
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": [1],
+    "attention_resolutions": [1],
+    "num_heads": 2,
+    "use_scale_shift_norm": True,
+}
 T = torch.tensor([3.0, 700.0])
 
 
@@ -36,7 +47,11 @@ def net():
 
 
 def method_rules(name):
-    files = [CONFIGS / "model/cifar10-compact.yaml", CONFIGS / "bits/w4a4.yaml", CONFIGS / f"method/{name}.yaml"]
+    files = [
+        CONFIGS / "model/cifar10-compact.yaml",
+        CONFIGS / "bits/w4a4.yaml",
+        CONFIGS / f"method/{name}.yaml",
+    ]
     return load(RunConfig, files, ["out=none"]).all_rules
 
 
@@ -49,7 +64,12 @@ def operands(net):
 
 
 def operand(spec, half=4, split=True, timeline=None):
-    return QuantOperand(tag("scale_shift", Operand(), input_splits=(half, half)), spec, timeline or Timeline(), split)
+    return QuantOperand(
+        tag("scale_shift", Operand(), input_splits=(half, half)),
+        spec,
+        timeline or Timeline(),
+        split,
+    )
 
 
 def test_two_bits_hold_four_values_of_either_half():
@@ -95,8 +115,11 @@ def test_dequantized_halves_scale_and_shift_the_norm(net):
 
 
 def test_network_keeps_its_state_and_its_output(net):
-    layers = {f"{part}.{key}" for part in ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
-              for key in ("weight", "bias")}
+    layers = {
+        f"{part}.{key}"
+        for part in ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
+        for key in ("weight", "bias")
+    }
     assert set(net.middle_block[0].state_dict()) == layers
     x = normal(2, *SHAPE)
     switched_off = convert(net, [asked_for(4)])
@@ -105,12 +128,24 @@ def test_network_keeps_its_state_and_its_output(net):
     assert len(input_quantizers(switched_off)) == 5 and torch.equal(switched_off(x, T), net(x, T))
 
 
-@pytest.mark.parametrize("rule, bits", [
-    ({}, 32), ({"match": "*"}, 32), ({"match": "*.emb_layers.2"}, 32), ({"kind": "layer"}, 32),
-    ({"role": "emb_proj"}, 32), ({"role": "scale_shift"}, 4), ({"role": ["stem", "scale_shift"]}, 4),
-    ({"role": "scale_shift", "match": "*.2"}, 4), ({"role": "scale_shift", "match": "*.1"}, 32)])
+@pytest.mark.parametrize(
+    "rule, bits",
+    [
+        ({}, 32),
+        ({"match": "*"}, 32),
+        ({"match": "*.emb_layers.2"}, 32),
+        ({"kind": "layer"}, 32),
+        ({"role": "emb_proj"}, 32),
+        ({"role": "scale_shift"}, 4),
+        ({"role": ["stem", "scale_shift"]}, 4),
+        ({"role": "scale_shift", "match": "*.2"}, 4),
+        ({"role": "scale_shift", "match": "*.1"}, 32),
+    ],
+)
 def test_only_a_rule_that_names_the_role_applies(rule, bits):
-    found = resolve([rule | {"input": {"bits": 4}}], "middle_block.0.emb_layers.2", "scale_shift", "layer")
+    found = resolve(
+        [rule | {"input": {"bits": 4}}], "middle_block.0.emb_layers.2", "scale_shift", "layer"
+    )
     assert found["input"].bits == bits
 
 
@@ -119,7 +154,10 @@ def test_methods_that_have_it(method, net):
     found = operands(convert(net, method_rules(method)))
     assert len(found) == (5 if method in SPLIT else 0)
     for module in found.values():
-        assert module.input_quantizer.spec.bits == 4 and module.input_quantizer.scale.shape == (1, 2)
+        assert module.input_quantizer.spec.bits == 4 and module.input_quantizer.scale.shape == (
+            1,
+            2,
+        )
 
 
 def without_split(wanted):
@@ -131,7 +169,9 @@ def test_on_other_networks_the_rule_changes_nothing(method, tiny_net, tmp_path):
     wanted, x = method_rules(method), normal(2, *SHAPE)
     plain = build_network(**NETWORK | {"use_scale_shift_norm": False}).requires_grad_(False)
     assert len(without_split(wanted)) == len(wanted) - 1 and not operands(convert(plain, wanted))
-    with_it, without = (quantized(tiny_net, tmp_path, each) for each in (wanted, without_split(wanted)))
+    with_it, without = (
+        quantized(tiny_net, tmp_path, each) for each in (wanted, without_split(wanted))
+    )
     assert with_it.state_dict().keys() == without.state_dict().keys()
     assert torch.equal(with_it(x, T), without(x, T))
 
@@ -140,8 +180,11 @@ def test_uniform_steps_reload_to_the_same_bits(net, tmp_path):
     wanted, x = method_rules("uniform"), normal(2, *SHAPE)
     quant = quantized(net, tmp_path, wanted)
     assert all(m.input_quantizer.is_fitted for m in operands(quant).values())
-    save_quantized(tmp_path / "q.safetensors", quant,
-                   {"name": "tiny", "network": NETWORK, "rules": wanted, "weights_hash": "0" * 64})
+    save_quantized(
+        tmp_path / "q.safetensors",
+        quant,
+        {"name": "tiny", "network": NETWORK, "rules": wanted, "weights_hash": "0" * 64},
+    )
     again = load_quantized(tmp_path / "q.safetensors", build_network)
     assert len(operands(again)) == 5 and torch.equal(again(x, T), quant(x, T))
     other = quantized(net, tmp_path, without_split(wanted))
@@ -151,22 +194,35 @@ def test_uniform_steps_reload_to_the_same_bits(net, tmp_path):
 def test_scales_follow_time_and_reconstruction_learns_and_restores_them(net, tmp_path):
     wanted, x = [*rules(4, 4), asked_for(4)], normal(2, *SHAPE)
     fitted = quantized(net, tmp_path, wanted, boundaries=[500])
-    passes = [{"fit_ranges": {}}, {"reconstruct": {"weight_iters": 2, "input_iters": 2, "batch_size": 4}}]
-    learned, restored = (quantized(net, tmp_path / "run", wanted, passes=passes, boundaries=[500]) for _ in range(2))
+    passes = [
+        {"fit_ranges": {}},
+        {"reconstruct": {"weight_iters": 2, "input_iters": 2, "batch_size": 4}},
+    ]
+    learned, restored = (
+        quantized(net, tmp_path / "run", wanted, passes=passes, boundaries=[500]) for _ in range(2)
+    )
     name = "middle_block.0.emb_layers.2.input_quantizer"
     before, after = (each.get_submodule(name).scale for each in (fitted, learned))
     assert before.shape == (2, 2) and not torch.equal(before, after)
-    assert torch.equal(restored.get_submodule(name).scale, after) and torch.equal(restored(x, T), learned(x, T))
+    assert torch.equal(restored.get_submodule(name).scale, after) and torch.equal(
+        restored(x, T), learned(x, T)
+    )
 
 
 def test_map_has_a_row_without_multiply_adds(net):
     macs = trace(net, EXAMPLE).macs
-    plain, split = (quantization_map(net, convert(net, wanted), macs)
-                    for wanted in (rules(8, 8), [*rules(8, 8), asked_for(6)]))
+    plain, split = (
+        quantization_map(net, convert(net, wanted), macs)
+        for wanted in (rules(8, 8), [*rules(8, 8), asked_for(6)])
+    )
     for facts, bits in ((plain, 32), (split, 6)):
         rows = [row for row in facts["layers"] if row["role"] == "scale_shift"]
-        assert len(rows) == 5 and {(row["input_bits"], row["params"], row["macs"]) for row in rows} == {(bits, 0, 0)}
-        line = next(line for line in format_map(facts).splitlines() if "middle_block.0.emb_layers.2" in line)
+        assert len(rows) == 5 and {
+            (row["input_bits"], row["params"], row["macs"]) for row in rows
+        } == {(bits, 0, 0)}
+        line = next(
+            line for line in format_map(facts).splitlines() if "middle_block.0.emb_layers.2" in line
+        )
         assert line.split()[1:] == ["scale_shift", "-", str(bits), "0", "0.00"]
     assert all(plain[key] == split[key] for key in ("params_share", "macs_share"))
 

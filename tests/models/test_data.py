@@ -1,4 +1,5 @@
 """Image folders: order, labels, size, and what is wrong with them."""
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_only_the_chosen_images_are_read(tmp_path):
 
 def test_other_sizes_are_cropped_to_the_central_square_and_resized(tmp_path):
     pixels = np.zeros((40, 80, 3), np.uint8)
-    pixels[:, 20:60] = 200                                # the central square
+    pixels[:, 20:60] = 200  # the central square
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     assert (read_image(tmp_path / "wide.png", 16) == 200).all()
     assert read_image(tmp_path / "wide.png").shape == (3, 40, 80)
@@ -65,6 +66,7 @@ def test_mistakes(tmp_path):
 def test_cifar10_that_cannot_be_fetched(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("File not found or corrupted.")
+
     monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
     with pytest.raises(ValueError, match="could not be fetched into .*; give data=FOLDER"):
         load_images(f"cifar10:{tmp_path}")

@@ -1,4 +1,5 @@
 """A model from its YAML; images that depend on seed and index alone."""
+
 import os
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ MODELS = Path(diffusion.PROJECT) / "configs/model"
 
 
 def test_a_loaded_model_is_ready_to_use(tiny_model, tiny_net):
-    assert not tiny_model.net.training and not any(p.requires_grad for p in tiny_model.net.parameters())
+    assert not tiny_model.net.training and not any(
+        p.requires_grad for p in tiny_model.net.parameters()
+    )
     assert tiny_model.shape == (3, 8, 8) and tiny_model.schedule.num_timesteps == 1000
     assert tiny_model.weights_hash == state_hash(tiny_net)
     assert tiny_model.float_bytes == 4 * sum(p.numel() for p in tiny_net.parameters())
@@ -36,7 +39,14 @@ def test_decode_rounds_to_the_nearest_grey_level(tiny_model):
     grey = torch.arange(256.0).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     decoded = tiny_model.decode(grey / 127.5 - 1)
     assert decoded.dtype == torch.uint8 and torch.equal(decoded.float(), grey)
-    assert tiny_model.decode(torch.tensor([-7.0, -1.0, 0.0, 0.003, 1.0, 7.0])).tolist() == [0, 0, 128, 128, 255, 255]
+    assert tiny_model.decode(torch.tensor([-7.0, -1.0, 0.0, 0.003, 1.0, 7.0])).tolist() == [
+        0,
+        0,
+        128,
+        128,
+        255,
+        255,
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -48,7 +58,9 @@ def test_model_yaml_builds_its_network(path):
     diffusion.make_schedule(**config["schedule"])
     assert config["sampling"]["sampler"] in diffusion.SAMPLERS
     if path.stem in CHECKPOINTS:
-        assert {name: list(value.shape) for name, value in net.state_dict().items()} == CHECKPOINTS[path.stem]["shapes"]
+        assert {name: list(value.shape) for name, value in net.state_dict().items()} == CHECKPOINTS[
+            path.stem
+        ]["shapes"]
 
 
 def test_checkpoint_is_found_in_the_project_then_in_the_cache(tmp_path, monkeypatch):
@@ -58,7 +70,12 @@ def test_checkpoint_is_found_in_the_project_then_in_the_cache(tmp_path, monkeypa
     config = OmegaConf.to_container(read_yaml(MODELS / "cifar10.yaml"))
     with pytest.raises(ValueError) as error:
         find_checkpoint(config)
-    for part in (str(project), str(cache), "bash scripts/download_models.sh cifar10", "checkpoint=PATH"):
+    for part in (
+        str(project),
+        str(cache),
+        "bash scripts/download_models.sh cifar10",
+        "checkpoint=PATH",
+    ):
         assert part in str(error.value)
     below = "diffusion_models_converted/ema_diffusion_cifar10_model/model-790000.ckpt"
     for place in (cache / below, project / "models/checkpoints" / below):
@@ -70,7 +87,10 @@ def test_checkpoint_is_found_in_the_project_then_in_the_cache(tmp_path, monkeypa
 def test_a_path_of_ones_own_is_not_replaced_by_the_cached_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "own.ckpt").touch()
-    assert find_checkpoint({"name": "x", "checkpoint": str(tmp_path / "own.ckpt")}) == tmp_path / "own.ckpt"
+    assert (
+        find_checkpoint({"name": "x", "checkpoint": str(tmp_path / "own.ckpt")})
+        == tmp_path / "own.ckpt"
+    )
     with pytest.raises(ValueError, match="the checkpoint of x is not at"):
         find_checkpoint({"name": "x", "checkpoint": "own.ckpt"})
 
@@ -101,7 +121,13 @@ def draw(model, indices, **options):
 
 def test_sample_is_the_sampler_on_the_noise_of_the_images(tiny_model):
     steps = step_sequence("quad", 5, tiny_model.schedule)
-    x = ddim(tiny_model.net, tiny_model.noise(3, [4, 9]).draw(), steps, tiny_model.schedule, noise=lambda: 0.0)
+    x = ddim(
+        tiny_model.net,
+        tiny_model.noise(3, [4, 9]).draw(),
+        steps,
+        tiny_model.schedule,
+        noise=lambda: 0.0,
+    )
     assert torch.equal(draw(tiny_model, [4, 9], skip="quad"), tiny_model.decode(x))
 
 
@@ -123,13 +149,23 @@ def test_batch_size_changes_at_most_one_grey_level(tiny_model):
 
 
 def test_callback_sees_every_step_and_cond_reaches_eps(tiny_model, monkeypatch):
-    monkeypatch.setattr(tiny_model, "labels", lambda seed, indices: torch.tensor([seed + i for i in indices]))
+    monkeypatch.setattr(
+        tiny_model, "labels", lambda seed, indices: torch.tensor([seed + i for i in indices])
+    )
     conds, steps = [], []
 
     def eps(x, t, cond):
         conds.append(cond.tolist())
         return tiny_model.net(x, t)
-    sample(tiny_model, eps, [1, 2], steps=4, seed=10, callback=lambda step, t, *_: steps.append((step, t)))
+
+    sample(
+        tiny_model,
+        eps,
+        [1, 2],
+        steps=4,
+        seed=10,
+        callback=lambda step, t, *_: steps.append((step, t)),
+    )
     assert steps == [(0, 750), (1, 500), (2, 250), (3, 0)] and conds == [[11, 12]] * 4
 
 
@@ -144,15 +180,26 @@ def test_a_copied_checkpoint_gives_the_same_model(tiny_config, tmp_path, tiny_mo
     copy = shutil.copy(tiny_config["checkpoint"], tmp_path / "copy.safetensors")
     again = load_model({**tiny_config, "checkpoint": str(copy)}, device="cpu")
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10.0])
-    assert again.weights_hash == tiny_model.weights_hash and deviation(again.eps(x, t), tiny_model.eps(x, t)) == 0
+    assert (
+        again.weights_hash == tiny_model.weights_hash
+        and deviation(again.eps(x, t), tiny_model.eps(x, t)) == 0
+    )
 
 
 @pytest.mark.parametrize("isa, native", [("AVX2", False), ("AVX512_CORE_BF16", None)])
 def test_bfloat16_is_computed_where_the_processor_has_it(isa, native):
-    """In a process of its own: oneDNN reads the variable once. What the machine has itself limits the second case."""
-    code = ("import torch; from models.diffusion import computes_bfloat16 as f; "
-            "print(f(torch.device('cpu')), torch.cpu._is_avx512_bf16_supported())")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True,
-                           env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa})
+    """In a process of its own: oneDNN reads the variable once. What the machine has itself limits
+    the second case."""
+    code = (
+        "import torch; from models.diffusion import computes_bfloat16 as f; "
+        "print(f(torch.device('cpu')), torch.cpu._is_avx512_bf16_supported())"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa},
+    )
     found, machine = (word == "True" for word in ended.stdout.split())
     assert ended.returncode == 0 and found == (machine if native is None else native)

@@ -1,4 +1,5 @@
 """Downloads from a local server: whole, cut off and resumed, wrong, absent, already there; zips."""
+
 import hashlib
 import io
 import subprocess
@@ -12,12 +13,13 @@ from base.config import read_yaml
 from base.files import PROJECT
 from models import download
 
-CONTENT = bytes(range(256)) * 4000                        # about one megabyte
+CONTENT = bytes(range(256)) * 4000  # about one megabyte
 PATH = "folder/model.ckpt"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT at /PATH. `cut_after`: bytes it sends before the connection breaks; `ranges`: honours Range."""
+    """Serves CONTENT at /PATH. `cut_after`: bytes it sends before the connection breaks; `ranges`:
+    honours Range."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -40,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[:server.cut_after.pop(0)] if server.cut_after else body)
+        self.wfile.write(body[: server.cut_after.pop(0)] if server.cut_after else body)
 
     def log_message(self, *_):
         pass
@@ -50,12 +52,24 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     with Server() as server:
         row, digest = download.Checkpoint, hashlib.sha256(CONTENT).hexdigest()
-        monkeypatch.setattr(download, "CHECKPOINTS", {
-            "tiny": row("unused", PATH, "1 MB", f"md5 {hashlib.md5(CONTENT).hexdigest()}"),
-            "sha": row(f"{server.address}/{PATH}", PATH, "1 MB", f"sha256 {digest}"),
-            "unhashed": row(f"{server.address}/{PATH}", PATH, "1 MB")})
-        monkeypatch.setattr(download, "FIRST_STAGES", {
-            "zip": row(f"{server.address}/{PATH}", "stage/model.ckpt", "1 MB", member="model.ckpt")})
+        monkeypatch.setattr(
+            download,
+            "CHECKPOINTS",
+            {
+                "tiny": row("unused", PATH, "1 MB", f"md5 {hashlib.md5(CONTENT).hexdigest()}"),
+                "sha": row(f"{server.address}/{PATH}", PATH, "1 MB", f"sha256 {digest}"),
+                "unhashed": row(f"{server.address}/{PATH}", PATH, "1 MB"),
+            },
+        )
+        monkeypatch.setattr(
+            download,
+            "FIRST_STAGES",
+            {
+                "zip": row(
+                    f"{server.address}/{PATH}", "stage/model.ckpt", "1 MB", member="model.ckpt"
+                )
+            },
+        )
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -79,7 +93,9 @@ def test_broken_connection_is_resumed_within_a_call(server, tmp_path):
 
 def test_after_too_many_breaks_the_next_call_goes_on(server, tmp_path):
     server.cut_after = [100_000] * download.ATTEMPTS
-    with pytest.raises(ValueError, match="500000 bytes are there so far; run the same command again") as error:
+    with pytest.raises(
+        ValueError, match="500000 bytes are there so far; run the same command again"
+    ) as error:
         download.download("tiny", tmp_path, server.address)
     assert "\n" not in str(error.value) and not (tmp_path / PATH).exists()
     download.download("tiny", tmp_path, server.address)
@@ -115,14 +131,18 @@ def test_another_file_in_its_place_is_not_overwritten(server, tmp_path):
 
 
 def test_absent_file(server, tmp_path):
-    with pytest.raises(ValueError, match="answered 404 Not Found; give another address with --mirror"):
+    with pytest.raises(
+        ValueError, match="answered 404 Not Found; give another address with --mirror"
+    ):
         download.download("tiny", tmp_path, server.address + "/elsewhere")
 
 
 def test_nobody_answers(server, tmp_path):
     server.shutdown()
     server.server_close()
-    with pytest.raises(ValueError, match="failed 5 times .*Connection refused.* and 0 bytes are there"):
+    with pytest.raises(
+        ValueError, match="failed 5 times .*Connection refused.* and 0 bytes are there"
+    ):
         download.download("tiny", tmp_path, server.address)
 
 
@@ -158,7 +178,9 @@ def zipped(**members):
 
 
 def test_a_zip_gives_its_checkpoint_and_nothing_else(server, tmp_path):
-    server.content = zipped(**{"config.yaml": "x", "../../evil": "x", "/evil": "x", "model.ckpt": CONTENT})
+    server.content = zipped(
+        **{"config.yaml": "x", "../../evil": "x", "/evil": "x", "model.ckpt": CONTENT}
+    )
     server.cut_after = [300_000]
     download.download("zip", tmp_path / "models")
     assert (tmp_path / "models/stage/model.ckpt").read_bytes() == CONTENT
@@ -168,15 +190,22 @@ def test_a_zip_gives_its_checkpoint_and_nothing_else(server, tmp_path):
 @pytest.mark.parametrize("fault", ["no member", "checksum", "no zip"])
 def test_a_zip_that_is_wrong(server, tmp_path, fault):
     whole = zipped(**{"model.ckpt": CONTENT})
-    server.content = {"no member": zipped(other="x"), "checksum": whole.replace(CONTENT[:999], CONTENT[1:1000], 1),
-                      "no zip": CONTENT}[fault]
-    with pytest.raises(ValueError, match="no intact zip with model.ckpt .*, and was deleted") as error:
+    server.content = {
+        "no member": zipped(other="x"),
+        "checksum": whole.replace(CONTENT[:999], CONTENT[1:1000], 1),
+        "no zip": CONTENT,
+    }[fault]
+    with pytest.raises(
+        ValueError, match="no intact zip with model.ckpt .*, and was deleted"
+    ) as error:
         download.download("zip", tmp_path)
     assert list((tmp_path / "stage").iterdir()) == [] and "\n" not in str(error.value)
 
 
 def test_a_mirror_has_the_unpacked_file(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "FIRST_STAGES", {"zip": download.Checkpoint("unused", PATH, "1 MB", member="x")})
+    monkeypatch.setattr(
+        download, "FIRST_STAGES", {"zip": download.Checkpoint("unused", PATH, "1 MB", member="x")}
+    )
     download.download("zip", tmp_path, server.address)
     assert (tmp_path / PATH).read_bytes() == CONTENT
 
@@ -205,7 +234,10 @@ def test_every_model_is_put_where_its_yaml_looks():
 def test_the_script_of_the_first_stages():
     command = ["bash", PROJECT / "scripts/download_first_stages.sh", "--list"]
     listed = subprocess.run(command, capture_output=True, text=True)
-    assert listed.stdout.count("\n") == 3 * len(download.FIRST_STAGES) and "first_stage_models/vq-f4/" in listed.stdout
+    assert (
+        listed.stdout.count("\n") == 3 * len(download.FIRST_STAGES)
+        and "first_stage_models/vq-f4/" in listed.stdout
+    )
 
 
 def test_names(capsys):

@@ -1,4 +1,5 @@
 """What must hold on a trained network: the small latent model that ships."""
+
 from dataclasses import asdict
 
 import pytest
@@ -22,21 +23,41 @@ ATTENTION = {"role": ["q", "k", "v", "qkv", "probs", "proj", "proj_in"]}
 @pytest.fixture(scope="module")
 def trained():
     """The model, and the inputs and outputs of its network along the sampler."""
-    model = load_model(asdict(load(RunConfig, [PROJECT / "configs/model/latent-compact.yaml"])), device="cpu")
+    model = load_model(
+        asdict(load(RunConfig, [PROJECT / "configs/model/latent-compact.yaml"])), device="cpu"
+    )
     record = []
     with torch.no_grad():
-        sample(model, model.eps, range(4), steps=8, callback=lambda step, t, x, eps, *_: record.append((x, t, eps)))
+        sample(
+            model,
+            model.eps,
+            range(4),
+            steps=8,
+            callback=lambda step, t, x, eps, *_: record.append((x, t, eps)),
+        )
     x, eps = (torch.cat([row[i] for row in record]) for i in (0, 2))
-    return model, CalibrationSet(x, torch.tensor([float(row[1]) for row in record]).repeat_interleave(4)), eps
+    return (
+        model,
+        CalibrationSet(x, torch.tensor([float(row[1]) for row in record]).repeat_interleave(4)),
+        eps,
+    )
 
 
 def eps_error(trained, folder, attention, others):
     """Mean square error of eps over all steps, stem and out at 8 bits."""
     model, calibration, eps = trained
-    rules = [{"weight": {"bits": bits, "per": "channel"}, "input": {"bits": bits}, **whose}
-             for bits, whose in ((others, {}), (attention, ATTENTION), (8, {"role": ["stem", "out"]}))]
-    job = Job(model=model, net=convert(model.net, rules, Timeline()), calibration=calibration, resume_folder=folder,
-              graph=trace(model.net, calibration.arguments(slice(0, 1))), rules=rules)
+    rules = [
+        {"weight": {"bits": bits, "per": "channel"}, "input": {"bits": bits}, **whose}
+        for bits, whose in ((others, {}), (attention, ATTENTION), (8, {"role": ["stem", "out"]}))
+    ]
+    job = Job(
+        model=model,
+        net=convert(model.net, rules, Timeline()),
+        calibration=calibration,
+        resume_folder=folder,
+        graph=trace(model.net, calibration.arguments(slice(0, 1))),
+        rules=rules,
+    )
     fit_ranges(job)
     with torch.no_grad():
         return float((job.net(*calibration.arguments(slice(None))) - eps).square().mean())

@@ -1,4 +1,6 @@
-"""Checkpoints in every container load; a wrong, damaged or malicious one ends in a sentence and changes nothing."""
+"""Checkpoints in every container load; a wrong, damaged or malicious one ends in a sentence and
+changes nothing."""
+
 import pickle
 
 import pytest
@@ -25,7 +27,11 @@ def other(state):
 
 CONTAINERS = {
     "flat": lambda state: state,
-    "state_dict": lambda state: {"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.0"},
+    "state_dict": lambda state: {
+        "state_dict": state,
+        "epoch": 3,
+        "pytorch-lightning_version": "2.0",
+    },
     "training list": lambda state: [other(state), {"state": {}}, 12, 3400, state],
 }
 
@@ -34,21 +40,30 @@ CONTAINERS = {
 @pytest.mark.parametrize("legacy", [False, True])
 def test_containers(tiny_net, tmp_path, container, legacy):
     state = dict(tiny_net.state_dict())
-    torch.save(CONTAINERS[container](state), tmp_path / "model.ckpt", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        CONTAINERS[container](state),
+        tmp_path / "model.ckpt",
+        _use_new_zipfile_serialization=not legacy,
+    )
     loaded = load_state(tmp_path / "model.ckpt")
-    assert list(loaded) == list(state) and all(torch.equal(loaded[name], state[name]) for name in state)
+    assert list(loaded) == list(state) and all(
+        torch.equal(loaded[name], state[name]) for name in state
+    )
 
 
 def test_the_weights_of_a_training_run_that_are_not_averaged(tiny_net, tmp_path):
     state = dict(tiny_net.state_dict())
     torch.save(CONTAINERS["training list"](state), tmp_path / "ckpt.pth")
     loaded = load_state(tmp_path / "ckpt.pth", ema=False)
-    assert list(loaded) == list(state)                    # the prefix "module." is gone
+    assert list(loaded) == list(state)  # the prefix "module." is gone
     assert torch.equal(loaded["conv_in.bias"], state["conv_in.bias"] + 1)
 
 
 def test_half_precision_file_is_cast_to_the_network(tiny_net, tmp_path):
-    save_file({name: value.half() for name, value in tiny_net.state_dict().items()}, tmp_path / "half.safetensors")
+    save_file(
+        {name: value.half() for name, value in tiny_net.state_dict().items()},
+        tmp_path / "half.safetensors",
+    )
     net = load_weights(build_network(**TINY), load_state(tmp_path / "half.safetensors"), "half")
     for name, value in tiny_net.state_dict().items():
         assert net.state_dict()[name].dtype == torch.float32
@@ -65,8 +80,11 @@ class Payload:
         return open, (str(self.path), "w")
 
 
-WRITERS = {"zip": torch.save, "plain": lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
-           "legacy": lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False)}
+WRITERS = {
+    "zip": torch.save,
+    "plain": lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)),
+    "legacy": lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False),
+}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -84,15 +102,19 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, suffix, writer):
 @pytest.mark.parametrize("kept", [0, 7, 0.3, 0.97])
 def test_damaged_file(tiny_net, tmp_path, suffix, kept):
     path = tmp_path / f"model{suffix}"
-    save_file(tiny_net.state_dict(), path) if suffix == ".safetensors" else torch.save(tiny_net.state_dict(), path)
+    save_file(tiny_net.state_dict(), path) if suffix == ".safetensors" else torch.save(
+        tiny_net.state_dict(), path
+    )
     content = path.read_bytes()
-    path.write_bytes(content[:kept if isinstance(kept, int) else int(kept * len(content))])
+    path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
     with pytest.raises(ValueError, match="damaged or incomplete") as error:
         load_state(path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"<!doctype html><html>not found</html>", b"\x80\x02K\x01.", bytes(range(256))])
+@pytest.mark.parametrize(
+    "content", [b"<!doctype html><html>not found</html>", b"\x80\x02K\x01.", bytes(range(256))]
+)
 def test_something_else_under_the_name_of_a_checkpoint(tmp_path, content):
     (tmp_path / "model.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match="damaged or incomplete|no state dict"):
@@ -115,11 +137,20 @@ def test_absent_file_and_unknown_suffix(tmp_path):
 
 
 FAULTS = {
-    "misses 2 (conv_in.bias, norm_out.bias)": lambda s: [s.pop("conv_in.bias"), s.pop("norm_out.bias")],
+    "misses 2 (conv_in.bias, norm_out.bias)": lambda s: [
+        s.pop("conv_in.bias"),
+        s.pop("norm_out.bias"),
+    ],
     "has surplus 4 (a, b, c, ...)": lambda s: s.update({name: torch.zeros(1) for name in "abcd"}),
-    "has misshapen 1 (conv_in.bias (9,) instead of (8,))": lambda s: s.update({"conv_in.bias": torch.zeros(9)}),
-    "NaN or infinite weights in 1 (conv_in.bias)": lambda s: s.update({"conv_in.bias": torch.full((8,), torch.nan)}),
-    "NaN or infinite weights in 1 (norm_out.bias)": lambda s: s.update({"norm_out.bias": torch.full((8,), -torch.inf)}),
+    "has misshapen 1 (conv_in.bias (9,) instead of (8,))": lambda s: s.update(
+        {"conv_in.bias": torch.zeros(9)}
+    ),
+    "NaN or infinite weights in 1 (conv_in.bias)": lambda s: s.update(
+        {"conv_in.bias": torch.full((8,), torch.nan)}
+    ),
+    "NaN or infinite weights in 1 (norm_out.bias)": lambda s: s.update(
+        {"norm_out.bias": torch.full((8,), -torch.inf)}
+    ),
 }
 
 
@@ -137,6 +168,7 @@ def test_weights_that_do_not_fit_are_named_and_refused(tiny_net, sentence):
 
 # ---- components
 
+
 class Part(torch.nn.Module):
     """Stands for a network: its names, and a value that tells which weights it was given."""
 
@@ -147,11 +179,21 @@ class Part(torch.nn.Module):
 
 
 def latent_state(**more):
-    """A latent-diffusion checkpoint of one weight each: raw 1, averaged 2, first stage 3, condition 4."""
-    named = {"model.diffusion_model.w": 1, "model_ema.diffusion_modelw": 2, "first_stage_model.f": 3,
-             "cond_stage_model.c": 4}
-    return {**{name: torch.full((2,), float(value)) for name, value in named.items()}, "betas": torch.ones(9),
-            "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5), **more}
+    """A latent-diffusion checkpoint of one weight each: raw 1, averaged 2, first stage 3, condition
+    4."""
+    named = {
+        "model.diffusion_model.w": 1,
+        "model_ema.diffusion_modelw": 2,
+        "first_stage_model.f": 3,
+        "cond_stage_model.c": 4,
+    }
+    return {
+        **{name: torch.full((2,), float(value)) for name, value in named.items()},
+        "betas": torch.ones(9),
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(5),
+        **more,
+    }
 
 
 def parts():
@@ -167,8 +209,14 @@ def written(folder, state, name="model.ckpt"):
 def test_components_of_a_latent_checkpoint(tmp_path, capsys, weights, value):
     networks = parts()
     assert load_components(written(tmp_path, latent_state()), networks, weights=weights) is None
-    assert [net.state_dict()[name][0].item() for net, name in zip(networks.values(), "wfc")] == [value, 3, 4]
-    assert ("raw weights are used; weights=ema takes" in capsys.readouterr().out) == (weights == "raw")
+    assert [net.state_dict()[name][0].item() for net, name in zip(networks.values(), "wfc")] == [
+        value,
+        3,
+        4,
+    ]
+    assert ("raw weights are used; weights=ema takes" in capsys.readouterr().out) == (
+        weights == "raw"
+    )
 
 
 def test_the_scale_factor_is_read_from_the_file(tmp_path):
@@ -178,7 +226,9 @@ def test_the_scale_factor_is_read_from_the_file(tmp_path):
 
 def test_files_of_one_network_alone(tmp_path):
     fs, net = Part("f"), Part("w")
-    load_components(written(tmp_path, {"f": torch.ones(2), "loss.logvar": torch.ones(3)}), {"first_stage": fs})
+    load_components(
+        written(tmp_path, {"f": torch.ones(2), "loss.logvar": torch.ones(3)}), {"first_stage": fs}
+    )
     load_components(written(tmp_path, {"w": torch.full((2,), 7.0)}), {"unet": net}, weights="ema")
     assert fs.f[0] == 1 and net.w[0] == 7
 
@@ -195,15 +245,19 @@ def test_a_training_list_gives_the_averaged_or_the_raw_set(tiny_net, tmp_path):
 def test_averaged_weights_are_all_there_or_none_is_used():
     state = latent_state()
     assert averaged(state, ["w"], source="x")["w"][0] == 2
-    with pytest.raises(ValueError, match=r"x lacks 1 \(model_ema.diffusion_modelab\) of the averaged weights"):
+    with pytest.raises(
+        ValueError, match=r"x lacks 1 \(model_ema.diffusion_modelab\) of the averaged weights"
+    ):
         averaged(state, ["w", "a.b"], source="x")
 
 
 MISSING = {
-    "has no averaged weights (model_ema.*), and the model YAML asks for them with weights: ema; go on with the others "
+    "has no averaged weights (model_ema.*), and the model YAML asks for them with weights: ema; "
+    "go on with the others "
     "by weights=raw": lambda s: s.pop("model_ema.diffusion_modelw"),
-    "has no first_stage (first_stage_model.*); the file seems to be a latent-diffusion": lambda s:
-        s.pop("first_stage_model.f"),
+    "has no first_stage (first_stage_model.*); the file seems to be a latent-diffusion": lambda s: (
+        s.pop("first_stage_model.f")
+    ),
     "the cond_stage of checkpoint": lambda s: s.update({"cond_stage_model.more": torch.ones(1)}),
 }
 
@@ -234,22 +288,35 @@ def test_component_strips_its_prefix():
     assert component({"a.x": 1, "b.x": 2, "xa.x": 3}, "a.") == {"x": 1}
 
 
-@pytest.mark.parametrize("name, kind", {
-    "temb.dense.0.weight": "a pixel-space DDIM U-Net", "input_blocks.0.0.weight": "a U-Net of latent, improved or",
-    "encoder.conv_in.weight": "a first stage", "model.diffusion_model.out.0.bias": "a latent-diffusion checkpoint",
-    "cond_stage_model.transformer.text_model.x": "a Stable Diffusion", "down_blocks.0.resnets.0.norm1.bias":
-    "a network of the diffusers library", "conv_in.weight_codes": "a quantized model of this project",
-    "stem.0.weight": "an image classifier", "fc.weight": "an image classifier", "x.y": "of no known kind"}.items())
+@pytest.mark.parametrize(
+    "name, kind",
+    {
+        "temb.dense.0.weight": "a pixel-space DDIM U-Net",
+        "input_blocks.0.0.weight": "a U-Net of latent, improved or",
+        "encoder.conv_in.weight": "a first stage",
+        "model.diffusion_model.out.0.bias": "a latent-diffusion checkpoint",
+        "cond_stage_model.transformer.text_model.x": "a Stable Diffusion",
+        "down_blocks.0.resnets.0.norm1.bias": "a network of the diffusers library",
+        "conv_in.weight_codes": "a quantized model of this project",
+        "stem.0.weight": "an image classifier",
+        "fc.weight": "an image classifier",
+        "x.y": "of no known kind",
+    }.items(),
+)
 def test_what_a_file_seems_to_be(name, kind):
     assert kind in seems({"conv_in.bias": 0, name: 0})
 
 
 def test_a_classifier_beside_a_guided_network():
-    assert "a classifier of guided" in seems({"input_blocks.0.0.weight": 0, "out.2.qkv_proj.weight": 0})
+    assert "a classifier of guided" in seems(
+        {"input_blocks.0.0.weight": 0, "out.2.qkv_proj.weight": 0}
+    )
 
 
 def test_a_file_of_another_kind_is_named(tiny_net):
-    with pytest.raises(ValueError, match="seems to be a latent-diffusion .* and the network a pixel-space DDIM"):
+    with pytest.raises(
+        ValueError, match="seems to be a latent-diffusion .* and the network a pixel-space DDIM"
+    ):
         load_weights(build_network(**TINY), latent_state(), "checkpoint x")
     with pytest.raises(ValueError, match="both seem to be a pixel-space DDIM U-Net"):
         load_weights(build_network(**{**TINY, "ch": 16}), tiny_net.state_dict(), "checkpoint x")
@@ -260,10 +327,16 @@ def test_a_whole_latent_checkpoint_in_miniature(tmp_path):
     state = {**below("state_dict/", weights), **below("state_dict/", tensors)}
     config = meta["config"]["model"]["params"]
     first = config["first_stage_config"]["params"]
-    networks = {"unet": build_network(family="ldm-unet", **config["unet_config"]["params"]),
-                "first_stage": build_network(family="autoencoder-vq", embed_dim=first["embed_dim"],
-                                             n_embed=first["n_embed"], ddconfig=first["ddconfig"]),
-                "cond_stage": build_network(family="class-embedder", n_classes=6, embed_dim=16)}
+    networks = {
+        "unet": build_network(family="ldm-unet", **config["unet_config"]["params"]),
+        "first_stage": build_network(
+            family="autoencoder-vq",
+            embed_dim=first["embed_dim"],
+            n_embed=first["n_embed"],
+            ddconfig=first["ddconfig"],
+        ),
+        "cond_stage": build_network(family="class-embedder", n_classes=6, embed_dim=16),
+    }
     path = written(tmp_path, state)
     for name in ("raw", "ema"):
         scale = load_components(path, networks, weights=name)

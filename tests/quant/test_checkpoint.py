@@ -1,4 +1,6 @@
-"""The packed file: bits in their place, its size, the same network in another process, what is wrong with it."""
+"""The packed file: bits in their place, its size, the same network in another process, what is
+wrong with it."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -31,14 +33,16 @@ HASH = "0123456789abcdef" * 4
 def saved(net, path, wanted, **more):
     """A quantized network and its file."""
     quant = quantized(net, path.parent, wanted, **more)
-    save_quantized(path, quant, {"name": "tiny", "network": TINY, "rules": wanted, "weights_hash": HASH})
+    save_quantized(
+        path, quant, {"name": "tiny", "network": TINY, "rules": wanted, "weights_hash": HASH}
+    )
     return quant
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_packing_is_a_row_of_bits_least_significant_first(bits):
     for count in (*range(1, 34), 1000):
-        codes = torch.randint(0, 2 ** bits, (count,), generator=torch.Generator().manual_seed(count))
+        codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(count))
         packed = pack(codes, bits)
         assert packed.dtype == torch.uint8 and len(packed) == -(-count * bits // 8)
         number = sum(code << (bits * i) for i, code in enumerate(codes.tolist()))
@@ -53,7 +57,7 @@ def test_four_bits_are_two_per_byte_low_nibble_first():
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 7, 8])
 def test_packing_in_pieces_changes_nothing(bits, monkeypatch):
-    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 2 ** bits, (5, 7, 3)))
+    codes = torch.from_numpy(np.random.default_rng(0).integers(0, 2**bits, (5, 7, 3)))
     whole = pack(codes, bits)
     monkeypatch.setattr(checkpoint, "CHUNK", 16)
     assert torch.equal(pack(codes, bits), whole)
@@ -65,34 +69,62 @@ def test_file_is_little_more_than_bits_over_32_of_the_float_weights(bits, tmp_pa
     net = randomize(build_network(**TINY | {"ch": 48})).eval()
     net.requires_grad_(False)
     saved(net, tmp_path / "q.safetensors", [{"weight": {"bits": bits, "per": "channel"}}])
-    share = (tmp_path / "q.safetensors").stat().st_size / (4 * sum(p.numel() for p in net.parameters()))
-    assert bits / 32 < share < bits / 32 + 0.03           # scales, biases, norms and names
+    share = (tmp_path / "q.safetensors").stat().st_size / (
+        4 * sum(p.numel() for p in net.parameters())
+    )
+    assert bits / 32 < share < bits / 32 + 0.03  # scales, biases, norms and names
 
 
 VARIANTS = {
     "w4a8": dict(wanted=rules(4, 8)),
     "w3a32": dict(wanted=rules(3, 32)),
     "w32a8": dict(wanted=rules(32, 8)),
-    "symmetric, per tensor": dict(wanted=[{"weight": {"bits": 5, "symmetric": True},
-                                           "input": {"bits": 8, "symmetric": True}}]),
+    "symmetric, per tensor": dict(
+        wanted=[{"weight": {"bits": 5, "symmetric": True}, "input": {"bits": 8, "symmetric": True}}]
+    ),
     "segments": dict(wanted=rules(8, 8), boundaries=[300, 600.5]),
-    "mixed": dict(wanted=[{"weight": WEIGHT_8, "input": {"bits": 8, "per": "channel"}}, {"kind": "matmul", "input": {
-        "bits": 8, "per": "tensor"}}, {"role": "stem", "weight": {"bits": 32}, "input": {"bits": 32}}]),
-    "balanced": dict(wanted=rules(4, 8) + [{"match": "mid.*", "kind": "layer", "balance": True}],
-                     passes=[{"balance": {"num_samples": 6, "num_alphas": 2}}, "fit_ranges"]),
-    "log2": dict(wanted=rules(4, 8) + [{"kind": "matmul", "role": "probs", "input": {"bits": 4, "grid": "log2"}}]),
-    "widths of segments": dict(wanted=rules(4, 8) + [{"input": {"segment_bits": [8, 6, 3]}}], boundaries=[300, 600.5]),
-    "shared scales": dict(wanted=rules(4, 8), boundaries=[200, 400, 600],
-                          passes=["fit_ranges", {"group_scales": {"groups": 2}}]),
-    "scales of an MLP": dict(wanted=rules(4, 8), boundaries=[300, 600.5],
-                             passes=["fit_ranges", {"dynamic_scales": {"warm_steps": 3}}]),
+    "mixed": dict(
+        wanted=[
+            {"weight": WEIGHT_8, "input": {"bits": 8, "per": "channel"}},
+            {"kind": "matmul", "input": {"bits": 8, "per": "tensor"}},
+            {"role": "stem", "weight": {"bits": 32}, "input": {"bits": 32}},
+        ]
+    ),
+    "balanced": dict(
+        wanted=rules(4, 8) + [{"match": "mid.*", "kind": "layer", "balance": True}],
+        passes=[{"balance": {"num_samples": 6, "num_alphas": 2}}, "fit_ranges"],
+    ),
+    "log2": dict(
+        wanted=rules(4, 8)
+        + [{"kind": "matmul", "role": "probs", "input": {"bits": 4, "grid": "log2"}}]
+    ),
+    "widths of segments": dict(
+        wanted=rules(4, 8) + [{"input": {"segment_bits": [8, 6, 3]}}], boundaries=[300, 600.5]
+    ),
+    "shared scales": dict(
+        wanted=rules(4, 8),
+        boundaries=[200, 400, 600],
+        passes=["fit_ranges", {"group_scales": {"groups": 2}}],
+    ),
+    "scales of an MLP": dict(
+        wanted=rules(4, 8),
+        boundaries=[300, 600.5],
+        passes=["fit_ranges", {"dynamic_scales": {"warm_steps": 3}}],
+    ),
 }
-# What makes a variant one, of the loaded network: name of a quantized layer or an activation quantizer, what it shows.
+# What makes a variant one, of the loaded network: name of a quantized layer or an activation
+# quantizer, what it shows.
 SHOWN = {
     "balanced": ("mid.block_1.conv1", lambda layer: len(layer.inverse_balance.unique()) > 1),
-    "log2": ("mid.attn_1.av_matmul.b_quantizer", lambda q: q.spec.grid == "log2" and float(q.scale) == 2 ** -14),
+    "log2": (
+        "mid.attn_1.av_matmul.b_quantizer",
+        lambda q: q.spec.grid == "log2" and float(q.scale) == 2**-14,
+    ),
     "widths of segments": ("conv_out.input_quantizer", lambda q: q.bits == [8, 6, 3]),
-    "shared scales": ("conv_out.input_quantizer", lambda q: len(q.scale) == 4 and len(q.scale.unique()) == 2),
+    "shared scales": (
+        "conv_out.input_quantizer",
+        lambda q: len(q.scale) == 4 and len(q.scale.unique()) == 2,
+    ),
     "scales of an MLP": ("conv_out.input_quantizer", lambda q: len(q.scale.unique()) == 3),
 }
 
@@ -106,17 +138,27 @@ def test_loaded_network_is_bit_identical(variant, tiny_net, tmp_path):
         name, shown = SHOWN[variant]
         assert shown(loaded.get_submodule(name))
     before, after = net.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    save_quantized(tmp_path / "again.safetensors", loaded, read_recipe(tmp_path / "q.safetensors")[0])
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
+    save_quantized(
+        tmp_path / "again.safetensors", loaded, read_recipe(tmp_path / "q.safetensors")[0]
+    )
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "q.safetensors"
+    ).read_bytes()
 
 
 def test_times_between_those_of_the_table_have_the_nearest_steps_scales(tiny_net, tmp_path):
     saved(tiny_net, tmp_path / "q.safetensors", rules(4, 8), boundaries=[300, 600.5])
     net, x = load_quantized(tmp_path / "q.safetensors", build_network), normal(1, *SHAPE)
-    for q in input_quantizers(net).values():               # one step's scales alone
+    for q in input_quantizers(net).values():  # one step's scales alone
         q.scale.data[0], q.scale.data[2] = torch.nan, torch.nan
-    finite = [t for t in (0.0, 299.0, 301, 450, 600, 601, 999) if net(x, torch.tensor([t])).isfinite().all()]
+    finite = [
+        t
+        for t in (0.0, 299.0, 301, 450, 600, 601, 999)
+        if net(x, torch.tensor([t])).isfinite().all()
+    ]
     assert finite == [301, 450, 600]
 
 
@@ -130,8 +172,12 @@ def test_another_process_gives_the_same_bits(tiny_net, tmp_path):
         from quant.checkpoint import load_quantized
         net, given = load_quantized("q.safetensors", build_network), load_file("in.safetensors")
         save_file({"out": net(given["x"], given["t"]).detach()}, "out.safetensors")"""
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env={"PYTHONPATH": str(ROOT), "PATH": "",
-                                                                                "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        check=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+    )
     assert torch.equal(load_tensors(tmp_path / "out.safetensors")[0]["out"], net(x, T))
 
 
@@ -142,7 +188,10 @@ def test_codes_in_the_file_are_unsigned_integers_of_the_weight(tiny_net, tmp_pat
         codes = unpack(tensors[f"{name}.weight_codes"], 4, layer.shape).float()
         q = layer.weight_quantizer
         assert torch.equal(codes - q.table(q.zero_point, codes), layer.weight_int)
-        assert f"{name}.weight" not in tensors and tensors[f"{name}.weight_quantizer.zero_point"].dtype == torch.uint8
+        assert (
+            f"{name}.weight" not in tensors
+            and tensors[f"{name}.weight_quantizer.zero_point"].dtype == torch.uint8
+        )
 
 
 def assert_refused(path, complaint, **more):
@@ -153,8 +202,11 @@ def assert_refused(path, complaint, **more):
 
 def test_weights_of_another_model_are_refused(tiny_net, tmp_path):
     saved(tiny_net, tmp_path / "q.safetensors", rules(4, 8))
-    assert_refused(tmp_path / "q.safetensors", "other weights of 'tiny' .hash 0123456789ab, .* has ffffffffffff",
-                   expected="f" * 64)
+    assert_refused(
+        tmp_path / "q.safetensors",
+        "other weights of 'tiny' .hash 0123456789ab, .* has ffffffffffff",
+        expected="f" * 64,
+    )
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1])
@@ -167,21 +219,42 @@ def test_truncated_file_is_refused(size, tiny_net, tmp_path):
 
 def test_foreign_and_missing_files_are_refused(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "q.safetensors")
-    assert_refused(tmp_path / "q.safetensors", "not a quantized model .* .format 'None', expected 'tinydm-")
+    assert_refused(
+        tmp_path / "q.safetensors", "not a quantized model .* .format 'None', expected 'tinydm-"
+    )
     assert_refused(tmp_path / "absent.safetensors", "does not exist; scripts/quantize.py makes it")
 
 
-@pytest.mark.parametrize("name, change, complaint", [
-    ("conv_in.weight_codes", lambda v: v[:-1], "conv_in has 107 bytes, which does not fit .8, 3, 3, 3. at 4 bits"),
-    ("conv_in.bias", lambda v: v[:-1], "does not fit its own recipe .1 tensors, first conv_in.bias"),
-    ("conv_in.weight_quantizer.scale", lambda v: v[:, :-1], "does not fit its own recipe"),
-    ("conv_in.weight_quantizer.zero_point", lambda v: v[:, :1], "does not fit its own recipe"),
-    ("conv_in.weight_quantizer.zero_point", lambda v: v[:, :-1], "does not fit its own recipe"),
-    ("conv_in.weight_quantizer.zero_point", lambda v: None, "does not fit its own recipe"),
-    ("conv_in.input_quantizer.scale", lambda v: v.expand(3, 1).clone(), "does not fit its own recipe"),
-    ("conv_in.weight_codes", lambda v: None, "does not fit its own recipe"),
-    ("something.else", lambda v: torch.ones(1), "does not fit its own recipe .1 tensors, first something.else"),
-])
+@pytest.mark.parametrize(
+    "name, change, complaint",
+    [
+        (
+            "conv_in.weight_codes",
+            lambda v: v[:-1],
+            "conv_in has 107 bytes, which does not fit .8, 3, 3, 3. at 4 bits",
+        ),
+        (
+            "conv_in.bias",
+            lambda v: v[:-1],
+            "does not fit its own recipe .1 tensors, first conv_in.bias",
+        ),
+        ("conv_in.weight_quantizer.scale", lambda v: v[:, :-1], "does not fit its own recipe"),
+        ("conv_in.weight_quantizer.zero_point", lambda v: v[:, :1], "does not fit its own recipe"),
+        ("conv_in.weight_quantizer.zero_point", lambda v: v[:, :-1], "does not fit its own recipe"),
+        ("conv_in.weight_quantizer.zero_point", lambda v: None, "does not fit its own recipe"),
+        (
+            "conv_in.input_quantizer.scale",
+            lambda v: v.expand(3, 1).clone(),
+            "does not fit its own recipe",
+        ),
+        ("conv_in.weight_codes", lambda v: None, "does not fit its own recipe"),
+        (
+            "something.else",
+            lambda v: torch.ones(1),
+            "does not fit its own recipe .1 tensors, first something.else",
+        ),
+    ],
+)
 def test_tampered_file_is_refused(name, change, complaint, tiny_net, tmp_path):
     path = tmp_path / "q.safetensors"
     saved(tiny_net, path, rules(4, 8))

@@ -1,4 +1,5 @@
 """Every group map equals a loop over channels."""
+
 import pytest
 import torch
 
@@ -11,7 +12,10 @@ ACTIVATIONS = {
     "group of 2": (dict(per="group", group_size=2), lambda c: c // 2),
     "group of 4, last one short": (dict(per="group", group_size=4), lambda c: 0 if c < 4 else 1),
     "split 2+4": (dict(per="tensor", splits=(2, 4)), lambda c: 0 if c < 2 else 1),
-    "split 1+2+3": (dict(per="tensor", splits=(1, 2, 3)), lambda c: 0 if c < 1 else 1 if c < 3 else 2),
+    "split 1+2+3": (
+        dict(per="tensor", splits=(1, 2, 3)),
+        lambda c: 0 if c < 1 else 1 if c < 3 else 2,
+    ),
 }
 
 
@@ -19,7 +23,7 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("case", ACTIVATIONS)
 def test_activation_map_equals_a_loop(case, trailing):
     options, group = ACTIVATIONS[case]
-    shape = (6, 3, 2)[:1 + trailing]
+    shape = (6, 3, 2)[: 1 + trailing]
     found = activation_groups(num_channels=6, trailing=trailing, **options)
     expected = torch.zeros(shape, dtype=torch.long)
     for c in range(6):
@@ -29,11 +33,19 @@ def test_activation_map_equals_a_loop(case, trailing):
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (4, 6, 3, 2)])
-@pytest.mark.parametrize("per, splits", [("tensor", None), ("channel", None), ("tensor", (2, 4)), ("channel", (2, 4)),
-                                         ("channel", (1, 2, 3))])
+@pytest.mark.parametrize(
+    "per, splits",
+    [
+        ("tensor", None),
+        ("channel", None),
+        ("tensor", (2, 4)),
+        ("channel", (2, 4)),
+        ("channel", (1, 2, 3)),
+    ],
+)
 def test_weight_map_equals_a_loop(per, splits, shape):
     found, expected = weight_groups(per, shape, splits=splits), torch.zeros(shape, dtype=torch.long)
-    ends = [sum(splits[:k + 1]) for k in range(len(splits))] if splits else [shape[1]]
+    ends = [sum(splits[: k + 1]) for k in range(len(splits))] if splits else [shape[1]]
     rows = shape[0] if per == "channel" else 1
     for o in range(shape[0]):
         for i in range(shape[1]):
@@ -48,7 +60,9 @@ def test_split_of():
     assert split_of(None, 3).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("call", [lambda: activation_groups("pixel", 4, 2), lambda: weight_groups("group", (4, 4))])
+@pytest.mark.parametrize(
+    "call", [lambda: activation_groups("pixel", 4, 2), lambda: weight_groups("group", (4, 4))]
+)
 def test_unknown_granularity_is_quoted(call):
     with pytest.raises(ValueError, match="per: (pixel|group)' is unknown"):
         call()

@@ -1,4 +1,5 @@
 """Quantized layers: the hardened forward, bit for bit, in integer arithmetic written out here."""
+
 import itertools
 
 import pytest
@@ -24,12 +25,25 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(6, 5, 3, stride=2, padding=2), (4, 6, 11)),
     "conv2d": (lambda: nn.Conv2d(6, 5, 3, padding=1), (4, 6, 7, 8)),
     "conv2d 1x1": (lambda: nn.Conv2d(6, 5, 1), (4, 6, 7, 8)),
-    "conv2d strided": (lambda: nn.Conv2d(6, 5, (3, 2), stride=(2, 3), padding=(0, 1)), (4, 6, 7, 8)),
+    "conv2d strided": (
+        lambda: nn.Conv2d(6, 5, (3, 2), stride=(2, 3), padding=(0, 1)),
+        (4, 6, 7, 8),
+    ),
 }
 SPLIT = "conv2d", (2, 4)
-LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
-       "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1], "num_heads": 2,
-       "use_spatial_transformer": True, "context_dim": 6}
+LDM = {
+    "family": "ldm-unet",
+    "image_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [1],
+    "channel_mult": [1],
+    "num_heads": 2,
+    "use_spatial_transformer": True,
+    "context_dim": 6,
+}
 FUSED = LDM | {"use_spatial_transformer": False, "context_dim": None}
 
 
@@ -38,13 +52,14 @@ def build(case, weight, inputs, *, splits=None, timeline=None, balanced=False):
     layer = tag("x", LAYERS[case][0](), **({"input_splits": splits} if splits else {}))
     x = normal(*LAYERS[case][1])
     if splits:
-        x[:, splits[0]:] *= 5
+        x[:, splits[0] :] *= 5
     quant = QuantLayer(layer, weight, inputs, timeline or Timeline(), bool(splits), balanced)
     return layer, quant.requires_grad_(False), x
 
 
 def integer_layer(x, weight, layer):
-    """x (N, C, ...) and weight (O, C, ...) in int64: the sum over kernel offsets of matrix products."""
+    """x (N, C, ...) and weight (O, C, ...) in int64: the sum over kernel offsets of matrix
+    products."""
     if isinstance(layer, nn.Linear):
         return x @ weight.T
     x = F.pad(x, [p for padding in reversed(layer.padding) for p in (padding, padding)])
@@ -53,13 +68,15 @@ def integer_layer(x, weight, layer):
     for offset in itertools.product(*map(range, weight.shape[2:])):
         window = [slice(o, o + s * (n - 1) + 1, s) for o, s, n in zip(offset, layer.stride, counts)]
         part = x[(slice(None), slice(None), *window)]
-        out = out + torch.einsum("oc,nc...->no...", weight[(slice(None), slice(None), *offset)], part)
+        out = out + torch.einsum(
+            "oc,nc...->no...", weight[(slice(None), slice(None), *offset)], part
+        )
     return out
 
 
 def integers(x, scale, zero_point, bits, symmetric):
     """Code minus zero point in int64."""
-    low, high = (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     zero_point = zero_point.long()
     return (torch.round(x * (1 / scale)).long() + zero_point).clamp(low, high) - zero_point
 
@@ -69,10 +86,17 @@ def integers(x, scale, zero_point, bits, symmetric):
 @pytest.mark.parametrize("case", LAYERS)
 def test_hardened_layer_is_integer_arithmetic_bit_for_bit(case, per, bits, symmetric):
     """conv(q_x - z_x, w_int) * s_x * s_w + b"""
-    layer, quant, x = build(case, QuantSpec(bits=bits, per=per, symmetric=symmetric),
-                            QuantSpec(bits=bits, symmetric=symmetric))
+    layer, quant, x = build(
+        case,
+        QuantSpec(bits=bits, per=per, symmetric=symmetric),
+        QuantSpec(bits=bits, symmetric=symmetric),
+    )
     fit(quant, x).harden()
-    s_x, s_w, column = quant.input_quantizer.scale[0, 0], quant.weight_quantizer.scale[0], [-1, *[1] * (x.dim() - 2)]
+    s_x, s_w, column = (
+        quant.input_quantizer.scale[0, 0],
+        quant.weight_quantizer.scale[0],
+        [-1, *[1] * (x.dim() - 2)],
+    )
     if isinstance(layer, nn.Linear):
         column = [-1]
     rows = [-1, *[1] * (layer.weight.dim() - 1)]
@@ -91,18 +115,30 @@ def test_hardened_layer_is_integer_arithmetic_bit_for_bit(case, per, bits, symme
 @pytest.mark.parametrize("per", ["tensor", "channel"])
 def test_hardened_split_layer_is_a_sum_of_integer_products_bit_for_bit(per):
     """conv(q_0 - z_0, w_0) * s_x0 * s_w0 + conv(q_1 - z_1, w_1) * s_x1 * s_w1 + b"""
-    layer, quant, x = build(SPLIT[0], QuantSpec(bits=8, per=per), QuantSpec(bits=8), splits=SPLIT[1])
+    layer, quant, x = build(
+        SPLIT[0], QuantSpec(bits=8, per=per), QuantSpec(bits=8), splits=SPLIT[1]
+    )
     fit(quant, x).harden()
     rows = 5 if per == "channel" else 1
     out, start = 0, 0
     for part, width in enumerate(SPLIT[1]):
-        x_part, w_part = x[:, start:start + width], layer.weight.detach()[:, start:start + width]
+        x_part, w_part = (
+            x[:, start : start + width],
+            layer.weight.detach()[:, start : start + width],
+        )
         q, w = quant.input_quantizer, quant.weight_quantizer
         low, high = min(x_part.min(), torch.tensor(0.0)), x_part.max()
-        assert torch.equal(q.scale[0, part], (high - low) / 255)           # each half has a range of its own
-        s_w, z_w = (v[0, part * rows:(part + 1) * rows].reshape(-1, 1, 1, 1) for v in (w.scale, w.zero_point))
-        product = integer_layer(integers(x_part, q.scale[0, part], q.zero_point[0, part], 8, False),
-                                integers(w_part, s_w, z_w, 8, False), layer).float()
+        # each half has a range of its own
+        assert torch.equal(q.scale[0, part], (high - low) / 255)
+        s_w, z_w = (
+            v[0, part * rows : (part + 1) * rows].reshape(-1, 1, 1, 1)
+            for v in (w.scale, w.zero_point)
+        )
+        product = integer_layer(
+            integers(x_part, q.scale[0, part], q.zero_point[0, part], 8, False),
+            integers(w_part, s_w, z_w, 8, False),
+            layer,
+        ).float()
         term = product * q.scale[0, part] * s_w.reshape(-1, 1, 1)
         out, start = term if part == 0 else out + term, start + width
     assert torch.equal(quant(x), out + layer.bias.detach().reshape(-1, 1, 1))
@@ -112,9 +148,12 @@ def test_hardened_split_layer_is_a_sum_of_integer_products_bit_for_bit(per):
 @pytest.mark.parametrize("exact", [True, False], ids=["powers of two", "any balance"])
 @pytest.mark.parametrize("case", ["linear", "conv1d", "conv2d", "conv2d strided"])
 def test_balanced_layer_is_integer_arithmetic_with_one_merged_factor(case, exact):
-    """conv(clamp(round(x_c / (s_x * b_c)) + z_x) - z_x, w_int) * s_x * s_w + b, w_int made of w_c * b_c. By powers of
-    two the layer, which multiplies with 1/b_c first, gives these bits; by others it may fall otherwise at a tie."""
-    layer, quant, x = build(case, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), balanced=True)
+    """conv(clamp(round(x_c / (s_x * b_c)) + z_x) - z_x, w_int) * s_x * s_w + b, w_int made of w_c *
+    b_c. By powers of two the layer, which multiplies with 1/b_c first, gives these bits; by others
+    it may fall otherwise at a tie."""
+    layer, quant, x = build(
+        case, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), balanced=True
+    )
     b = 2.0 ** torch.arange(-2, 4) if exact else normal(6, seed=3).exp()
     quant.balance(b)
     fit(quant, x).harden()
@@ -129,7 +168,9 @@ def test_balanced_layer_is_integer_arithmetic_with_one_merged_factor(case, exact
         tie = (merged.double() - merged.double().floor() - 0.5).abs() < 1e-4
         assert (own - codes).abs().max() <= 1 and bool(tie[own != codes].all())
         codes = own
-    weight = integers(layer.weight.detach() * b.reshape(column), s_w.reshape(rows), z_w.reshape(rows), 8, False)
+    weight = integers(
+        layer.weight.detach() * b.reshape(column), s_w.reshape(rows), z_w.reshape(rows), 8, False
+    )
     expected = integer_layer(codes, weight, layer).float() * s_x * s_w.reshape(column)
     assert torch.equal(quant(x), expected + layer.bias.detach().reshape(column))
     assert_close(quant(x), layer(x).detach(), 0.2)
@@ -138,23 +179,39 @@ def test_balanced_layer_is_integer_arithmetic_with_one_merged_factor(case, exact
 def test_own_weights_for_every_segment_are_integer_arithmetic_bit_for_bit():
     """conv(q_x - z_x, w_int[s]) * s_x[s] * s_w[s] + b"""
     timeline = Timeline([300, 600])
-    layer, quant, x = build("conv2d", QuantSpec(bits=4, per="channel", per_segment=True), QuantSpec(bits=8),
-                            timeline=timeline)
+    layer, quant, x = build(
+        "conv2d",
+        QuantSpec(bits=4, per="channel", per_segment=True),
+        QuantSpec(bits=8),
+        timeline=timeline,
+    )
     rng = torch.Generator().manual_seed(0)
-    codes, zeros = (torch.randint(16, shape, generator=rng) for shape in ((3, *layer.weight.shape), (3, 5)))
+    codes, zeros = (
+        torch.randint(16, shape, generator=rng) for shape in ((3, *layer.weight.shape), (3, 5))
+    )
     q, w = quant.input_quantizer, quant.weight_quantizer
     w.scale.data, w.zero_point = torch.rand(3, 5, generator=rng) + 0.1, zeros.float()
     quant.set_unsigned_codes(codes)
-    q.scale.data, q.zero_point = torch.tensor([[0.01], [0.02], [0.03]]), torch.tensor([[100.0], [128.0], [0.0]])
+    q.scale.data, q.zero_point = (
+        torch.tensor([[0.01], [0.02], [0.03]]),
+        torch.tensor([[100.0], [128.0], [0.0]]),
+    )
     for s, t in enumerate((0.0, 500.0, 900.0)):
         timeline.set_time(torch.tensor([t]))
-        product = integer_layer(integers(x, q.scale[s, 0], q.zero_point[s, 0], 8, False),
-                                codes[s] - zeros[s].reshape(-1, 1, 1, 1), layer).float()
-        expected = product * q.scale[s, 0] * w.scale[s].reshape(-1, 1, 1) + layer.bias.detach().reshape(-1, 1, 1)
+        product = integer_layer(
+            integers(x, q.scale[s, 0], q.zero_point[s, 0], 8, False),
+            codes[s] - zeros[s].reshape(-1, 1, 1, 1),
+            layer,
+        ).float()
+        expected = product * q.scale[s, 0] * w.scale[s].reshape(
+            -1, 1, 1
+        ) + layer.bias.detach().reshape(-1, 1, 1)
         assert torch.equal(quant(x), expected)
 
 
-@pytest.mark.parametrize("inputs", [dict(per="channel"), dict(per="group", group_size=2)], ids=["channel", "group"])
+@pytest.mark.parametrize(
+    "inputs", [dict(per="channel"), dict(per="group", group_size=2)], ids=["channel", "group"]
+)
 def test_scales_that_vary_inside_the_sum_multiply_the_codes(inputs):
     """conv((q_x - z_x) * s_x, w_int) * s_w + b"""
     layer, quant, x = build("conv2d", QuantSpec(bits=4, per="channel"), QuantSpec(bits=4, **inputs))
@@ -162,15 +219,21 @@ def test_scales_that_vary_inside_the_sum_multiply_the_codes(inputs):
     q, of = quant.input_quantizer, quant.input_quantizer.group_of
     codes = integers(x, q.scale[0][of], q.zero_point[0][of], 4, False)
     scaled = codes.float() * q.scale[0][of]
-    expected = F.conv2d(scaled, quant.weight_int, padding=1) * quant.weight_quantizer.scale[0].reshape(-1, 1, 1)
+    expected = F.conv2d(scaled, quant.weight_int, padding=1) * quant.weight_quantizer.scale[
+        0
+    ].reshape(-1, 1, 1)
     assert torch.equal(quant(x), expected + layer.bias.detach().reshape(-1, 1, 1))
     exact = F.conv2d(codes.double() * q.scale[0][of].double(), quant.weight_int.double(), padding=1)
-    assert_close(expected, (exact * quant.weight_quantizer.scale[0].reshape(-1, 1, 1)).float(), 1e-6)
+    assert_close(
+        expected, (exact * quant.weight_quantizer.scale[0].reshape(-1, 1, 1)).float(), 1e-6
+    )
 
 
 @pytest.mark.parametrize("case, splits", [("linear", None), ("conv2d strided", None), SPLIT])
 def test_hardening_keeps_the_output_of_nearest_rounding(case, splits):
-    layer, quant, x = build(case, QuantSpec(bits=4, per="channel"), QuantSpec(bits=6), splits=splits)
+    layer, quant, x = build(
+        case, QuantSpec(bits=4, per="channel"), QuantSpec(bits=6), splits=splits
+    )
     before = fit(quant, x)(x)
     quant.harden()
     assert quant.weight is None and quant.rounding is None
@@ -189,7 +252,9 @@ def test_split_layer_at_32_bits_is_the_plain_layer():
 @pytest.mark.parametrize("case, splits", [("linear over tokens", None), ("conv1d", None), SPLIT])
 def test_mixed_steps_in_a_batch_equal_the_samples_one_by_one(case, splits):
     timeline, steps = Timeline([300, 600]), torch.tensor([0.0, 500.0, 900.0, 500.0])
-    _, quant, x = build(case, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), splits=splits, timeline=timeline)
+    _, quant, x = build(
+        case, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), splits=splits, timeline=timeline
+    )
     timeline.set_time(steps)
     x = x * (1 + steps).reshape(-1, *[1] * (x.dim() - 1))
     fit(quant, x).harden()
@@ -197,23 +262,30 @@ def test_mixed_steps_in_a_batch_equal_the_samples_one_by_one(case, splits):
     together = quant(x)
     for i, t in enumerate(steps):
         timeline.set_time(t[None])
-        assert torch.equal(together[i:i + 1], quant(x[i:i + 1]))
+        assert torch.equal(together[i : i + 1], quant(x[i : i + 1]))
 
 
 def test_padding_is_an_exact_zero():
     layer, quant, _ = build("conv2d", QuantSpec(bits=8), QuantSpec(bits=8))
-    x = normal(2, 6, 7, 8).abs() + 3                      # nowhere near zero
+    x = normal(2, 6, 7, 8).abs() + 3  # nowhere near zero
     fit(quant, x).harden()
-    inner = F.conv2d(F.pad(quant.input_quantizer(x), (1, 1, 1, 1)),
-                     quant.weight_int * quant.weight_quantizer.scale[0, 0]) + layer.bias.detach()[:, None, None]
+    inner = (
+        F.conv2d(
+            F.pad(quant.input_quantizer(x), (1, 1, 1, 1)),
+            quant.weight_int * quant.weight_quantizer.scale[0, 0],
+        )
+        + layer.bias.detach()[:, None, None]
+    )
     assert_close(quant(x), inner, 1e-5)
 
 
 def test_padding_right_and_below_is_an_exact_zero_in_integers():
     torch.manual_seed(0)
-    down, x = Downsample(6, True), normal(2, 6, 8, 6).abs() + 3                  # nowhere near zero
+    down, x = Downsample(6, True), normal(2, 6, 8, 6).abs() + 3  # nowhere near zero
     layer = down.conv
-    down.conv = quant = QuantLayer(layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False)
+    down.conv = quant = QuantLayer(
+        layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False
+    )
     quant.fit_weight()
     fit(down, x).conv.harden()
     q, w = quant.input_quantizer, quant.weight_quantizer
@@ -222,23 +294,31 @@ def test_padding_right_and_below_is_an_exact_zero_in_integers():
     padded[:, :, :8, :6] = codes
     z_w = w.zero_point[0].reshape(-1, 1, 1, 1)
     weight = integers(layer.weight.detach(), w.scale[0].reshape(-1, 1, 1, 1), z_w, 8, False)
-    expected = integer_layer(padded, weight, layer).float() * q.scale[0, 0] * w.scale[0].reshape(-1, 1, 1)
+    expected = (
+        integer_layer(padded, weight, layer).float() * q.scale[0, 0] * w.scale[0].reshape(-1, 1, 1)
+    )
     assert codes.min() > 100 and expected.shape == (2, 6, 4, 3)
     assert torch.equal(down(x), expected + layer.bias.detach().reshape(-1, 1, 1))
 
 
 def by_integers(m, layer, operands, segment):
-    """What a hardened layer or product gives of its float inputs, in int64 until the scales come."""
+    """What a hardened layer or product gives of its float inputs, in int64 until the scales
+    come."""
     if isinstance(m, QuantMatmul):
         scales = [q.scale[segment][q.group_of] for q in (m.a_quantizer, m.b_quantizer)]
-        codes = [integers(x, s, q.zero_point[segment][q.group_of], 6, False)
-                 for x, s, q in zip(operands, scales, (m.a_quantizer, m.b_quantizer))]
+        codes = [
+            integers(x, s, q.zero_point[segment][q.group_of], 6, False)
+            for x, s, q in zip(operands, scales, (m.a_quantizer, m.b_quantizer))
+        ]
         return (codes[0] @ codes[1]).float() * scales[0] * scales[1]
-    x, = operands
+    (x,) = operands
     column, q, w, out, start = [-1, *[1] * m.trailing], m.input_quantizer, m.weight_quantizer, 0, 0
     x = x * m.inverse_balance.reshape(column)
     for part, width in enumerate(m.parts):
-        columns, rows = slice(start, start + width), slice(part * m.shape[0], (part + 1) * m.shape[0])
+        columns, rows = (
+            slice(start, start + width),
+            slice(part * m.shape[0], (part + 1) * m.shape[0]),
+        )
         x_part = x[:, columns] if len(m.parts) > 1 else x
         codes = integers(x_part, q.scale[segment, part], q.zero_point[segment, part], 6, False)
         term = integer_layer(codes, m.weight_int[:, columns].long(), layer).float()
@@ -252,20 +332,28 @@ def test_every_layer_of_a_network_is_integer_arithmetic_bit_for_bit(network, tmp
     """Balanced, in several time segments: what each module of the running network read and gave."""
     net = randomize(build_network(**network)).eval().requires_grad_(False)
     context = network.get("context_dim") or 0
-    job = make_job(net, tmp_path, [rules(4, 6)[0] | {"balance": True}], boundaries=[500], context=context)
+    job = make_job(
+        net, tmp_path, [rules(4, 6)[0] | {"balance": True}], boundaries=[500], context=context
+    )
     for layer in quant_layers(job.net).values():
         layer.balance((0.3 * normal(layer.shape[1], seed=1)).exp())
     run_passes(job, ["fit_ranges"])
     quant = job.net
-    modules = {name: m for name, m in quant.named_modules() if isinstance(m, (QuantLayer, QuantMatmul))}
+    modules = {
+        name: m for name, m in quant.named_modules() if isinstance(m, (QuantLayer, QuantMatmul))
+    }
     assert modules.keys() == {name for name, m in net.named_modules() if type(m) in SWAP}
     assert any(len(getattr(m, "parts", ())) > 1 for m in modules.values())
     seen = {}
     for name, m in modules.items():
-        m.register_forward_hook(lambda m, operands, out, name=name: seen.update({name: (operands, out)}))
+        m.register_forward_hook(
+            lambda m, operands, out, name=name: seen.update({name: (operands, out)})
+        )
     for segment, t in enumerate((100.0, 900.0)):
         seen.clear()
-        quant(normal(2, *SHAPE, seed=7), torch.full((2,), t), *([normal(2, 4, 6)] if context else []))
+        quant(
+            normal(2, *SHAPE, seed=7), torch.full((2,), t), *([normal(2, 4, 6)] if context else [])
+        )
         assert seen.keys() == modules.keys()
         for name, (operands, out) in seen.items():
             expected = by_integers(modules[name], net.get_submodule(name), operands, segment)
@@ -275,11 +363,19 @@ def test_every_layer_of_a_network_is_integer_arithmetic_bit_for_bit(network, tmp
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_product_of_two_quantized_activations_bit_for_bit(symmetric):
     """(q_a - z_a) @ (q_b - z_b) * s_a * s_b"""
-    spec, a, b = QuantSpec(bits=8, symmetric=symmetric), normal(3, 4, 6), normal(3, 6, 5, seed=1).abs()
+    spec, a, b = (
+        QuantSpec(bits=8, symmetric=symmetric),
+        normal(3, 4, 6),
+        normal(3, 6, 5, seed=1).abs(),
+    )
     product = fit(QuantMatmul(Matmul("q", "k"), [spec, spec], Timeline()), a, b)
     qa, qb = product.a_quantizer, product.b_quantizer
-    codes = [integers(x, q.scale[0, 0], q.zero_point[0, 0], 8, symmetric) for x, q in ((a, qa), (b, qb))]
-    assert torch.equal(product(a, b), (codes[0] @ codes[1]).float() * qa.scale[0, 0] * qb.scale[0, 0])
+    codes = [
+        integers(x, q.scale[0, 0], q.zero_point[0, 0], 8, symmetric) for x, q in ((a, qa), (b, qb))
+    ]
+    assert torch.equal(
+        product(a, b), (codes[0] @ codes[1]).float() * qa.scale[0, 0] * qb.scale[0, 0]
+    )
     assert_close(product(a, b), a @ b, 0.03)
 
 
@@ -292,8 +388,8 @@ def test_product_with_one_operand_left_alone():
 
 
 def test_unsigned_codes_with_corrections_for_both_zero_points():
-    """What an engine runs: sum (q_x - z_x)(q_w - z_w) = sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w, x padded
-    with z_x."""
+    """What an engine runs: sum (q_x - z_x)(q_w - z_w) = sum q_x q_w - z_w sum q_x - z_x sum q_w + n
+    z_x z_w, x padded with z_x."""
     layer, quant, _ = build("conv2d", QuantSpec(bits=4, per="channel"), QuantSpec(bits=8))
     x = normal(2, 6, 7, 8) + 1
     fit(quant, x).harden()
@@ -302,38 +398,61 @@ def test_unsigned_codes_with_corrections_for_both_zero_points():
     q_x = F.pad(q.codes(x).detach().long() + z_x, (1, 1, 1, 1), value=z_x)
     q_w, bare = quant.unsigned_codes().long(), nn.Conv2d(6, 5, 3)
     ones = torch.ones(1, 6, 3, 3, dtype=torch.long)
-    total = (integer_layer(q_x, q_w, bare) - z_w * integer_layer(q_x, ones, bare)
-             - z_x * q_w.sum((1, 2, 3)).reshape(-1, 1, 1) + 6 * 9 * z_x * z_w)
-    assert z_x > 0 and q_x.min() >= 0 and 0 <= q_w.min() and q_w.max() == 15
-    expected = total.float() * q.scale[0, 0] * w.scale[0].reshape(-1, 1, 1) + layer.bias.detach().reshape(-1, 1, 1)
+    total = (
+        integer_layer(q_x, q_w, bare)
+        - z_w * integer_layer(q_x, ones, bare)
+        - z_x * q_w.sum((1, 2, 3)).reshape(-1, 1, 1)
+        + 6 * 9 * z_x * z_w
+    )
+    assert z_x > 0 and q_x.min() >= 0 and q_w.min() >= 0 and q_w.max() == 15
+    expected = total.float() * q.scale[0, 0] * w.scale[0].reshape(
+        -1, 1, 1
+    ) + layer.bias.detach().reshape(-1, 1, 1)
     assert torch.equal(quant(x), expected)
 
 
 def test_sums_beyond_the_integers_of_float32_are_right_to_its_rounding():
     layer, x = tag("x", nn.Conv2d(512, 8, 3, padding=1, bias=False)), 2 + normal(1, 512, 4, 4).abs()
     layer.weight.data = 2 + normal(8, 512, 3, 3, seed=1).abs()
-    quant = QuantLayer(layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False)
+    quant = QuantLayer(
+        layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False
+    )
     fit(quant.requires_grad_(False), x).harden()
     total = integer_layer(quant.input_quantizer.codes(x).long(), quant.weight_int.long(), layer)
-    assert total.max() > 2 ** 24
-    expected = total.double() * quant.input_quantizer.scale[0, 0] * quant.weight_quantizer.scale[0].reshape(-1, 1, 1)
+    assert total.max() > 2**24
+    expected = (
+        total.double()
+        * quant.input_quantizer.scale[0, 0]
+        * quant.weight_quantizer.scale[0].reshape(-1, 1, 1)
+    )
     torch.testing.assert_close(quant(x).double(), expected, rtol=2e-6, atol=0)
 
 
 def test_what_cannot_be_quantized_is_refused():
     with pytest.raises(ValueError, match="grouped convolutions"):
-        QuantLayer(tag("x", nn.Conv2d(4, 4, 3, groups=2)), QuantSpec(bits=8), QuantSpec(), Timeline(), False)
+        QuantLayer(
+            tag("x", nn.Conv2d(4, 4, 3, groups=2)),
+            QuantSpec(bits=8),
+            QuantSpec(),
+            Timeline(),
+            False,
+        )
     with pytest.raises(ValueError, match="per tensor or per head, not 'per: channel'"):
         QuantMatmul(Matmul("q", "k"), [QuantSpec(bits=8, per="channel"), QuantSpec()], Timeline())
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_product_per_head_equals_a_loop_over_heads(heads):
-    a, b = normal(2, heads, 5, 4), normal(2, heads, 4, 6, seed=1) * torch.arange(1.0, heads + 1)[:, None, None]
+    a, b = (
+        normal(2, heads, 5, 4),
+        normal(2, heads, 4, 6, seed=1) * torch.arange(1.0, heads + 1)[:, None, None],
+    )
     spec = QuantSpec(bits=4, per="head")
     product = fit(QuantMatmul(Matmul("q", "k", num_heads=heads), [spec, spec], Timeline()), a, b)
     assert product.a_quantizer.scale.shape == (1, heads)
-    single = [fit(QuantMatmul(Matmul("q", "k"), [QuantSpec(bits=4)] * 2, Timeline()), a[:, h], b[:, h])
-              for h in range(heads)]
+    single = [
+        fit(QuantMatmul(Matmul("q", "k"), [QuantSpec(bits=4)] * 2, Timeline()), a[:, h], b[:, h])
+        for h in range(heads)
+    ]
     expected = torch.stack([one(a[:, h], b[:, h]) for h, one in enumerate(single)], dim=1)
     assert torch.equal(product(a, b), expected)

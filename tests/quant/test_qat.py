@@ -1,4 +1,6 @@
-"""Quantization-aware training: what is learned and how, what is exported, and a run folder like any other."""
+"""Quantization-aware training: what is learned and how, what is exported, and a run folder like any
+other."""
+
 import json
 from types import SimpleNamespace
 
@@ -7,8 +9,8 @@ import torch
 import yaml
 from conftest import TINY, deviation, killed_training, randomize
 from PIL import Image
+from pipeline import MODELS
 from safetensors.torch import save_file
-from test_latent_pipeline import MODELS
 from tiny import SHAPE, normal, rules, samples
 
 from base.config import load
@@ -32,10 +34,12 @@ RULES = [*rules(4, 4), *({"role": role} | FLOAT for role in ("stem", "out", "tem
 def prepared(net, dynamic):
     """A converted network that is learned, with its functions moved away from where they start."""
     quantized = convert(net, RULES)
-    torch.manual_seed(0)                                   # what the functions begin with
+    torch.manual_seed(0)  # what the functions begin with
     functions = prepare(quantized, samples(16), dynamic)
     for i, soft in enumerate(functions.values()):
-        torch.nn.init.normal_(soft.layers[-1].weight, std=0.01, generator=torch.Generator().manual_seed(i))
+        torch.nn.init.normal_(
+            soft.layers[-1].weight, std=0.01, generator=torch.Generator().manual_seed(i)
+        )
     return quantized, functions
 
 
@@ -49,16 +53,18 @@ def test_it_starts_at_the_fitted_ranges_static_or_dynamic(tiny_net):
     dynamic = convert(tiny_net, RULES)
     prepare(dynamic, samples(16), dynamic=True)
     with torch.no_grad():
-        assert deviation(dynamic(x, t), static(x, t)) < 0.05        # softplus(softplus^-1) moves a few codes
+        # softplus(softplus^-1) moves a few codes
+        assert deviation(dynamic(x, t), static(x, t)) < 0.05
 
 
 def test_each_sample_has_the_scale_of_its_own_time(tiny_net):
     net, functions = prepared(tiny_net, dynamic=True)
     x, t = batch()
     whole = net(x, t)
-    for i in range(len(x)):                                # row by row
-        assert torch.allclose(net(x[i:i + 1], t[i:i + 1])[0], whole[i], atol=1e-5)
-    assert all((soft.at(t)[0] != soft.at(t)[-1]).all() for soft in functions.values())       # and these differ
+    for i in range(len(x)):  # row by row
+        assert torch.allclose(net(x[i : i + 1], t[i : i + 1])[0], whole[i], atol=1e-5)
+    # and these differ
+    assert all((soft.at(t)[0] != soft.at(t)[-1]).all() for soft in functions.values())
 
 
 def test_everything_gets_a_gradient(tiny_net):
@@ -77,10 +83,16 @@ def test_everything_gets_a_gradient(tiny_net):
 def test_scales_have_a_tenth_of_the_rate_and_no_weight_decay(tiny_net, dynamic):
     net = Conditional(convert(tiny_net, RULES))
     net.functions = prepare(net.unet, samples(16), dynamic)
-    task = SimpleNamespace(net=net, scales=scales_of(net.unet),
-                           config=SimpleNamespace(lr=0.02, beta2=0.99, weight_decay=0.3))
-    found = {id(p): (group["lr"], group["weight_decay"])
-             for group in QuantizedTraining.build_optimizer(task).param_groups for p in group["params"]}
+    task = SimpleNamespace(
+        net=net,
+        scales=scales_of(net.unet),
+        config=SimpleNamespace(lr=0.02, beta2=0.99, weight_decay=0.3),
+    )
+    found = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in QuantizedTraining.build_optimizer(task).param_groups
+        for p in group["params"]
+    }
     learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert found.keys() == {id(p) for p in learned.values()}
     for name, p in learned.items():
@@ -96,7 +108,9 @@ def test_gradients_of_weight_and_scale_are_those_of_lsq(tiny_net):
     ratio = weight.detach() / scale
     code = ratio.round().clamp(-zero_point, 15 - zero_point)
     inside = (ratio >= -zero_point) & (ratio <= 15 - zero_point)
-    expected = torch.where(inside, code - ratio, code).sum((1, 2, 3)) / (weight[0].numel() * 15) ** 0.5
+    expected = (
+        torch.where(inside, code - ratio, code).sum((1, 2, 3)) / (weight[0].numel() * 15) ** 0.5
+    )
     assert torch.allclose(q.scale.grad[0], expected, rtol=1e-3, atol=1e-5)
     assert torch.allclose(weight.grad, inside.float(), atol=1e-6)
 
@@ -120,8 +134,11 @@ def test_the_table_is_the_function_at_the_samplers_steps(tiny_net):
     for name, q in input_quantizers(done).items():
         assert torch.equal(q.scale, functions[name.replace(".", "|")].at(torch.tensor(TIMES)))
         assert q.soft_scale is None and not q.scale.requires_grad
-    assert stored.keys() == {f"{n.replace('|', '.')}|{key}" for n, soft in functions.items()
-                             for key, _ in soft.named_parameters()}
+    assert stored.keys() == {
+        f"{n.replace('|', '.')}|{key}"
+        for n, soft in functions.items()
+        for key, _ in soft.named_parameters()
+    }
 
 
 def test_the_static_baseline_has_one_scale(tiny_net):
@@ -150,7 +167,14 @@ def test_functions_of_time_need_quantized_activations(tiny_net):
 
 # ---- the script
 
-WORDS = ["num_images=20", "batch_size=4", "steps_per_epoch=2", "warmup_steps=2", "device=cpu", "sample_every=100"]
+WORDS = [
+    "num_images=20",
+    "batch_size=4",
+    "steps_per_epoch=2",
+    "warmup_steps=2",
+    "device=cpu",
+    "sample_every=100",
+]
 
 
 @pytest.fixture
@@ -163,14 +187,20 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for i in range(8):
         (folder / f"class{i % 2}").mkdir(exist_ok=True)
-        Image.new("RGB", (16, 16), (30 * i, 255 - 30 * i, 90)).save(folder / f"class{i % 2}/{i}.png")
+        Image.new("RGB", (16, 16), (30 * i, 255 - 30 * i, 90)).save(
+            folder / f"class{i % 2}/{i}.png"
+        )
     return folder
 
 
 def recipe_files(folder, facts, state):
     """A model YAML with its weights, and a recipe of its training."""
     save_file(state, folder / "model.safetensors")
-    facts = facts | {"name": "tiny", "checkpoint": str(folder / "model.safetensors"), "weights": "raw"}
+    facts = facts | {
+        "name": "tiny",
+        "checkpoint": str(folder / "model.safetensors"),
+        "weights": "raw",
+    }
     (folder / "model.yaml").write_text(yaml.safe_dump(facts))
     recipe = yaml.safe_load((PROJECT / "configs/train/qat-latent-compact.yaml").read_text())
     own = {"model": str(folder / "model.yaml"), "rules": str(PROJECT / recipe["rules"])}
@@ -181,62 +211,95 @@ def recipe_files(folder, facts, state):
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     network = TINY | {"image_size": 16, "attn_resolutions": [8]}
-    facts = {"network": network, "schedule": {},
-             "sampling": {"steps": 5, "skip": "uniform", "num": 4, "batch_size": 4}}
-    return recipe_files(tmp_path_factory.mktemp("pixel"), facts, randomize(build_network(**network)).state_dict())
+    facts = {
+        "network": network,
+        "schedule": {},
+        "sampling": {"steps": 5, "skip": "uniform", "num": 4, "batch_size": 4},
+    }
+    return recipe_files(
+        tmp_path_factory.mktemp("pixel"), facts, randomize(build_network(**network)).state_dict()
+    )
 
 
 def test_a_run_folder_like_any_other(recipe, data, tmp_path):
     out = tmp_path / "run"
     train.run([recipe, f"out={out}", f"data={data}", "dynamic=true", *WORDS])
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["method"] == "tdq-qat" and config["segments"] == "per_step" and config["bits"]["weight"] == 4
+    assert (
+        config["method"] == "tdq-qat"
+        and config["segments"] == "per_step"
+        and config["bits"]["weight"] == 4
+    )
     sample.run([str(out)])
     sample.run([str(out), "precision=float"])
     evaluate.run([str(out)])
     report.run([str(out)])
     assert len(json.loads((out / "metrics.json").read_text())["sqnr_db_per_step"]) == 5
     retabulate.run([str(out), f"out={tmp_path / 'other'}", "sampling.steps=10"])
-    old, new = (load_tensors(folder / "quantized.safetensors")[0] for folder in (out, tmp_path / "other"))
+    old, new = (
+        load_tensors(folder / "quantized.safetensors")[0] for folder in (out, tmp_path / "other")
+    )
     name = "mid.block_1.conv1.input_quantizer.scale"
-    assert len(old[name]) == 5 and torch.equal(old[name], new[name][::2])           # uniform: every second step
+    # uniform: every second step
+    assert len(old[name]) == 5 and torch.equal(old[name], new[name][::2])
     sample.run([str(tmp_path / "other")])
     sample.run([str(tmp_path / "other"), "precision=float"])
     evaluate.run([str(tmp_path / "other")])
-    numbers, = row_of(tmp_path / "other").numbers
+    (numbers,) = row_of(tmp_path / "other").numbers
     assert len(json.loads((tmp_path / "other/metrics.json").read_text())["sqnr_db_per_step"]) == 10
-    assert numbers["GBOPs"] == row_of(out).numbers[0]["GBOPs"]                      # steps change no width
-    with pytest.raises(ValueError, match=r"belongs to another recipe: bits.weight \(4 there, 3 here\)"):
+    # steps change no width
+    assert numbers["GBOPs"] == row_of(out).numbers[0]["GBOPs"]
+    with pytest.raises(
+        ValueError, match=r"belongs to another recipe: bits.weight \(4 there, 3 here\)"
+    ):
         train.run([recipe, f"out={out}", f"data={data}", "dynamic=true", *WORDS, "bits.weight=3"])
     with pytest.raises(ValueError, match="belongs to another recipe: preset"):
         train.run([recipe, f"out={out}", f"data={data}", "dynamic=true", *WORDS, "lr=0.5"])
 
 
 @pytest.mark.parametrize("killed_at, dynamic", [(3, True), (2, False)])
-def test_killed_and_resumed_training_ends_in_the_same_bytes(recipe, data, tmp_path, quiet, killed_at, dynamic):
+def test_killed_and_resumed_training_ends_in_the_same_bytes(
+    recipe, data, tmp_path, quiet, killed_at, dynamic
+):
     words = [recipe, f"data={data}", f"dynamic={dynamic}", *WORDS]
     train.run([*words, f"out={tmp_path / 'whole'}"])
     with killed_training(killed_at):
         train.run([*words, f"out={tmp_path / 'resumed'}"])
-    with pytest.raises(ValueError, match=r"does not exist yet; make it with: python scripts/train.py \(as before\) out="):
+    with pytest.raises(
+        ValueError,
+        match=r"does not exist yet; make it with: python scripts/train.py \(as before\) out=",
+    ):
         sample.run([str(tmp_path / "resumed")])
     train.run([*words, f"out={tmp_path / 'resumed'}"])
     names = ["quantized.safetensors"] + ["dynamic.safetensors"] * dynamic
     for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "resumed" / name
+        ).read_bytes()
     assert (tmp_path / "whole/dynamic.safetensors").exists() is dynamic
 
 
 @pytest.mark.parametrize("kind", ["class", "unconditional"])
 def test_latent_models_keep_their_first_stage_scale_and_classes(kind, data, tmp_path, quiet):
-    facts, state = MODELS[kind] | {"sampling": {"steps": 4, "skip": "uniform", "num": 2, "batch_size": 2}}, {}
+    facts, state = (
+        MODELS[kind] | {"sampling": {"steps": 4, "skip": "uniform", "num": 2, "batch_size": 2}},
+        {},
+    )
     torch.manual_seed(0)
-    for part, key in (("unet", "network"), ("first_stage", "first_stage"), ("cond_stage", "cond_stage")):
+    for part, key in (
+        ("unet", "network"),
+        ("first_stage", "first_stage"),
+        ("cond_stage", "cond_stage"),
+    ):
         if key in facts:
             net = build_network(**facts[key])
-            state |= {PREFIXES[part] + name: value.clone() for name, value in net.state_dict().items()}
+            state |= {
+                PREFIXES[part] + name: value.clone() for name, value in net.state_dict().items()
+            }
     recipe = recipe_files(tmp_path, facts, state | {"scale_factor": torch.tensor(0.7)})
-    train.run([recipe, f"out={tmp_path / 'run'}", f"data={data}", "dynamic=true", *WORDS, "num_images=8"])
+    train.run(
+        [recipe, f"out={tmp_path / 'run'}", f"data={data}", "dynamic=true", *WORDS, "num_images=8"]
+    )
     sample.run([str(tmp_path / "run")])
     assert len(list((tmp_path / "run/samples").glob("*.png"))) == 2
     if kind == "class":
@@ -245,34 +308,81 @@ def test_latent_models_keep_their_first_stage_scale_and_classes(kind, data, tmp_
             (many / str(i)).mkdir(parents=True)
             Image.new("RGB", (16, 16)).save(many / f"{i}/0.png")
         with pytest.raises(ValueError, match="has 5 class folders, .* knows 4 classes"):
-            train.run([recipe, f"out={tmp_path / 'other'}", f"data={many}", "dynamic=true", *WORDS, "num_images=8"])
+            train.run(
+                [
+                    recipe,
+                    f"out={tmp_path / 'other'}",
+                    f"data={many}",
+                    "dynamic=true",
+                    *WORDS,
+                    "num_images=8",
+                ]
+            )
         with pytest.raises(ValueError, match="belongs to another recipe"):
-            train.run([recipe, f"out={tmp_path / 'run'}", f"data={data}", "dynamic=true", *WORDS, "num_images=8",
-                       "weight_decay=0.5"])
+            train.run(
+                [
+                    recipe,
+                    f"out={tmp_path / 'run'}",
+                    f"data={data}",
+                    "dynamic=true",
+                    *WORDS,
+                    "num_images=8",
+                    "weight_decay=0.5",
+                ]
+            )
 
 
 def test_flags_are_other_words_for_keys():
-    flags = ["--base", "a.yaml", "--n_bit_w", "4", "--n_bit_a=3", "--use_dynamic", "--ckpt", "x.pt", "data=c=d"]
-    keys = ["a.yaml", "bits.weight=4", "bits.input=3", "dynamic=true", "checkpoint=x.pt", "data=c=d"]
+    flags = [
+        "--base",
+        "a.yaml",
+        "--n_bit_w",
+        "4",
+        "--n_bit_a=3",
+        "--use_dynamic",
+        "--ckpt",
+        "x.pt",
+        "data=c=d",
+    ]
+    keys = [
+        "a.yaml",
+        "bits.weight=4",
+        "bits.input=3",
+        "dynamic=true",
+        "checkpoint=x.pt",
+        "data=c=d",
+    ]
     assert train.plain(flags) == keys
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs/train").glob("qat-*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((PROJECT / "configs/train").glob("qat-*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_recipes_are_read(path):
     config = load(train.TrainConfig, [path])
-    assert config.task == "qat" and (PROJECT / config.model).is_file() and (PROJECT / config.rules).is_file()
+    assert (
+        config.task == "qat"
+        and (PROJECT / config.model).is_file()
+        and (PROJECT / config.rules).is_file()
+    )
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--n_bit_v", "4"], "flag '--n_bit_v' is unknown; did you mean '--n_bit_"),
-    (["--base"], "flag '--base' needs a value"),
-    (["bits.weight=1"], "weight bits 1 are impossible"), (["bits.input=x"], "bits.input"),
-    (["bits.input=32", "bits.softmax=32", "dynamic=true"], "set bits.input below 16"),
-    ([f"rules={PROJECT}/configs/bits/w4a4.yaml"], "nothing says what is quantized"),
-    (["data=/nowhere"], "image folder /nowhere does not exist"),
-    (["checkpoint=/nowhere.ckpt"], "the checkpoint of tiny"),
-    (["task=diffusion", "bits.weight=4"], "are of quantization-aware training"),
-    (["init=a.safetensors"], "name another one .* with checkpoint=FILE"), (["num_images=2"], "not even one batch")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--n_bit_v", "4"], "flag '--n_bit_v' is unknown; did you mean '--n_bit_"),
+        (["--base"], "flag '--base' needs a value"),
+        (["bits.weight=1"], "weight bits 1 are impossible"),
+        (["bits.input=x"], "bits.input"),
+        (["bits.input=32", "bits.softmax=32", "dynamic=true"], "set bits.input below 16"),
+        ([f"rules={PROJECT}/configs/bits/w4a4.yaml"], "nothing says what is quantized"),
+        (["data=/nowhere"], "image folder /nowhere does not exist"),
+        (["checkpoint=/nowhere.ckpt"], "the checkpoint of tiny"),
+        (["task=diffusion", "bits.weight=4"], "are of quantization-aware training"),
+        (["init=a.safetensors"], "name another one .* with checkpoint=FILE"),
+        (["num_images=2"], "not even one batch"),
+    ],
+)
 def test_bad_input_gets_one_sentence(recipe, data, tmp_path, words, message):
     with pytest.raises(ValueError, match=message) as caught:
         train.run([recipe, f"out={tmp_path / 'run'}", f"data={data}", *WORDS, *words])

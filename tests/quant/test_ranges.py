@@ -1,4 +1,5 @@
 """Range searches against closed forms, brute force and loops."""
+
 import itertools
 
 import numpy as np
@@ -11,7 +12,7 @@ from quant.grid import centered_codes, code_range, scale_zero_point
 from quant.ranges import NORM, RANGES, find_range
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
-SKEWED = normal(3, 400).exp() - 0.7                       # two-sided with one long tail
+SKEWED = normal(3, 400).exp() - 0.7  # two-sided with one long tail
 
 
 def error(values, ends, bits, symmetric=False):
@@ -23,23 +24,29 @@ def error(values, ends, bits, symmetric=False):
 
 def brute_error(x, low, high, bits):
     """The formula for one interval and float64 values, written out."""
-    scale = (high - low) / (2 ** bits - 1)
+    scale = (high - low) / (2**bits - 1)
     zero = round(-low / scale)
-    codes = np.clip(np.round(x / scale) + zero, 0, 2 ** bits - 1)
+    codes = np.clip(np.round(x / scale) + zero, 0, 2**bits - 1)
     return np.mean(np.abs(x - (codes - zero) * scale) ** NORM)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", BITS + (16,))
 def test_zero_is_exact_and_codes_are_integers_in_range(bits, symmetric):
-    for shift, name in itertools.product((-9.0, -0.3, 0.0, 0.3, 9.0), ("minmax", "percentile", "mse")):
+    for shift, name in itertools.product(
+        (-9.0, -0.3, 0.0, 0.3, 9.0), ("minmax", "percentile", "mse")
+    ):
         values = normal(4, 60) + shift
         scale, zero = scale_zero_point(*find_range(name, values, bits, symmetric), bits, symmetric)
         low, high = code_range(bits, symmetric)
-        assert torch.equal(zero, zero.round()) and (zero >= max(low, 0)).all() and (zero <= high).all()
+        assert (
+            torch.equal(zero, zero.round()) and (zero >= max(low, 0)).all() and (zero <= high).all()
+        )
         codes = centered_codes(values, scale[:, None], zero[:, None], low, high) + zero[:, None]
         assert torch.equal(codes, codes.round()) and codes.min() >= low and codes.max() <= high
-        assert (centered_codes(torch.zeros(4, 1), scale[:, None], zero[:, None], low, high) == 0).all()
+        assert (
+            centered_codes(torch.zeros(4, 1), scale[:, None], zero[:, None], low, high) == 0
+        ).all()
 
 
 def test_scale_and_zero_point_of_known_intervals():
@@ -47,7 +54,12 @@ def test_scale_and_zero_point_of_known_intervals():
     scale, zero = scale_zero_point(low, high, 2, symmetric=False)
     assert torch.equal(scale, torch.tensor([1.0, 1.0, 2.0, 1e-8])) and zero.tolist() == [1, 0, 3, 0]
     scale, zero = scale_zero_point(low, high, 3, symmetric=True)
-    assert torch.equal(scale, torch.tensor([2 / 3, 1.0, 2.0, 1e-8])) and zero.tolist() == [0, 0, 0, 0]
+    assert torch.equal(scale, torch.tensor([2 / 3, 1.0, 2.0, 1e-8])) and zero.tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]
     assert code_range(3, True) == (-4, 3) and code_range(3, False) == (0, 7)
 
 
@@ -65,13 +77,16 @@ def test_groups_at_once_equal_a_loop_over_groups(name, bits, symmetric):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_1d_search_is_the_brute_force_loop(bits):
-    crowd = torch.cat([torch.linspace(0, 0.1, 5000), torch.ones(1)])[None]     # best cut at the last candidate
+    # best cut at the last candidate
+    crowd = torch.cat([torch.linspace(0, 0.1, 5000), torch.ones(1)])[None]
     for values in (SKEWED, normal(3, 300, seed=1), normal(3, 300, seed=2).abs(), crowd):
         low, high = find_range("mse", values, bits, False)
         for row, found_low, found_high in zip(values, low, high):
             ends = min(float(row.min()), 0), max(float(row.max()), 0)
             trials = [(1 - 0.01 * i) for i in range(80)]
-            errors = [brute_error(row.double().numpy(), ends[0] * f, ends[1] * f, bits) for f in trials]
+            errors = [
+                brute_error(row.double().numpy(), ends[0] * f, ends[1] * f, bits) for f in trials
+            ]
             best = trials[int(np.argmin(errors))]
             assert float(found_low) == pytest.approx(best * ends[0], rel=1e-5, abs=1e-9)
             assert float(found_high) == pytest.approx(best * ends[1], rel=1e-5, abs=1e-9)
@@ -79,12 +94,15 @@ def test_1d_search_is_the_brute_force_loop(bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_2d_search_comes_near_the_least_error_of_all_pairs(bits):
-    values, levels = SKEWED[:, ::4], 2 ** bits - 1
+    values, levels = SKEWED[:, ::4], 2**bits - 1
     found = error(values, find_range("mse2d", values, bits, False), bits)
     for row, reached in zip(values.double().numpy(), found):
         width = row.max() - row.min()
-        least = min(brute_error(row, -z * w / levels, w - z * w / levels, bits)
-                    for w in width * np.arange(1, 101) / 100 for z in range(levels + 1))
+        least = min(
+            brute_error(row, -z * w / levels, w - z * w / levels, bits)
+            for w in width * np.arange(1, 101) / 100
+            for z in range(levels + 1)
+        )
         assert float(reached) <= least * 1.01
 
 
@@ -93,12 +111,16 @@ def test_2d_search_comes_near_the_least_error_of_all_pairs(bits):
 def test_searches_are_never_worse_than_minmax(bits, symmetric):
     widest = error(SKEWED, find_range("minmax", SKEWED, bits, symmetric), bits, symmetric)
     for name in ("mse", "mse2d"):
-        assert (error(SKEWED, find_range(name, SKEWED, bits, symmetric), bits, symmetric) <= widest).all()
+        assert (
+            error(SKEWED, find_range(name, SKEWED, bits, symmetric), bits, symmetric) <= widest
+        ).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_2d_search_is_never_worse_than_1d_on_skewed_values(bits):
-    one, two = (error(SKEWED, find_range(name, SKEWED, bits, False), bits) for name in ("mse", "mse2d"))
+    one, two = (
+        error(SKEWED, find_range(name, SKEWED, bits, False), bits) for name in ("mse", "mse2d")
+    )
     assert (two <= one * (1 + 1e-5)).all()
 
 
@@ -119,13 +141,19 @@ def test_percentile_of_an_even_ladder():
     ladder = torch.arange(-500.0, 501.0)[torch.randperm(1001)][None]
     assert find_range("percentile", ladder, 8, False, tail=0.01) == (-490, 490)
     assert find_range("percentile", ladder + 600, 8, False, tail=0.01) == (0, 1090)
-    assert find_range("percentile", ladder, 8, False, tail=0.0) == find_range("minmax", ladder, 8, False) == (-500, 500)
+    assert (
+        find_range("percentile", ladder, 8, False, tail=0.0)
+        == find_range("minmax", ladder, 8, False)
+        == (-500, 500)
+    )
 
 
 def test_all_zero_values_stay_zero():
     for name in RANGES:
         scale, zero = scale_zero_point(*find_range(name, torch.zeros(1, 9), 4, False), 4, False)
-        assert torch.equal(centered_codes(torch.zeros(1, 9), scale, zero, 0, 15) * scale, torch.zeros(1, 9))
+        assert torch.equal(
+            centered_codes(torch.zeros(1, 9), scale, zero, 0, 15) * scale, torch.zeros(1, 9)
+        )
 
 
 def test_unknown_search_is_quoted():

@@ -1,4 +1,6 @@
-"""Latent models through all stages: conditions, guidance, first stage, resampling blocks, learned variance."""
+"""Latent models through all stages: conditions, guidance, first stage, resampling blocks, learned
+variance."""
+
 import json
 
 import numpy as np
@@ -6,8 +8,8 @@ import pytest
 import torch
 import yaml
 from conftest import randomize
+from pipeline import MODELS, WORDS, everything, files
 from safetensors.torch import save_file
-from test_pipeline import WORDS, everything, files
 from tiny import capture_whole
 
 from models.diffusion import load_model
@@ -20,26 +22,6 @@ from quant.reconstruction.capture import Store, Stream
 from tinydm.recipe import load_recipe
 from tinydm.stages.quantize import plan
 
-DDCONFIG = {"z_channels": 3, "resolution": 16, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
-UNET = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
-        "num_res_blocks": 1, "attention_resolutions": [2], "channel_mult": [1, 1]}
-TRANSFORMER = {"num_heads": 2, "use_spatial_transformer": True, "context_dim": 5}
-LATENT = {"kind": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "space": "latent"}
-MODELS = {
-    "class": {"network": UNET | TRANSFORMER, "schedule": LATENT,
-              "first_stage": {"family": "autoencoder-vq", "embed_dim": 3, "n_embed": 20,
-                              "ddconfig": DDCONFIG | {"double_z": False}},
-              "cond_stage": {"family": "class-embedder", "n_classes": 4, "embed_dim": 5},
-              "guidance": {"scale": 2.5, "null_class": 3}, "sampling": {"skip": "uniform"}},
-    "unconditional": {"network": UNET | {"num_head_channels": 16, "resblock_updown": True, "use_scale_shift_norm": True},
-                      "first_stage": {"family": "autoencoder-kl", "embed_dim": 3,
-                                      "ddconfig": DDCONFIG | {"double_z": True}},
-                      "schedule": LATENT, "sampling": {"sampler": "plms", "skip": "uniform"}},
-    "learned": {"network": UNET | {"family": "guided-unet", "image_size": 16, "num_head_channels": 16, "out_channels": 6,
-                                   "num_classes": 3, "use_new_attention_order": True},
-                "schedule": {"kind": "cosine", "timesteps": 400, "space": "pixel64", "rescale_timesteps": True},
-                "sampling": {"sampler": "ddpm", "skip": "respaced", "eta": 1.0}}}
-
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
@@ -47,12 +29,26 @@ def model(request, tmp_path_factory):
     folder, facts = tmp_path_factory.mktemp(request.param), dict(MODELS[request.param])
     torch.manual_seed(0)
     parts = {"unet": randomize(build_network(**facts["network"]))}
-    parts |= {part: build_network(**facts[part]) for part in ("first_stage", "cond_stage") if part in facts}
+    parts |= {
+        part: build_network(**facts[part])
+        for part in ("first_stage", "cond_stage")
+        if part in facts
+    }
     prefixed = len(parts) > 1
-    state = {(PREFIXES[part] if prefixed else "") + name: value for part, net in parts.items()
-             for name, value in net.state_dict().items()}
-    save_file(state | ({"scale_factor": torch.tensor(0.7)} if prefixed else {}), folder / "model.safetensors")
-    facts |= {"name": request.param, "checkpoint": str(folder / "model.safetensors"), "weights": "raw"}
+    state = {
+        (PREFIXES[part] if prefixed else "") + name: value
+        for part, net in parts.items()
+        for name, value in net.state_dict().items()
+    }
+    save_file(
+        state | ({"scale_factor": torch.tensor(0.7)} if prefixed else {}),
+        folder / "model.safetensors",
+    )
+    facts |= {
+        "name": request.param,
+        "checkpoint": str(folder / "model.safetensors"),
+        "weights": "raw",
+    }
     (folder / "model.yaml").write_text(yaml.safe_dump(facts))
     return folder / "model.yaml"
 
@@ -70,7 +66,11 @@ def test_all_stages(model, done):
     metrics = json.loads((done / "metrics.json").read_text())
     assert all(np.isfinite(row["sqnr_db"]) for row in metrics["sqnr_db_per_step"])
     steps = [json.loads(line) for line in (done / "passes.jsonl").read_text().splitlines()]
-    blocks = [s for s in steps if s.get("unit", "").endswith(("transformer_blocks.0", ".1", "middle_block.1"))]
+    blocks = [
+        s
+        for s in steps
+        if s.get("unit", "").endswith(("transformer_blocks.0", ".1", "middle_block.1"))
+    ]
     assert blocks and all(np.isfinite(s["error_after"]) for s in blocks)
 
 
@@ -89,7 +89,9 @@ def test_calibration_sees_what_the_network_sees(model, done):
         return
     own = loaded.labels(1000, range(6))
     if loaded.guidance == 1:
-        assert len(calibration) == count and torch.equal(calibration.arguments(slice(6, 12))[2], own)
+        assert len(calibration) == count and torch.equal(
+            calibration.arguments(slice(6, 12))[2], own
+        )
         return
     assert len(calibration) == 2 * count and len(calibration.cond) == 7
     asked, null = (calibration.arguments(slice(start, start + 6)) for start in (6, count + 6))
@@ -121,7 +123,9 @@ def test_stream_with_a_condition_equals_whole_capture(model, done, tmp_path):
         whole_inputs, whole_output = capture_whole(net, unit, calibration, 9)
         assert torch.equal(output, whole_output), unit
         everything_read = slice(0, len(calibration))
-        assert all(torch.equal(a[everything_read], b) for a, b in zip(inputs, whole_inputs, strict=True)), unit
+        assert all(
+            torch.equal(a[everything_read], b) for a, b in zip(inputs, whole_inputs, strict=True)
+        ), unit
         stream.free(inputs)
         stream.drop_dead(unit)
 
@@ -141,5 +145,7 @@ def test_dry_run_needs_no_weights(model):
 
 def test_guidance_without_a_null_class(model):
     config = yaml.safe_load(model.read_text()) | {"guidance": {"scale": 3.0}}
-    with pytest.raises(ValueError, match="has no null condition to be guided away from; set guidance.scale=1"):
+    with pytest.raises(
+        ValueError, match="has no null condition to be guided away from; set guidance.scale=1"
+    ):
         load_model(config, device="cpu")

@@ -1,4 +1,6 @@
-"""Every method's YAML on a tiny network: it runs, survives a kill with the same bytes, and its file reloads exactly."""
+"""Every method's YAML on a tiny network: it runs, survives a kill with the same bytes, and its file
+reloads exactly."""
+
 from pathlib import Path
 
 import pytest
@@ -18,17 +20,46 @@ from tinydm.stages import calibrate, quantize, retabulate, sample
 PROJECT = Path(__file__).resolve().parents[2]
 METHODS = sorted(p.stem for p in (PROJECT / "configs/method").glob("*.yaml"))
 NETWORKS = {
-    "pixel": {"family": "ddim-unet", "image_size": 8, "ch": 8, "ch_mult": [1], "num_res_blocks": 1,
-              "attn_resolutions": [8], "norm_groups": 4},
-    "fused": {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
-              "num_res_blocks": 1, "attention_resolutions": [1], "channel_mult": [1], "num_head_channels": 16}}
-WORDS = ["sampling.steps=8", "sampling.num=4", "sampling.batch_size=4", "calibration.steps=8", "calibration.images=4",
-         "effort.weight_iters=2", "effort.input_iters=2", "effort.batch_size=4", "device=cpu"]
+    "pixel": {
+        "family": "ddim-unet",
+        "image_size": 8,
+        "ch": 8,
+        "ch_mult": [1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [8],
+        "norm_groups": 4,
+    },
+    "fused": {
+        "family": "ldm-unet",
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "attention_resolutions": [1],
+        "channel_mult": [1],
+        "num_head_channels": 16,
+    },
+}
+WORDS = [
+    "sampling.steps=8",
+    "sampling.num=4",
+    "sampling.batch_size=4",
+    "calibration.steps=8",
+    "calibration.images=4",
+    "effort.weight_iters=2",
+    "effort.input_iters=2",
+    "effort.batch_size=4",
+    "device=cpu",
+]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return {kind: write_model(network, tmp_path_factory.mktemp(kind)) for kind, network in NETWORKS.items()}
+    return {
+        kind: write_model(network, tmp_path_factory.mktemp(kind))
+        for kind, network in NETWORKS.items()
+    }
 
 
 def write_model(network, folder):
@@ -36,10 +67,16 @@ def write_model(network, folder):
     torch.manual_seed(0)
     save_file(build_network(**network).state_dict(), folder / "tiny.safetensors")
     (folder / "data/one").mkdir(parents=True)
-    for i in range(6):                                     # for the method that starts from real images
+    # for the method that starts from real images
+    for i in range(6):
         Image.new("RGB", (8, 8), (40 * i, 255 - 40 * i, 90)).save(folder / f"data/one/{i}.png")
-    facts = {"name": "tiny", "network": network, "checkpoint": str(folder / "tiny.safetensors"),
-             "schedule": {"kind": "linear", "timesteps": 1000}, "sampling": {"skip": "uniform", "eta": 1.0}}
+    facts = {
+        "name": "tiny",
+        "network": network,
+        "checkpoint": str(folder / "tiny.safetensors"),
+        "schedule": {"kind": "linear", "timesteps": 1000},
+        "sampling": {"skip": "uniform", "eta": 1.0},
+    }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(facts))
     return folder / "tiny.yaml"
 
@@ -50,8 +87,14 @@ class Killed(Exception):
 
 def prepared(model, method, out):
     """A run folder with its calibration set."""
-    words = [str(model), *(str(PROJECT / "configs" / p) for p in
-                           ("bits/w4a4.yaml", f"method/{method}.yaml", "preset/demo.yaml")), *WORDS]
+    words = [
+        str(model),
+        *(
+            str(PROJECT / "configs" / p)
+            for p in ("bits/w4a4.yaml", f"method/{method}.yaml", "preset/demo.yaml")
+        ),
+        *WORDS,
+    ]
     if method == "i2n":
         words.append(f"calibration.data={model.parent / 'data'}")
     calibrate.run([*words, f"out={out}"])
@@ -59,13 +102,15 @@ def prepared(model, method, out):
 
 
 def quantized(out, monkeypatch, dies_at=None):
-    """Run the stage; returns how many lines it printed. With `dies_at` it dies as it prints that one."""
+    """Run the stage; returns how many lines it printed. With `dies_at` it dies as it prints that
+    one."""
     lines = []
 
     def counting(line, **_):
         lines.append(line)
         if len(lines) == dies_at:
             raise Killed
+
     with monkeypatch.context() as patch:
         patch.setattr("builtins.print", counting)
         if dies_at:
@@ -77,10 +122,14 @@ def quantized(out, monkeypatch, dies_at=None):
     return len(lines)
 
 
-@pytest.mark.parametrize("kind, method", [("pixel", method) for method in METHODS]
-                         + [("fused", method) for method in ("edadm", "multimodel", "tfmq", "tinydm")])
+@pytest.mark.parametrize(
+    "kind, method",
+    [("pixel", method) for method in METHODS]
+    + [("fused", method) for method in ("edadm", "multimodel", "tfmq", "tinydm")],
+)
 def test_method_runs_continues_and_reloads(models, kind, method, tmp_path, monkeypatch):
-    """The second run is killed early, then once more at its last line of progress, that of its last pass."""
+    """The second run is killed early, then once more at its last line of progress, that of its last
+    pass."""
     whole, again = (prepared(models[kind], method, tmp_path / name) for name in ("whole", "killed"))
     total = quantized(whole, monkeypatch)
     for line in {min(4, total - 1), total - 1}:
@@ -98,19 +147,44 @@ def test_method_runs_continues_and_reloads(models, kind, method, tmp_path, monke
 @pytest.mark.parametrize("method", METHODS)
 def test_32_bit_activations_are_left_alone_everywhere(models, method):
     """Also those that a method holds at 8 bits whatever the others have."""
-    config = load(RunConfig, [str(models["pixel"]), *(str(PROJECT / "configs" / p) for p in (
-        "bits/w4a32.yaml", f"method/{method}.yaml", "preset/demo.yaml"))], [
-            "exceptions=[{role: out, input: {bits: 8}}]"])
+    config = load(
+        RunConfig,
+        [
+            str(models["pixel"]),
+            *(
+                str(PROJECT / "configs" / p)
+                for p in ("bits/w4a32.yaml", f"method/{method}.yaml", "preset/demo.yaml")
+            ),
+        ],
+        ["exceptions=[{role: out, input: {bits: 8}}]"],
+    )
     net = convert(build_network(**config.network), config.all_rules)
-    assert list(input_quantizers(net)) == ["conv_out.input_quantizer"]   # unless asked for
+    assert list(input_quantizers(net)) == ["conv_out.input_quantizer"]  # unless asked for
 
 
-@pytest.mark.parametrize("model, bits, width", [("sd-v1-4", "w4a8", 16), ("sd-v1-4", "w4a32", 32),
-                                                ("bedroom", "w4a8", 8), ("bedroom", "w8a32", 32)])
+@pytest.mark.parametrize(
+    "model, bits, width",
+    [
+        ("sd-v1-4", "w4a8", 16),
+        ("sd-v1-4", "w4a32", 32),
+        ("bedroom", "w4a8", 8),
+        ("bedroom", "w8a32", 32),
+    ],
+)
 def test_a_model_may_want_more_bits_for_its_attention_maps(model, bits, width):
-    config = load(RunConfig, [PROJECT / "configs" / p for p in (f"model/{model}.yaml", f"bits/{bits}.yaml",
-                                                               "method/qdiffusion.yaml", "preset/demo.yaml")])
-    rule, = (rule for rule in config.all_rules if rule.get("role") == "probs")
+    config = load(
+        RunConfig,
+        [
+            PROJECT / "configs" / p
+            for p in (
+                f"model/{model}.yaml",
+                f"bits/{bits}.yaml",
+                "method/qdiffusion.yaml",
+                "preset/demo.yaml",
+            )
+        ],
+    )
+    (rule,) = (rule for rule in config.all_rules if rule.get("role") == "probs")
     assert rule["input"]["bits"] == width
 
 
@@ -124,7 +198,7 @@ def test_scales_that_are_a_function_of_time_get_other_steps(models, tmp_path, mo
     assert len(list((tmp_path / "other/samples").glob("*.png"))) == 4
     with pytest.raises(ValueError, match="holds a quantized model already"):
         retabulate.run([str(run), f"out={tmp_path / 'other'}", "sampling.steps=5"])
-    (run / "dynamic.safetensors").unlink()                 # as if of another method
+    (run / "dynamic.safetensors").unlink()  # as if of another method
     with pytest.raises(ValueError, match="no functions of time; only a run of tdq or of training"):
         retabulate.run([str(run), f"out={tmp_path / 'third'}", "sampling.steps=5"])
 
@@ -147,18 +221,29 @@ passes:
 
 
 def test_parts_of_four_methods_compose_by_lists(models, tmp_path, monkeypatch):
-    """TinyDM's balance, EDA-DM's calibration set, TDQ's table of scales, PTQD's correction: each leaves its mark."""
+    """TinyDM's balance, EDA-DM's calibration set, TDQ's table of scales, PTQD's correction: each
+    leaves its mark."""
     (tmp_path / "composed.yaml").write_text(COMPOSED)
     run = tmp_path / "run"
-    calibrate.run([str(models["fused"]), str(PROJECT / "configs/bits/w4a4.yaml"), str(tmp_path / "composed.yaml"),
-                   *WORDS, "calibration.images=16", f"out={run}"])
+    calibrate.run(
+        [
+            str(models["fused"]),
+            str(PROJECT / "configs/bits/w4a4.yaml"),
+            str(tmp_path / "composed.yaml"),
+            *WORDS,
+            "calibration.images=16",
+            f"out={run}",
+        ]
+    )
     quantized(run, monkeypatch)
     made = load_calibration(run / "calibration.safetensors").made
     assert made["builder"] == "tdac" and sum(made["samples_per_step"]) == 128
     net = load_quantized(run / "quantized.safetensors", build_network)
     assert any(layer.inverse_balance is not None for layer in quant_layers(net).values())
     table = net.input_blocks[0][0].input_quantizer.scale
-    assert table.shape[0] == 8 and len(table.unique()) > 1 and (run / "dynamic.safetensors").exists()
+    assert (
+        table.shape[0] == 8 and len(table.unique()) > 1 and (run / "dynamic.safetensors").exists()
+    )
     assert net.correction.rows.abs().sum() > 0
     sample.run([str(run)])
     assert len(list((run / "samples").glob("*.png"))) == 4

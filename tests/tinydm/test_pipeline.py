@@ -1,33 +1,26 @@
 """All stages on a tiny model: the main command's path, its faults, and kill -9 in every stage."""
+
 import errno
 import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from pipeline import NETWORK, WORDS, artefacts, everything, files, kill_when, start
 from safetensors.torch import load_file, save_file
 
+from base.files import PROJECT
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, read_recipe
 from tinydm import recipe, run_folder
 from tinydm.report import command as report
 from tinydm.stages import calibrate, evaluate, quantize, sample
-
-PROJECT = Path(__file__).resolve().parents[2]
-NETWORK = {"family": "ddim-unet", "image_size": 16, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
-           "attn_resolutions": [8], "norm_groups": 4}
-WORDS = ["sampling.steps=4", "sampling.num=6", "sampling.batch_size=4", "calibration.steps=4", "calibration.images=6",
-         "effort.weight_iters=4", "effort.input_iters=2", "evaluation.sqnr_images=2", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -37,24 +30,15 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     state = build_network(**NETWORK).state_dict()
     save_file(state, folder / "tiny.safetensors")
-    facts = {"name": "tiny", "network": NETWORK, "checkpoint": str(folder / "tiny.safetensors"),
-             "schedule": {"kind": "linear", "timesteps": 1000}, "sampling": {"skip": "uniform"}}
+    facts = {
+        "name": "tiny",
+        "network": NETWORK,
+        "checkpoint": str(folder / "tiny.safetensors"),
+        "schedule": {"kind": "linear", "timesteps": 1000},
+        "sampling": {"skip": "uniform"},
+    }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(facts))
     return folder / "tiny.yaml"
-
-
-def files(model, bits="w4a8", method="qdiffusion"):
-    return [str(model), *(str(PROJECT / "configs" / p) for p in
-                          (f"bits/{bits}.yaml", f"method/{method}.yaml", "preset/demo.yaml"))]
-
-
-def everything(model, out, *words, **choice):
-    calibrate.run([*files(model, **choice), *WORDS, f"out={out}", *words])
-    quantize.run([str(out)])
-    sample.run([str(out)])
-    sample.run([str(out), "precision=float"])
-    evaluate.run([str(out)])
-    report.run([str(out)])
 
 
 @pytest.fixture(scope="module")
@@ -64,32 +48,47 @@ def done(model, tmp_path_factory):
     return out
 
 
-def artefacts(out):
-    """Bytes of everything that must not depend on how often a run was interrupted."""
-    names = ["calibration.safetensors", "quantized.safetensors", *(f"samples/{i:06d}.png" for i in range(6))]
-    return {name: (out / name).read_bytes() for name in names}
-
-
 def test_all_stages_leave_what_they_promise(model, done):
-    assert {p.name for p in done.iterdir()} == {"config.yaml", "calibration.safetensors", "quantized.safetensors",
-                                                "passes.jsonl", "map.json", "map.txt", "samples", "samples.npz",
-                                                "metrics.json", "report.html", "stages.jsonl"}
+    assert {p.name for p in done.iterdir()} == {
+        "config.yaml",
+        "calibration.safetensors",
+        "quantized.safetensors",
+        "passes.jsonl",
+        "map.json",
+        "map.txt",
+        "samples",
+        "samples.npz",
+        "metrics.json",
+        "report.html",
+        "stages.jsonl",
+    }
     archive = np.load(done / "samples.npz")["arr_0"]
     assert archive.dtype == np.uint8 and archive.shape == (6, 16, 16, 3)
     assert (archive[5] == np.array(Image.open(done / "samples/000005.png"))).all()
     metrics = json.loads((done / "metrics.json").read_text())
     assert len(metrics["sqnr_db_per_step"]) == 4 and metrics["paired"]["count"] == 6
     assert metrics["protocol"]["asked"]["provenance"]["files"] == [
-        str(model), "configs/bits/w4a8.yaml", "configs/method/qdiffusion.yaml", "configs/preset/demo.yaml"]
+        str(model),
+        "configs/bits/w4a8.yaml",
+        "configs/method/qdiffusion.yaml",
+        "configs/preset/demo.yaml",
+    ]
     assert metrics["sizes"]["quantized_bytes"] == (done / "quantized.safetensors").stat().st_size
 
 
 def test_again_says_done_and_changes_nothing(model, done, capsys):
-    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and p.name != "report.html"}
+    before = {
+        p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and p.name != "report.html"
+    }
     everything(model, done)
     said = capsys.readouterr().out
-    assert [f"{stage}: done already" in said for stage in ("calibrate", "quantize", "sample", "evaluate")] == [True] * 4
-    assert {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and p.name != "report.html"} == before
+    assert [
+        f"{stage}: done already" in said
+        for stage in ("calibrate", "quantize", "sample", "evaluate")
+    ] == [True] * 4
+    assert {
+        p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and p.name != "report.html"
+    } == before
 
 
 def test_same_seed_same_bytes_in_another_folder(model, done, tmp_path):
@@ -105,9 +104,11 @@ def test_shards_and_more_images_keep_the_bytes(model, done, tmp_path):
     for shard in ("1/2", "0/2"):
         sample.run([str(out), f"shard={shard}"])
     assert artefacts(out) == artefacts(done)
-    sample.run([str(out), "sampling.num=9"])                       # continues; the first six stay as they are
+    # continues; the first six stay as they are
+    sample.run([str(out), "sampling.num=9"])
     assert artefacts(out) == artefacts(done) and len(np.load(out / "samples.npz")["arr_0"]) == 9
-    shutil.copy(done / "samples.npz", out / "samples.npz")         # as a kill before it was written anew leaves it
+    # as a kill before it was written anew leaves it
+    shutil.copy(done / "samples.npz", out / "samples.npz")
     sample.run([str(out), "sampling.num=9"])
     assert len(np.load(out / "samples.npz")["arr_0"]) == 9
 
@@ -122,27 +123,39 @@ def test_stage_without_its_input_names_the_command(model, tmp_path):
         quantize.run([str(tmp_path)])
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["sampling.stps=4"], "did you mean 'steps'"),
-    (["smapling.steps=4"], "did you mean 'sampling'"),
-    (["bits.weight=9"], "weight bits 9 are impossible"),
-    (["bits.input=0"], "input bits 0 are impossible"),
-    (["sampling.steps=four"], "sampling.steps"),
-    (["sampling.num=0"], "must be at least 1"),
-    (["sampling.sampler=dimm"], "did you mean 'ddim'"),
-    (["checkpoint=/nowhere/weights.safetensors"], "is not at"),
-    (["device=tpu9"], "device 'tpu9'"),
-    (["calibration.steps=5"], "calibration.steps is 5, but the sampler has 4 steps"),
-    (["calibration.builder=unifrom"], "did you mean 'uniform'"),
-    (["schedule.beta_strat=0.1"], "schedule has no key 'beta_strat'; did you mean 'beta_start'"),
-    (["schedule.timesteps=abc"], "schedule.timesteps is abc; it must be a whole number above 0"),
-    (["schedule.timesteps=10.5"], "schedule.timesteps is 10.5; it must be a whole number"),
-    (["schedule.beta_end=0"], "schedule.beta_end is 0; it must be a number above 0"),
-    (["passes=[3]"], "pass entry 3 must be a name"),
-    (["passes=[{fit_ranges: 3}]"], "must be a name, or one with a mapping of its options"),
-    (["passes=[{segment_models: {passes: 3}}]"], "passes of segment_models must be a list; found 3"),
-    (["max_batch=0"], "max_batch is 0; it must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["sampling.stps=4"], "did you mean 'steps'"),
+        (["smapling.steps=4"], "did you mean 'sampling'"),
+        (["bits.weight=9"], "weight bits 9 are impossible"),
+        (["bits.input=0"], "input bits 0 are impossible"),
+        (["sampling.steps=four"], "sampling.steps"),
+        (["sampling.num=0"], "must be at least 1"),
+        (["sampling.sampler=dimm"], "did you mean 'ddim'"),
+        (["checkpoint=/nowhere/weights.safetensors"], "is not at"),
+        (["device=tpu9"], "device 'tpu9'"),
+        (["calibration.steps=5"], "calibration.steps is 5, but the sampler has 4 steps"),
+        (["calibration.builder=unifrom"], "did you mean 'uniform'"),
+        (
+            ["schedule.beta_strat=0.1"],
+            "schedule has no key 'beta_strat'; did you mean 'beta_start'",
+        ),
+        (
+            ["schedule.timesteps=abc"],
+            "schedule.timesteps is abc; it must be a whole number above 0",
+        ),
+        (["schedule.timesteps=10.5"], "schedule.timesteps is 10.5; it must be a whole number"),
+        (["schedule.beta_end=0"], "schedule.beta_end is 0; it must be a number above 0"),
+        (["passes=[3]"], "pass entry 3 must be a name"),
+        (["passes=[{fit_ranges: 3}]"], "must be a name, or one with a mapping of its options"),
+        (
+            ["passes=[{segment_models: {passes: 3}}]"],
+            "passes of segment_models must be a list; found 3",
+        ),
+        (["max_batch=0"], "max_batch is 0; it must be at least 1"),
+    ],
+)
 def test_wrong_keys_and_values_get_one_sentence(model, tmp_path, words, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         calibrate.run([*files(model), *WORDS, f"out={tmp_path}/run", *words])
@@ -152,15 +165,25 @@ def test_wrong_keys_and_values_get_one_sentence(model, tmp_path, words, sentence
 
 def test_any_width_by_override(model, tmp_path):
     everything(model, tmp_path / "w5", "bits.weight=5", method="minmax")
-    bits = {row["weight_bits"] for row in json.loads((tmp_path / "w5/map.json").read_text())["layers"]}
+    bits = {
+        row["weight_bits"] for row in json.loads((tmp_path / "w5/map.json").read_text())["layers"]
+    }
     assert bits == {5, None}
 
 
 def test_exceptions_come_on_top_of_the_methods_rules(model, tmp_path):
-    calibrate.run([*files(model, method="minmax"), *WORDS, f"out={tmp_path / 'run'}",
-                   "exceptions=[{role: [stem, out], weight: {bits: 8}}, {match: mid.*, input: {bits: 6}}]"])
+    calibrate.run(
+        [
+            *files(model, method="minmax"),
+            *WORDS,
+            f"out={tmp_path / 'run'}",
+            "exceptions=[{role: [stem, out], weight: {bits: 8}}, {match: mid.*, input: {bits: 6}}]",
+        ]
+    )
     quantize.run([str(tmp_path / "run")])
-    layers = {row["name"]: row for row in json.loads((tmp_path / "run/map.json").read_text())["layers"]}
+    layers = {
+        row["name"]: row for row in json.loads((tmp_path / "run/map.json").read_text())["layers"]
+    }
     assert {row["weight_bits"] for row in layers.values()} == {4, 8, None}
     assert layers["conv_in"]["weight_bits"] == layers["conv_out"]["weight_bits"] == 8
     assert layers["mid.block_1.conv1"]["input_bits"] == 6 and layers["conv_in"]["input_bits"] == 8
@@ -169,11 +192,22 @@ def test_exceptions_come_on_top_of_the_methods_rules(model, tmp_path):
 
 def test_options_of_a_methods_passes_can_be_changed_and_passes_left_out(model, tmp_path):
     run = tmp_path / "run"
-    calibrate.run([*files(model), *WORDS, f"out={run}", "pass_options.reconstruct=null",
-                   "pass_options.fit_ranges.num_samples=7"])
+    calibrate.run(
+        [
+            *files(model),
+            *WORDS,
+            f"out={run}",
+            "pass_options.reconstruct=null",
+            "pass_options.fit_ranges.num_samples=7",
+        ]
+    )
     quantize.run([str(run)])
-    assert {json.loads(line)["pass"] for line in (run / "passes.jsonl").read_text().splitlines()} == {"fit_ranges"}
-    assert read_recipe(run / "quantized.safetensors")[0]["passes"] == [{"fit_ranges": {"num_samples": 7}}]
+    assert {
+        json.loads(line)["pass"] for line in (run / "passes.jsonl").read_text().splitlines()
+    } == {"fit_ranges"}
+    assert read_recipe(run / "quantized.safetensors")[0]["passes"] == [
+        {"fit_ranges": {"num_samples": 7}}
+    ]
 
 
 def test_folder_of_another_recipe_is_refused(model, done):
@@ -196,7 +230,7 @@ def test_quantized_again_it_has_no_images_and_scores_of_before(model, done, tmp_
     files_of = recipe["provenance"]["files"]
     recipe["provenance"]["commit"] = "older"
     (out / "config.yaml").write_text(yaml.safe_dump(recipe))
-    quantize.run([str(out)])                               # done already: nothing is touched
+    quantize.run([str(out)])  # done already: nothing is touched
     assert yaml.safe_load((out / "config.yaml").read_text())["provenance"]["commit"] == "older"
     assert (out / "metrics.json").exists()
     quantize.run([str(out), "force=true"])
@@ -212,7 +246,9 @@ def test_scores_of_another_recipe_are_not_taken_over(model, done, tmp_path):
     for name in ("config.yaml", "metrics.json", "stages.jsonl"):
         shutil.copy(done / name, thin / name)
     before = {path: path.read_bytes() for path in thin.iterdir()}
-    with pytest.raises(ValueError, match=r"belongs to another recipe: bits.weight \(4 there, 3 here\).*or delete"):
+    with pytest.raises(
+        ValueError, match=r"belongs to another recipe: bits.weight \(4 there, 3 here\).*or delete"
+    ):
         calibrate.run([*files(model), *WORDS, "bits.weight=3", f"out={thin}"])
     assert {path: path.read_bytes() for path in thin.iterdir()} == before
     calibrate.run([*files(model), *WORDS, f"out={thin}"])
@@ -224,9 +260,13 @@ def test_full_precision_images_go_by_all_that_decides_them(model, done, tmp_path
     names = [sample.sample_folder(run, "float").name]
     run.config.sampling.num = 99
     assert sample.sample_folder(run, "float").name == names[0]
-    for change in (lambda c: c.network.update(norm_groups=2), lambda c: setattr(c, "scale_factor", 0.5),
-                   lambda c: (setattr(c.sampling, "prompts", str(prompts)), prompts.write_text("a cat")),
-                   lambda c: prompts.write_text("a dog"), lambda c: setattr(c.sampling, "seed", 7)):
+    for change in (
+        lambda c: c.network.update(norm_groups=2),
+        lambda c: setattr(c, "scale_factor", 0.5),
+        lambda c: (setattr(c.sampling, "prompts", str(prompts)), prompts.write_text("a cat")),
+        lambda c: prompts.write_text("a dog"),
+        lambda c: setattr(c.sampling, "seed", 7),
+    ):
         change(run.config)
         names.append(sample.sample_folder(run, "float").name)
     assert len(set(names)) == 6
@@ -257,7 +297,7 @@ class Touch:
 
 def corrupt_checkpoints(folder, good):
     data = good.read_bytes()
-    (folder / "cut.safetensors").write_bytes(data[:len(data) // 2])
+    (folder / "cut.safetensors").write_bytes(data[: len(data) // 2])
     (folder / "noise.ckpt").write_bytes(b"not a checkpoint")
     with open(folder / "evil.ckpt", "wb") as file:
         pickle.dump(Touch(str(folder / "touched")), file)
@@ -270,7 +310,9 @@ def corrupt_checkpoints(folder, good):
 def test_unusable_checkpoints_get_one_sentence_and_run_nothing(model, tmp_path):
     for name in corrupt_checkpoints(tmp_path, model.with_name("tiny.safetensors")):
         with pytest.raises(ValueError) as caught:
-            calibrate.run([*files(model), *WORDS, f"out={tmp_path}/run", f"checkpoint={tmp_path}/{name}"])
+            calibrate.run(
+                [*files(model), *WORDS, f"out={tmp_path}/run", f"checkpoint={tmp_path}/{name}"]
+            )
         assert "\n" not in str(caught.value) and name in str(caught.value)
     assert not (tmp_path / "touched").exists() and not (tmp_path / "run/config.yaml").exists()
 
@@ -287,7 +329,9 @@ def test_unusable_quantized_files_get_one_sentence(model, done, tmp_path, damage
     else:
         state = {k: v + 0.1 for k, v in load_file(model.with_name("tiny.safetensors")).items()}
         save_file(state, tmp_path / "other.safetensors")
-        everything(model, tmp_path / "other", f"checkpoint={tmp_path}/other.safetensors", method="minmax")
+        everything(
+            model, tmp_path / "other", f"checkpoint={tmp_path}/other.safetensors", method="minmax"
+        )
         shutil.copy(tmp_path / "other/quantized.safetensors", path)
     (out / "samples/000001.png").unlink()
     with pytest.raises(ValueError) as caught:
@@ -303,6 +347,7 @@ def test_full_disk_keeps_what_was_there(model, done, tmp_path, monkeypatch):
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
@@ -312,27 +357,16 @@ def test_full_disk_keeps_what_was_there(model, done, tmp_path, monkeypatch):
     assert artefacts(out) == before
 
 
-def start(script, *arguments):
-    return subprocess.Popen([sys.executable, str(PROJECT / "scripts" / f"{script}.py"), *map(str, arguments)],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill_when(process, condition):
-    """SIGKILL as soon as condition() holds; fails if the process ends before."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "the stage ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 def test_killed_in_every_stage_the_run_ends_in_the_same_bytes(model, done, tmp_path):
     out = tmp_path / "killed"
-    kill_when(start("calibrate", *files(model), *WORDS, f"out={out}"),
-              lambda: list(tmp_path.glob("trajectory-*/*.safetensors")))
+    kill_when(
+        start("calibrate", *files(model), *WORDS, f"out={out}"),
+        lambda: list(tmp_path.glob("trajectory-*/*.safetensors")),
+    )
     calibrate.run([*files(model), *WORDS, f"out={out}"])
-    kill_when(start("quantize", out), lambda: len(list(out.glob("resume/quantize/*/*.safetensors"))) >= 3)
+    kill_when(
+        start("quantize", out), lambda: len(list(out.glob("resume/quantize/*/*.safetensors"))) >= 3
+    )
     assert not (out / "quantized.safetensors").exists()
     kept = {p: p.stat().st_mtime_ns for p in out.glob("resume/quantize/*/*.safetensors")}
     assert len(kept) >= 3
@@ -357,9 +391,10 @@ def test_a_stage_counts_the_seconds_and_the_largest_memory_of_all_its_parts(tmp_
         config.force = force
         with run_folder.Run(config).stage("quantize"):
             pass
-        row, = map(json.loads, (tmp_path / "stages.jsonl").read_text().splitlines())
-        assert row == {"stage": "quantize"} | ({"seconds": 0.25} if force else {
-            "seconds": 3.5 if len(peaks) == 1 else 2.5} | whole)
+        (row,) = map(json.loads, (tmp_path / "stages.jsonl").read_text().splitlines())
+        assert row == {"stage": "quantize"} | (
+            {"seconds": 0.25} if force else {"seconds": 3.5 if len(peaks) == 1 else 2.5} | whole
+        )
 
 
 def test_flatten_and_differences_ignore_what_changes_no_artefact():
@@ -371,16 +406,21 @@ def test_flatten_and_differences_ignore_what_changes_no_artefact():
 
 
 def test_driver_refuses_a_word_that_is_no_override():
-    result = subprocess.run(["bash", "sample_cifar.sh", "bits.weight"], cwd=PROJECT, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", "sample_cifar.sh", "bits.weight"], cwd=PROJECT, capture_output=True, text=True
+    )
     assert result.returncode == 2 and "is not key=value" in result.stderr
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_the_demo_learns_in_bfloat16_where_the_device_computes_it_and_says_so(model, tmp_path, monkeypatch, native):
+def test_the_demo_learns_in_bfloat16_where_the_device_computes_it_and_says_so(
+    model, tmp_path, monkeypatch, native
+):
     monkeypatch.setattr(recipe, "computes_bfloat16", lambda device: native)
     words = [*files(model), *WORDS, f"out={tmp_path / 'run'}"]
     calibrate.run(words)
-    monkeypatch.setattr(recipe, "computes_bfloat16", lambda device: not native)       # on another machine it goes on
+    # on another machine it goes on
+    monkeypatch.setattr(recipe, "computes_bfloat16", lambda device: not native)
     calibrate.run(words)
     run = run_folder.open_run(tmp_path / "run")
     assert run.config.effort.bfloat16 is native
@@ -388,5 +428,7 @@ def test_the_demo_learns_in_bfloat16_where_the_device_computes_it_and_says_so(mo
 
 
 def test_bfloat16_is_yes_no_or_auto(model, tmp_path):
-    with pytest.raises(ValueError, match="effort.bfloat16 is maybe; it must be true, false or auto"):
+    with pytest.raises(
+        ValueError, match="effort.bfloat16 is maybe; it must be true, false or auto"
+    ):
         calibrate.run([*files(model), *WORDS, "effort.bfloat16=maybe", f"out={tmp_path}/run"])

@@ -1,4 +1,6 @@
-"""A new method is one Python file and one YAML, wherever they lie; no file of the project knows of them."""
+"""A new method is one Python file and one YAML, wherever they lie; no file of the project knows of
+them."""
+
 import json
 import sys
 
@@ -33,13 +35,23 @@ passes:
   - toy_method.clip_weights: {share: 0.5}
   - fit_ranges: {}
 """
-WORDS = ["sampling.num=4", "sampling.batch_size=4", "calibration.steps=5", "calibration.images=4", "device=cpu"]
+WORDS = [
+    "sampling.num=4",
+    "sampling.batch_size=4",
+    "calibration.steps=5",
+    "calibration.images=4",
+    "device=cpu",
+]
 
 
 @pytest.fixture
 def files(tiny_config, tmp_path, monkeypatch):
     """-> [model YAML, method YAML]; toy_method.py beside them can be imported during a test."""
-    contents = {"toy_method.py": PASS, "clipped.yaml": METHOD, "model.yaml": yaml.safe_dump(tiny_config)}
+    contents = {
+        "toy_method.py": PASS,
+        "clipped.yaml": METHOD,
+        "model.yaml": yaml.safe_dump(tiny_config),
+    }
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
@@ -47,7 +59,9 @@ def files(tiny_config, tmp_path, monkeypatch):
     sys.modules.pop("toy_method", None)
 
 
-def test_a_toy_method_runs_and_its_file_is_needed_only_to_quantize(files, tiny_net, tmp_path, capsys):
+def test_a_toy_method_runs_and_its_file_is_needed_only_to_quantize(
+    files, tiny_net, tmp_path, capsys
+):
     calibrate.run([*files, *WORDS, f"out={tmp_path / 'run'}"])
     assert "toy_method" not in sys.modules
     quantize.run([str(tmp_path / "run")])
@@ -66,14 +80,23 @@ def test_a_toy_method_runs_and_its_file_is_needed_only_to_quantize(files, tiny_n
     assert len(list((tmp_path / "run/samples").glob("*.png"))) == 4
 
 
-@pytest.mark.parametrize("entry, complaint", [
-    ({"toy_method.clip_weights": {"shares": 1}}, "has no option 'shares'; did you mean 'share'?"),
-    ({"segment_models": {"passes": [{"toy_method.clip_weights": {"job": 1}}]}}, "has no option 'job'"),
-    ("toy_method.clip", "'toy_method.clip' is no pass"),
-    ("toy_method.torch", "'toy_method.torch' is no pass"),
-    ("os.makedirs", "'os.makedirs' is no pass"),
-    ("toy_methods.clip_weights", "cannot be imported .No module named 'toy_methods'."),
-])
+@pytest.mark.parametrize(
+    "entry, complaint",
+    [
+        (
+            {"toy_method.clip_weights": {"shares": 1}},
+            "has no option 'shares'; did you mean 'share'?",
+        ),
+        (
+            {"segment_models": {"passes": [{"toy_method.clip_weights": {"job": 1}}]}},
+            "has no option 'job'",
+        ),
+        ("toy_method.clip", "'toy_method.clip' is no pass"),
+        ("toy_method.torch", "'toy_method.torch' is no pass"),
+        ("os.makedirs", "'os.makedirs' is no pass"),
+        ("toy_methods.clip_weights", "cannot be imported .No module named 'toy_methods'."),
+    ],
+)
 def test_mistakes_are_said_in_a_sentence_where_passes_run(entry, complaint, files):
     check_passes([entry])
     assert "toy_method" not in sys.modules

@@ -1,4 +1,6 @@
-"""One static page about one or several run folders:  python scripts/report.py RUN [RUN ...] [out=report.html]"""
+"""One static page about one or several run folders:  python scripts/report.py RUN [RUN ...]
+[out=report.html]"""
+
 from pathlib import Path
 
 from base.config import split_arguments

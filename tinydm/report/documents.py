@@ -1,9 +1,9 @@
 """Write what README.md shows of results/ anew, tables and figures:  python scripts/readme.py README.md
 
-A block of the file between <!-- results/PLAN/MODEL --> and <!-- end --> holds the overview and, folded, all columns of
-the run folders there, in the order of configs/compare/PLAN.yaml. Figures that it shows: docs/compare-MODEL.png (W4A8
-and W4A4 of equal.yaml), docs/ablation-NAME.png.
-"""
+A block of the file between <!-- results/PLAN/MODEL --> and <!-- end --> holds the overview and,
+folded, all columns of the run folders there, in the order of configs/compare/PLAN.yaml. Figures
+that it shows: docs/compare-MODEL.png (W4A8 and W4A4 of equal.yaml), docs/ablation-NAME.png."""
+
 import re
 from itertools import product
 from pathlib import Path
@@ -39,18 +39,38 @@ def rewritten(page):
 
 def block(plan, model):
     *overview, (_, head, lines) = tables(rows_of(plan, model))
-    folded = ["", f"<details><summary>All columns, {len(lines)} rows</summary>", "", *lines_of(head, lines), "",
-              "</details>"]
-    return "\n".join([f"<!-- results/{plan}/{model} -->", *(line for _, *part in overview for line in lines_of(*part)),
-                      *folded, "<!-- end -->"])
+    folded = [
+        "",
+        f"<details><summary>All columns, {len(lines)} rows</summary>",
+        "",
+        *lines_of(head, lines),
+        "",
+        "</details>",
+    ]
+    return "\n".join(
+        [
+            f"<!-- results/{plan}/{model} -->",
+            *(line for _, *part in overview for line in lines_of(*part)),
+            *folded,
+            "<!-- end -->",
+        ]
+    )
 
 
 def rows_of(plan, model):
-    """The rows of results/PLAN/MODEL in the order of the plan, methods that it leaves out below the others."""
+    """The rows of results/PLAN/MODEL in the order of the plan, methods that it leaves out below the
+    others."""
     listed = load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
-    found = {path.parent.name: path.parent for path in (PROJECT / "results" / plan / model).glob("*/metrics.json")}
+    found = {
+        path.parent.name: path.parent
+        for path in (PROJECT / "results" / plan / model).glob("*/metrics.json")
+    }
     methods = dict.fromkeys([*listed.methods, *sorted(name.split("-")[0] for name in found)])
-    names = ["-".join(filter(None, (method, bits, variant, str(seed)))) for bits, method, variant, seed in
-             product(listed.bits, methods, listed.variants or [""], listed.seeds)]
+    names = [
+        "-".join(filter(None, (method, bits, variant, str(seed))))
+        for bits, method, variant, seed in product(
+            listed.bits, methods, listed.variants or [""], listed.seeds
+        )
+    ]
     order = [*(name for name in names if name in found), *sorted(found.keys() - set(names))]
     return assemble([row_of(found[name]) for name in order])

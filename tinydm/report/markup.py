@@ -1,4 +1,6 @@
-"""Elements of an HTML page that stands alone: escaped text, tables of numbers, images inside the file."""
+"""Elements of an HTML page that stands alone: escaped text, tables of numbers, images inside the
+file."""
+
 import base64
 import html
 import io
@@ -25,14 +27,19 @@ class Html(str):
 
 
 def element(tag, *children, **attributes):
-    inside = "".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children)
-    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-                    for key, value in attributes.items())
+    inside = "".join(
+        child if isinstance(child, Html) else html.escape(str(child)) for child in children
+    )
+    words = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+    )
     return Html(f"<{tag}{words}>" if tag in ("img", "meta") else f"<{tag}{words}>{inside}</{tag}>")
 
 
 def number(value, digits=3):
-    """A number for a reader: `digits` decimals, or significant digits below 1; a dash where there is none."""
+    """A number for a reader: `digits` decimals, or significant digits below 1; a dash where there
+    is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     if isinstance(value, int) or not math.isfinite(value):
@@ -42,10 +49,20 @@ def number(value, digits=3):
 
 def table(head, rows):
     """Columns of numbers (or of Html made from numbers) are set right, columns of text left."""
-    sides = ["text" if any(type(row[i]) is str for row in rows) else "number" for i in range(len(head))]
+    sides = [
+        "text" if any(type(row[i]) is str for row in rows) else "number" for i in range(len(head))
+    ]
     titles = [element("th", title, scope="col", class_=side) for title, side in zip(head, sides)]
-    body = [element("tr", *(element("td", value if isinstance(value, str) else number(value), class_=side)
-                            for value, side in zip(row, sides))) for row in rows]
+    body = [
+        element(
+            "tr",
+            *(
+                element("td", value if isinstance(value, str) else number(value), class_=side)
+                for value, side in zip(row, sides)
+            ),
+        )
+        for row in rows
+    ]
     content = element("table", element("thead", element("tr", *titles)), element("tbody", *body))
     return element("div", content, class_="wide")
 
@@ -64,7 +81,11 @@ def drawing(figure, alt):
 def document(title, *body):
     """A whole page as text. Its policy lets a browser load and run nothing."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = element("head", element("meta", charset="utf-8"),
-                   element("meta", http_equiv="Content-Security-Policy", content=policy),
-                   element("title", title), element("style", Html(STYLE)))
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("title", title),
+        element("style", Html(STYLE)),
+    )
     return "<!DOCTYPE html>\n" + element("html", head, element("body", *body), lang="en") + "\n"

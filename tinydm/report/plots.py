@@ -1,6 +1,7 @@
-"""Pictures as PNG files: ranges over channels and time and errors over layers and time, as quant/analysis.py measures
-them, and the scores of a comparison. Axes: S steps, C channels, L layers.
-"""
+"""Pictures as PNG files: ranges over channels and time and errors over layers and time, as
+quant/analysis.py measures them, and the scores of a comparison. Axes: S steps, C channels, L
+layers."""
+
 import statistics
 
 import numpy as np
@@ -11,11 +12,16 @@ from matplotlib.ticker import MaxNLocator
 from base.files import write_atomically
 
 RANGE = "max |x| over images and positions"
-SMALLEST = 1e-8                            # below it a range has no place on a logarithmic scale
-DOT_COLOUR = "#b4441c"                     # that of quantized networks in the report
-ERRORS = {"mse": "MSE of the layer's output (log scale)", "mae": "MAE (log scale)", "sqnr_db": "SQNR, dB"}
-LOG_FROM = 30                              # ratio of scores
-MOST = 256                                 # rows or columns of a picture; more share one, by their maximum
+SMALLEST = 1e-8  # below it a range has no place on a logarithmic scale
+DOT_COLOUR = "#b4441c"  # that of quantized networks in the report
+ERRORS = {
+    "mse": "MSE of the layer's output (log scale)",
+    "mae": "MAE (log scale)",
+    "sqnr_db": "SQNR, dB",
+}
+LOG_FROM = 30  # ratio of scores
+# rows or columns of a picture; more share one, by their maximum
+MOST = 256
 
 
 def save_png(figure, path):
@@ -24,47 +30,70 @@ def save_png(figure, path):
 
 
 def label_steps(axis, t):
-    """Ticks of an axis that counts the steps 0 .. S-1: at most nine, by the network's timestep t (S,)."""
+    """Ticks of an axis that counts the steps 0 .. S-1: at most nine, by the network's timestep t
+    (S,)."""
     shown = sorted({round(i) for i in np.linspace(0, len(t) - 1, 9)})
     axis.set_ticks(shown, [f"{t[i]:g}" for i in shown])
 
 
 def pooled(r_abs):
-    """r_abs (S, C) -> at most MOST x MOST values, each the maximum of its neighbours so that what sticks out stays,
-    and the first step and channel of each row and column."""
+    """r_abs (S, C) -> at most MOST x MOST values, each the maximum of its neighbours so that what
+    sticks out stays, and the first step and channel of each row and column."""
     r = np.asarray(r_abs)
     steps, channels = (np.arange(0, num, -(-num // MOST)) for num in r.shape)
-    return np.maximum.reduceat(np.maximum.reduceat(r, steps, axis=0), channels, axis=1), steps, channels
+    return (
+        np.maximum.reduceat(np.maximum.reduceat(r, steps, axis=0), channels, axis=1),
+        steps,
+        channels,
+    )
 
 
 def range_map(path, r_abs, t, title):
-    """Heat map of r_abs (S, C), logarithmic, noisiest step on top; t (S,) are the network's timesteps."""
+    """Heat map of r_abs (S, C), logarithmic, noisiest step on top; t (S,) are the network's
+    timesteps."""
     r, steps, channels = pooled(r_abs)
     r = np.maximum(r, SMALLEST)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    edges = [np.append(first, num) - 0.5 for first, num in zip((channels, steps), np.shape(r_abs)[::-1])]
+    edges = [
+        np.append(first, num) - 0.5 for first, num in zip((channels, steps), np.shape(r_abs)[::-1])
+    ]
     picture = axes.pcolormesh(*edges, r, cmap="viridis", norm=LogNorm(r.min(), r.max()))
     axes.invert_yaxis()
     axes.set(xlabel="channel", ylabel="network timestep t", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     label_steps(axes.yaxis, t)
-    bar, ticks = figure.colorbar(picture, label=f"{RANGE} (log scale)"), np.geomspace(r.min(), r.max(), 5)
+    bar, ticks = (
+        figure.colorbar(picture, label=f"{RANGE} (log scale)"),
+        np.geomspace(r.min(), r.max(), 5),
+    )
     bar.set_ticks(ticks, labels=[f"{value:.3g}" for value in ticks])
     bar.minorticks_off()
     save_png(figure, path)
 
 
 def range_surface(path, r_abs, t, title):
-    """r_abs (S, C) as a surface over channel and time step. Raises ValueError if it has one row or column only."""
+    """r_abs (S, C) as a surface over channel and time step. Raises ValueError if it has one row or
+    column only."""
     if min(np.shape(r_abs)) < 2:
-        raise ValueError(f"a surface needs two steps and two channels, found {tuple(np.shape(r_abs))}; draw the map")
+        raise ValueError(
+            f"a surface needs two steps and two channels, found {tuple(np.shape(r_abs))}; draw "
+            "the map"
+        )
     r, steps, channels = pooled(r_abs)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot(projection="3d")
-    # Every value gets its face: by default single channels, the very ones that stick out, would be skipped.
-    axes.plot_surface(channels[None], steps[:, None], r, rcount=len(steps), ccount=len(channels), cmap="viridis",
-                      linewidth=0)
+    # Every value gets its face: by default single channels, the very ones that stick out, would be
+    # skipped.
+    axes.plot_surface(
+        channels[None],
+        steps[:, None],
+        r,
+        rcount=len(steps),
+        ccount=len(channels),
+        cmap="viridis",
+        linewidth=0,
+    )
     axes.set(xlabel="channel", zlabel=RANGE)
     axes.set_ylabel("network timestep t", labelpad=10)
     axes.set_title(title, y=1)
@@ -75,18 +104,25 @@ def range_surface(path, r_abs, t, title):
 
 def error_map(path, rows, title):
     """Heat maps of MSE, MAE and SQNR of every layer (down) at every step (across) from rows of
-    `quant.analysis.layer_errors`, bright where the error is large. Layers without error, those that are not quantized,
-    are grey."""
+    `quant.analysis.layer_errors`, bright where the error is large. Layers without error, those that
+    are not quantized, are grey."""
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     t = [row["t"] for row in rows if row["layer"] == layers[0]]
     figure = Figure(figsize=(13, max(3, 2.2 + 0.15 * len(layers))), layout="constrained")
     figure.suptitle(title)
     for axes, (key, label) in zip(figure.subplots(1, len(ERRORS), sharey=True), ERRORS.items()):
-        error = np.array([row[key] if row["mse"] else np.nan for row in rows]).reshape(len(layers), len(t))
+        error = np.array([row[key] if row["mse"] else np.nan for row in rows]).reshape(
+            len(layers), len(t)
+        )
         found, log = np.isfinite(error).any(), key != "sqnr_db"
         axes.set_facecolor("lightgrey")
-        picture = axes.imshow(error, aspect="auto", interpolation="nearest", cmap="viridis" if log else "viridis_r",
-                              norm=LogNorm() if found and log else None)
+        picture = axes.imshow(
+            error,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="viridis" if log else "viridis_r",
+            norm=LogNorm() if found and log else None,
+        )
         axes.set(xlabel="network timestep t")
         axes.set_yticks(range(len(layers)), layers, fontsize=7)
         label_steps(axes.xaxis, t)
@@ -96,17 +132,25 @@ def error_map(path, rows, title):
 
 
 def score_chart(path, labels, panels):
-    """A row for each of `labels`, a panel for each of `panels`: {name: [(numbers of the seeds, that of full precision
-    or None) for each row]}. Shows mean and sample deviation, and a grey line for full precision. Numbers that differ by
-    more than LOG_FROM are on a logarithmic axis."""
+    """A row for each of `labels`, a panel for each of `panels`: {name: [(numbers of the seeds, that
+    of full precision or None) for each row]}. Shows mean and sample deviation, and a grey line for
+    full precision. Numbers that differ by more than LOG_FROM are on a logarithmic axis."""
     size = 1 + 0.09 * max(map(len, labels)) + 4 * len(panels), 1.5 + 0.28 * len(labels)
     figure, marks = Figure(figsize=size, layout="constrained"), {}
-    for axes, (name, rows) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+    for axes, (name, rows) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()
+    ):
         for place, (values, full) in enumerate(rows):
             if values:
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 marks["mean ± sample deviation over seeds"] = axes.errorbar(
-                    statistics.mean(values), place, xerr=spread, fmt="o", capsize=3, color=DOT_COLOUR)
+                    statistics.mean(values),
+                    place,
+                    xerr=spread,
+                    fmt="o",
+                    capsize=3,
+                    color=DOT_COLOUR,
+                )
             if full is not None:
                 marks["full precision"] = axes.vlines(full, place - 0.5, place + 0.5, color="grey")
         shown = [number for values, _ in rows for number in values]

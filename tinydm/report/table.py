@@ -1,8 +1,9 @@
 """Tables of evaluated run folders:  python scripts/table.py RUN [RUN ...] [out=FILE.md]
 
-Rows that share a table share their protocol (model, image count, sampler, reference, extractor); another protocol gets
-a table of its own. Runs that differ by their calibration seed alone are one row: mean and spread.
-"""
+Rows that share a table share their protocol (model, image count, sampler, reference, extractor);
+another protocol gets a table of its own. Runs that differ by their calibration seed alone are one
+row: mean and spread."""
+
 import csv
 import io
 import json
@@ -21,16 +22,27 @@ network (guidance takes two a step), the sum over layers of multiply-adds x weig
 32 x 32). Calibration s: the stages calibrate and quantize; peak MB: the larger of their two peaks, of GPU memory where
 a GPU was used, else of the process. Several calibration seeds: mean ± sample standard deviation."""
 FIXED = ["Model", "Timesteps", "Bit-width W/A", "Method", "Seeds"]
-SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]               # columns in the field's order
-DIGITS = {"precision": 3, "recall": 3, "KID": 4, "FP32": 4, "SSIM": 3, "LPIPS": 4, "SQNR": 1, "calibration": 0,
-          "peak": 0}
+# columns in the field's order
+SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]
+DIGITS = {
+    "precision": 3,
+    "recall": 3,
+    "KID": 4,
+    "FP32": 4,
+    "SSIM": 3,
+    "LPIPS": 4,
+    "SQNR": 1,
+    "calibration": 0,
+    "peak": 0,
+}
 CALIBRATION = ("calibrate", "quantize")
 
 
 @dataclass
 class Row:
-    """A line of a table: `runs` are the folders of its calibration seeds, `numbers` holds {column: number or None} of
-    each; a row without numbers says in `note` why."""
+    """A line of a table: `runs` are the folders of its calibration seeds, `numbers` holds {column:
+    number or None} of each; a row without numbers says in `note` why."""
+
     model: str
     steps: int
     bits: str
@@ -61,7 +73,8 @@ def run(arguments):
     folders, words = split_arguments(arguments)
     if not folders or any(not w.startswith("out=") for w in words):
         raise ValueError(f"expected run folders and out=FILE, found {' '.join(arguments)}")
-    # Beside run folders lie what they share (float-*, trajectory-*); one folder counts once, however it is spelled.
+    # Beside run folders lie what they share (float-*, trajectory-*); one folder counts once,
+    # however it is spelled.
     found = {Path(f).resolve(): f for f in folders if (Path(f) / "config.yaml").exists()}
     folders = list(found.values()) or folders
     for folder in folders:
@@ -76,53 +89,89 @@ def run(arguments):
 def read_metrics(folder):
     metrics = json.loads((Path(folder) / "metrics.json").read_text())
     if "bit_operations" not in metrics:
-        raise ValueError(f"{folder}/metrics.json has no bit operations, an earlier version made it; make it again "
-                         f"with: python scripts/evaluate.py {folder} force=true")
+        raise ValueError(
+            f"{folder}/metrics.json has no bit operations, an earlier version made it; make it "
+            "again "
+            f"with: python scripts/evaluate.py {folder} force=true"
+        )
     return metrics
 
 
 def row_of(folder):
     """The row of one evaluated run folder."""
     metrics, config = read_metrics(folder), load(RunConfig, [Path(folder) / "config.yaml"])
-    return empty_row(config, protocol=protocol(metrics), runs=[folder],
-                     numbers=[quantized_numbers(metrics, Path(folder) / "stages.jsonl")])
+    return empty_row(
+        config,
+        protocol=protocol(metrics),
+        runs=[folder],
+        numbers=[quantized_numbers(metrics, Path(folder) / "stages.jsonl")],
+    )
 
 
 def empty_row(config, **more):
-    """The row of a recipe, which leaves out the seeds of calibration and what changes no artefact."""
+    """The row of a recipe, which leaves out the seeds of calibration and what changes no
+    artefact."""
     facts = asdict(replace(config, seed=0, calibration=replace(config.calibration, seed=0)))
     recipe = json.dumps(without_free(facts), sort_keys=True)
     method = config.method + (f" ({config.variant})" if config.variant else "")
-    return Row(config.name, config.sampling.steps, f"{config.bits.weight}/{config.bits.input}", method, recipe=recipe,
-               **more)
+    return Row(
+        config.name,
+        config.sampling.steps,
+        f"{config.bits.weight}/{config.bits.input}",
+        method,
+        recipe=recipe,
+        **more,
+    )
 
 
 def full_precision_row(folder):
     """The row of the unquantized model that a run was compared with."""
     metrics = read_metrics(folder)
     asked = metrics["protocol"]["asked"]
-    numbers = {"Size MB": metrics["sizes"]["float_bytes"] / 1e6, **scores(metrics["float"]["scores"]),
-               "GBOPs": metrics["bit_operations"]["float"] / 1e9}
-    return Row(asked["model"], asked["sampling"]["steps"], "32/32", "full precision", protocol(metrics),
-               numbers=[numbers])
+    numbers = {
+        "Size MB": metrics["sizes"]["float_bytes"] / 1e6,
+        **scores(metrics["float"]["scores"]),
+        "GBOPs": metrics["bit_operations"]["float"] / 1e9,
+    }
+    return Row(
+        asked["model"],
+        asked["sampling"]["steps"],
+        "32/32",
+        "full precision",
+        protocol(metrics),
+        numbers=[numbers],
+    )
 
 
 def quantized_numbers(metrics, stages_path):
     """Column -> number, in the order of the columns."""
     paired, sqnr = metrics["paired"], [step["sqnr_db"] for step in metrics["sqnr_db_per_step"]]
-    stages = [row for row in map(json.loads, stages_path.read_text().splitlines()) if row["stage"] in CALIBRATION]
+    stages = [
+        row
+        for row in map(json.loads, stages_path.read_text().splitlines())
+        if row["stage"] in CALIBRATION
+    ]
     peaks = [row.get("peak_cuda_bytes", row.get("peak_rss_bytes", 0)) for row in stages]
-    return {"Size MB": metrics["sizes"]["quantized_bytes"] / 1e6, **scores(metrics["quantized"]["scores"]),
-            **{name: value for name, value in paired.items() if name.endswith(" to FP32")},
-            "PSNR dB": paired["psnr_db"], "SSIM": paired["ssim"],
-            **{name: value for name, value in paired.items() if name.startswith("LPIPS")},
-            "SQNR dB": statistics.mean(sqnr), "GBOPs": metrics["bit_operations"]["quantized"] / 1e9,
-            "calibration s": sum(row["seconds"] for row in stages), "peak MB": max(peaks) / 1e6 or None}
+    return {
+        "Size MB": metrics["sizes"]["quantized_bytes"] / 1e6,
+        **scores(metrics["quantized"]["scores"]),
+        **{name: value for name, value in paired.items() if name.endswith(" to FP32")},
+        "PSNR dB": paired["psnr_db"],
+        "SSIM": paired["ssim"],
+        **{name: value for name, value in paired.items() if name.startswith("LPIPS")},
+        "SQNR dB": statistics.mean(sqnr),
+        "GBOPs": metrics["bit_operations"]["quantized"] / 1e9,
+        "calibration s": sum(row["seconds"] for row in stages),
+        "peak MB": max(peaks) / 1e6 or None,
+    }
 
 
 def scores(found):
     names = [name for name in found if not name.endswith("-std")]
-    return {name: found[name] for name in sorted(names, key=lambda name: SCORES.index(name.split("-")[0]))}
+    return {
+        name: found[name]
+        for name in sorted(names, key=lambda name: SCORES.index(name.split("-")[0]))
+    }
 
 
 def protocol(metrics):
@@ -131,27 +180,40 @@ def protocol(metrics):
     s = asked["sampling"]
     made = asked["provenance"]
     wanted = "".join(f", {key} {s[key]}" for key in ("classes", "prompts") if s.get(key))
-    return (f"{asked['model']}{wanted}, {scored['count']} images of seed {s['seed']}, {s['sampler']} {s['steps']} "
-            f"{s['skip']} steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, {asked['weights']} weights, "
-            f"reference {scored.get('reference')}, extractor {scored.get('extractor')}, {scored.get('tool')}, "
-            f"torch {made['versions']['torch']} on {made['device']}")
+    return (
+        f"{asked['model']}{wanted}, {scored['count']} images of seed {s['seed']}, {s['sampler']} "
+        f"{s['steps']} "
+        f"{s['skip']} steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, "
+        f"{asked['weights']} weights, "
+        f"reference {scored.get('reference')}, extractor {scored.get('extractor')}, "
+        f"{scored.get('tool')}, "
+        f"torch {made['versions']['torch']} on {made['device']}"
+    )
 
 
 def assemble(rows):
-    """Rows as the tables show them: the calibration seeds of a recipe in one, below the full-precision model's."""
+    """Rows as the tables show them: the calibration seeds of a recipe in one, below the
+    full-precision model's."""
     full = {row.protocol: row.runs[0] for row in rows if row.runs}
     merged = {}
     for row in [*map(full_precision_row, full.values()), *rows]:
-        merged.setdefault((row.model, row.steps, row.bits, row.method, row.protocol, row.recipe), []).append(row)
-    return [Row(*key, runs=[folder for row in group for folder in row.runs],
-                numbers=[numbers for row in group for numbers in row.numbers],
-                note="; ".join(dict.fromkeys(row.note for row in group if row.note)))
-            for key, group in merged.items()]
+        merged.setdefault(
+            (row.model, row.steps, row.bits, row.method, row.protocol, row.recipe), []
+        ).append(row)
+    return [
+        Row(
+            *key,
+            runs=[folder for row in group for folder in row.runs],
+            numbers=[numbers for row in group for numbers in row.numbers],
+            note="; ".join(dict.fromkeys(row.note for row in group if row.note)),
+        )
+        for key, group in merged.items()
+    ]
 
 
 def tables(rows):
-    """-> [(protocol, head, lines)], texts: a table for each protocol and, before one of several widths, an
-    overview."""
+    """-> [(protocol, head, lines)], texts: a table for each protocol and, before one of several
+    widths, an overview."""
     parts = []
     for line in dict.fromkeys(row.protocol for row in rows):
         part = [row for row in rows if row.protocol == line]
@@ -159,8 +221,12 @@ def tables(rows):
             parts.append(overview(line, part))
         columns, notes = columns_of(part), any(row.note for row in part)
         head = FIXED + columns + ["Note"] * notes
-        lines = [[str(word) for word in row.fixed()] + [text(row, column) for column in columns] + [row.note] * notes
-                 for row in part]
+        lines = [
+            [str(word) for word in row.fixed()]
+            + [text(row, column) for column in columns]
+            + [row.note] * notes
+            for row in part
+        ]
         parts.append((line or "nothing was evaluated", head, lines))
     return parts
 
@@ -171,10 +237,18 @@ def overview(line, rows):
     shown = ["PSNR dB", *(name for name in columns_of(rows) if name.endswith(" to FP32"))]
     bits, cells = list(dict.fromkeys(row.bits for row in rows)), {}
     for row in rows:
-        cells.setdefault((row.method, row.bits), []).append(" / ".join(text(row, name) for name in shown))
-    lines = [[method, *("; ".join(cells.get((method, width), ["–"])) for width in bits)]
-             for method in dict.fromkeys(row.method for row in rows)]
-    return f"{' / '.join(shown)}; {line}", ["Method", *("W{}A{}".format(*width.split("/")) for width in bits)], lines
+        cells.setdefault((row.method, row.bits), []).append(
+            " / ".join(text(row, name) for name in shown)
+        )
+    lines = [
+        [method, *("; ".join(cells.get((method, width), ["–"])) for width in bits)]
+        for method in dict.fromkeys(row.method for row in rows)
+    ]
+    return (
+        f"{' / '.join(shown)}; {line}",
+        ["Method", *("W{}A{}".format(*width.split("/")) for width in bits)],
+        lines,
+    )
 
 
 def columns_of(rows):
@@ -186,7 +260,8 @@ def columns_of(rows):
 def text(row, column):
     """Mean, and spread where there is one; a dash where nothing was measured."""
     mean, spread = row.mean(column), row.spread(column)
-    word = column.split(" to ")[-1].split("-")[0].split(" ")[0]          # PSNR, LPIPS; FP32 of "FD-... to FP32"
+    # PSNR, LPIPS; FP32 of "FD-... to FP32"
+    word = column.split(" to ")[-1].split("-")[0].split(" ")[0]
     digits = DIGITS.get(word, 2)
     if mean is None:
         return "–"
@@ -202,17 +277,22 @@ def markdown(rows):
 
 def lines_of(head, lines):
     """A table in Markdown, line by line."""
-    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-            for cells in (head, ["---"] * len(head), *lines)]
+    return [
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        for cells in (head, ["---"] * len(head), *lines)
+    ]
 
 
 def csv_text(rows):
-    """All rows with all digits: the mean and the spread of every column, note, run folders and protocol."""
+    """All rows with all digits: the mean and the spread of every column, note, run folders and
+    protocol."""
     columns, buffer = columns_of(rows), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     pairs = [name for column in columns for name in (column, f"{column} spread")]
     writer.writerow([*FIXED, *pairs, "Note", "Runs", "Protocol"])
     for row in rows:
         numbers = [value for column in columns for value in (row.mean(column), row.spread(column))]
-        writer.writerow([*row.fixed(), *numbers, row.note, " ".join(map(str, row.runs)), row.protocol])
+        writer.writerow(
+            [*row.fixed(), *numbers, row.note, " ".join(map(str, row.runs)), row.protocol]
+        )
     return buffer.getvalue()

@@ -2,11 +2,11 @@
 
     python scripts/sample.py RUN [precision=float] [sampling.num=1024] [shard=0/2] [force=true]
 
-Quantized images go to RUN/samples/000000.png ... and RUN/samples.npz (uint8 NHWC, arr_0); full-precision images of the
-same seeds to a folder float-* beside RUN, shared by all runs of the same model, weights and sampler. Images that are
-there already are kept. `shard=i/n` does every n-th batch, for n processes side by side; the image bytes do not depend
-on it.
-"""
+Quantized images go to RUN/samples/000000.png ... and RUN/samples.npz (uint8 NHWC, arr_0);
+full-precision images of the same seeds to a folder float-* beside RUN, shared by all runs of the
+same model, weights and sampler. Images that are there already are kept. `shard=i/n` does every n-th
+batch, for n processes side by side; the image bytes do not depend on it."""
+
 import hashlib
 import json
 import os
@@ -43,22 +43,41 @@ def draw(run, precision="simulated", shard="0/1"):
     paths = [folder / f"{i:06d}.png" for i in range(s.num)]
     archive = folder.with_name(folder.name + ".npz")
     if run.config.force and parts > 1:
-        raise ValueError("force=true would take images from the other shards; remove the folder "
-                         f"{folder} and draw without it")
+        raise ValueError(
+            "force=true would take images from the other shards; remove the folder "
+            f"{folder} and draw without it"
+        )
     if run.config.force:
         shutil.rmtree(folder, ignore_errors=True)
-    starts = [k for k in range(0, s.num, s.batch_size)
-              if k // s.batch_size % parts == part and not all(p.exists() for p in paths[k:k + s.batch_size])]
+    starts = [
+        k
+        for k in range(0, s.num, s.batch_size)
+        if k // s.batch_size % parts == part
+        and not all(p.exists() for p in paths[k : k + s.batch_size])
+    ]
     if starts:
         model = model_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=len(starts) * run.num_evaluations, unit="step",
-                   desc=f"sample: {precision}, batches of {s.batch_size}")
+        bar = tqdm(
+            total=len(starts) * run.num_evaluations,
+            unit="step",
+            desc=f"sample: {precision}, batches of {s.batch_size}",
+        )
         with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
             for start in starts:
                 indices = range(start, min(start + s.batch_size, s.num))
-                images = sample(model, model.eps, indices, sampler=s.sampler, steps=s.steps, skip=s.skip, eta=s.eta,
-                                seed=s.seed, batch_size=s.batch_size, callback=lambda *_: bar.update())
+                images = sample(
+                    model,
+                    model.eps,
+                    indices,
+                    sampler=s.sampler,
+                    steps=s.steps,
+                    skip=s.skip,
+                    eta=s.eta,
+                    seed=s.seed,
+                    batch_size=s.batch_size,
+                    callback=lambda *_: bar.update(),
+                )
                 for i, image in zip(indices, images.cpu()):
                     save_png(paths[i], image)
     else:
@@ -72,13 +91,17 @@ def model_of(run, precision):
     """The model to sample with: as it is, or around the quantized network."""
     if precision == "float":
         return run.model
-    net = load_quantized(run.need("quantized.safetensors", "quantize"), build_network,
-                         expected=run.model.weights_hash).to(run.model.device)
+    net = load_quantized(
+        run.need("quantized.safetensors", "quantize"),
+        build_network,
+        expected=run.model.weights_hash,
+    ).to(run.model.device)
     return run.model.with_net(net)
 
 
 def sample_folder(run, precision):
-    """RUN/samples, or the shared folder of the full-precision images, named by what decides their bytes."""
+    """RUN/samples, or the shared folder of the full-precision images, named by what decides their
+    bytes."""
     if precision == "simulated":
         return run.path("samples")
     facts = facts_of_images(run) | {"seed": run.config.sampling.seed}
@@ -119,4 +142,5 @@ def save_archive(path, paths):
             np.savez(file, arr_0=images)
             file.flush()
             os.fsync(file.fileno())
+
     write_atomically(path, write)

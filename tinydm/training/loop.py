@@ -1,8 +1,10 @@
-"""The training machinery behind the models that ship with the project; what is learned stands in models/tasks.py.
+"""The training machinery behind the models that ship with the project; what is learned stands in
+models/tasks.py.
 
-An "epoch" is a fixed number of optimizer steps whose images, noise and augmentation follow from (seed, epoch) alone,
-and checkpoints are written between epochs: a run that is killed and started again ends in the same weights.
-"""
+An "epoch" is a fixed number of optimizer steps whose images, noise and augmentation follow from
+(seed, epoch) alone, and checkpoints are written between epochs: a run that is killed and started
+again ends in the same weights."""
+
 import copy
 import math
 import time
@@ -19,14 +21,14 @@ matplotlib.use("Agg")
 
 
 class ImageBatches(Dataset):
-    """Item i is the i-th batch (images, labels) of one epoch: a random draw without replacement within the epoch as
-    long as the images last, fixed by (seed, epoch)."""
+    """Item i is the i-th batch (images, labels) of one epoch: a random draw without replacement
+    within the epoch as long as the images last, fixed by (seed, epoch)."""
 
     def __init__(self, images, labels, *, batch_size, num_batches, seed, epoch):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         rounds = math.ceil(batch_size * num_batches / len(images))
         order = torch.cat([torch.randperm(len(images), generator=rng) for _ in range(rounds)])
-        self.batches = order[:batch_size * num_batches].view(num_batches, batch_size)
+        self.batches = order[: batch_size * num_batches].view(num_batches, batch_size)
         self.images, self.labels = images, labels
 
     def __len__(self):
@@ -46,14 +48,22 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self):
         c, epoch = self.config, self.trainer.current_epoch
-        left = self.trainer.lightning_module.num_steps - epoch * c.steps_per_epoch       # the last epoch may be shorter
-        batches = ImageBatches(*self.source, batch_size=c.batch_size, num_batches=max(min(c.steps_per_epoch, left), 1),
-                               seed=c.seed, epoch=epoch)
-        return DataLoader(batches, batch_size=None, generator=torch.Generator())    # spares the global stream
+        # the last epoch may be shorter
+        left = self.trainer.lightning_module.num_steps - epoch * c.steps_per_epoch
+        batches = ImageBatches(
+            *self.source,
+            batch_size=c.batch_size,
+            num_batches=max(min(c.steps_per_epoch, left), 1),
+            seed=c.seed,
+            epoch=epoch,
+        )
+        # spares the global stream
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())
 
 
 class Training(pl.LightningModule):
-    """What all trainings share: linear warm-up, cosine to zero, an exponential moving average of weights.
+    """What all trainings share: linear warm-up, cosine to zero, an exponential moving average of
+    weights.
 
     The average starts short and grows to `ema_decay`: min(decay, (1 + n)/(10 + n)) after n updates.
     """
@@ -68,9 +78,11 @@ class Training(pl.LightningModule):
 
     def restart_average(self):
         """Begin the average at the network as it is now."""
+
         def average(mean, value, n):
             decay = min(self.config.ema_decay, (1 + float(n)) / (10 + float(n)))
             return value + (mean - value) * decay
+
         self.ema = AveragedModel(self.net, avg_fn=average, use_buffers=True)
 
     def configure_optimizers(self):
@@ -78,7 +90,12 @@ class Training(pl.LightningModule):
 
         def factor(step):
             done = min(step / self.num_steps, 1.0)
-            return min(1.0, (step + 1) / self.config.warmup_steps) * 0.5 * (1 + math.cos(math.pi * done))
+            return (
+                min(1.0, (step + 1) / self.config.warmup_steps)
+                * 0.5
+                * (1 + math.cos(math.pi * done))
+            )
+
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -89,7 +106,9 @@ class Training(pl.LightningModule):
         self.ema.update_parameters(self.net)
 
     def build_optimizer(self):
-        return torch.optim.Adam(self.net.parameters(), lr=self.config.lr, betas=(0.9, self.config.beta2))
+        return torch.optim.Adam(
+            self.net.parameters(), lr=self.config.lr, betas=(0.9, self.config.beta2)
+        )
 
     def draw_samples(self, path):
         """A picture of what has been learned so far, where there is one to draw."""
@@ -100,10 +119,16 @@ class Training(pl.LightningModule):
 
 
 class Progress(pl.Callback):
-    """One line an epoch with an estimate of what remains; every `sample_every` epochs the loss curve and samples."""
+    """One line an epoch with an estimate of what remains; every `sample_every` epochs the loss
+    curve and samples."""
 
     def __init__(self, folder, sample_every):
-        self.folder, self.sample_every, self.rows, self.started = Path(folder), sample_every, [], None
+        self.folder, self.sample_every, self.rows, self.started = (
+            Path(folder),
+            sample_every,
+            [],
+            None,
+        )
 
     def state_dict(self):
         return {"rows": copy.copy(self.rows)}
@@ -115,7 +140,8 @@ class Progress(pl.Callback):
         self.started = time.monotonic()
 
     def on_train_epoch_end(self, trainer, module):
-        if self.started is None:           # Lightning ends the saved epoch once more when it resumes
+        # Lightning ends the saved epoch once more when it resumes
+        if self.started is None:
             return
         seconds, self.started = time.monotonic() - self.started, None
         loss = float(trainer.callback_metrics["loss"])
@@ -123,7 +149,10 @@ class Progress(pl.Callback):
         self.rows.append((images, loss))
         left = (module.num_steps - trainer.global_step) / module.config.steps_per_epoch * seconds
         rate = module.config.steps_per_epoch * module.config.batch_size / seconds
-        print(f"images {images:>9,}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.0f} min left", flush=True)
+        print(
+            f"images {images:>9,}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.0f} min left",
+            flush=True,
+        )
         if trainer.current_epoch % self.sample_every == self.sample_every - 1 or left <= 0:
             self.plot()
             module.draw_samples(self.folder / f"samples_{images:09d}.png")
@@ -131,29 +160,48 @@ class Progress(pl.Callback):
     def plot(self):
         figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
         axes.plot(*zip(*self.rows))
-        axes.set(xlabel="images seen", ylabel="training loss", ylim=(0, min(1.0, 1.2 * self.rows[0][1])))
+        axes.set(
+            xlabel="images seen", ylabel="training loss", ylim=(0, min(1.0, 1.2 * self.rows[0][1]))
+        )
         axes.grid(alpha=0.3)
         figure.savefig(self.folder / "loss.png", dpi=100)
         pyplot.close(figure)
 
 
 def fit(module, images, labels, folder):
-    """Train to the end of the recipe in `folder`, from its last checkpoint if there is one; returns the loss rows."""
+    """Train to the end of the recipe in `folder`, from its last checkpoint if there is one; returns
+    the loss rows."""
     folder, config = Path(folder), module.config
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder, config.sample_every)
-    keep = pl.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False,
-                                        save_on_train_epoch_end=True)
-    # The end is told in epochs: Lightning resumes a run that is told in steps with the data of the epoch before.
+    keep = pl.callbacks.ModelCheckpoint(
+        folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    # The end is told in epochs: Lightning resumes a run that is told in steps with the data of the
+    # epoch before.
     num_epochs = math.ceil(module.num_steps / config.steps_per_epoch)
-    trainer = pl.Trainer(max_epochs=num_epochs, accelerator=config.device, devices=1, precision=config.precision,
-                         gradient_clip_val=config.grad_clip, callbacks=[progress, keep], logger=False,
-                         reload_dataloaders_every_n_epochs=1, enable_progress_bar=False, enable_model_summary=False,
-                         use_distributed_sampler=False)
+    trainer = pl.Trainer(
+        max_epochs=num_epochs,
+        accelerator=config.device,
+        devices=1,
+        precision=config.precision,
+        gradient_clip_val=config.grad_clip,
+        callbacks=[progress, keep],
+        logger=False,
+        reload_dataloaders_every_n_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     last = folder / "last.ckpt"
     try:
-        trainer.fit(module, datamodule=Data(images, labels, config), ckpt_path=str(last) if last.exists() else None,
-                    weights_only=True)
-    except SystemExit:                       # Lightning ends the process on Ctrl-C; that is the script's to say
+        trainer.fit(
+            module,
+            datamodule=Data(images, labels, config),
+            ckpt_path=str(last) if last.exists() else None,
+            weights_only=True,
+        )
+    # Lightning ends the process on Ctrl-C; that is the script's to say
+    except SystemExit:
         raise KeyboardInterrupt from None
     return progress.rows

@@ -1,11 +1,14 @@
-"""Package a trained classifier as the offline extractor, with reference statistics of the training images:
+"""Package a trained classifier as the offline extractor, with reference statistics of the training
+images:
 
-    python scripts/package_classifier.py run=FOLDER data=FOLDER [out=models/weights] [hardware=TEXT] [note=TEXT]
+    python scripts/package_classifier.py run=FOLDER data=FOLDER [out=models/weights] [hardware=TEXT]
+    [note=TEXT]
 
-`run` is the folder of scripts/train.py, `data` as there. Writes cifar10-classifier.safetensors (fp16 weights),
-cifar10-classifier-stats.safetensors (mean and covariance of the pooled and of the spatial features, named as in the ADM
-evaluator's files, and the pooled features of 10,000 images) and cifar10-classifier.json.
-"""
+`run` is the folder of scripts/train.py, `data` as there. Writes cifar10-classifier.safetensors
+(fp16 weights), cifar10-classifier-stats.safetensors (mean and covariance of the pooled and of the
+spatial features, named as in the ADM evaluator's files, and the pooled features of 10,000 images)
+and cifar10-classifier.json."""
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +37,24 @@ class PackageConfig:
     run: str = ""
     data: str = "cifar10"
     out: str = "models/weights"
-    hardware: str = ""                      # what the classifier was trained on, for the record
-    note: str = ""                          # what a reader must know of the images
+    hardware: str = ""  # what the classifier was trained on, for the record
+    note: str = ""  # what a reader must know of the images
 
 
 def package_weights(run, path):
-    """Copy the weights of a training run to `path`, self-describing; returns the record of the run."""
+    """Copy the weights of a training run to `path`, self-describing; returns the record of the
+    run."""
     if not (run / "record.json").is_file():
-        raise ValueError(f"{run} holds no finished training; make it with python scripts/train.py "
-                         "configs/train/cifar10-classifier.yaml out=FOLDER")
+        raise ValueError(
+            f"{run} holds no finished training; make it with python scripts/train.py "
+            "configs/train/cifar10-classifier.yaml out=FOLDER"
+        )
     record = json.loads((run / "record.json").read_text())
-    save_tensors(path, load_tensors(run / "weights.safetensors")[0], {"network": record["recipe"]["classifier"]})
+    save_tensors(
+        path,
+        load_tensors(run / "weights.safetensors")[0],
+        {"network": record["recipe"]["classifier"]},
+    )
     return record
 
 
@@ -61,27 +71,47 @@ def package(config):
         features[split] = extract_all(net, "cifar-resnet", images)
         logits = features[split]["logits"]
         inception_score = isc_features_to_metric(logits)
-        scores[split] = {"count": len(images), "accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
-                         "IS-cifar-resnet": inception_score["inception_score_mean"],
-                         "IS-cifar-resnet-std": inception_score["inception_score_std"]}
-    facts = {"split": "cifar10 train", "count": scores["train"]["count"], "note": config.note,
-             "extractor": "cifar-resnet", "extractor_sha256": sha256(weights_path), "features": "pooled, spatial",
-             "IS-cifar-resnet": scores["train"]["IS-cifar-resnet"],
-             "IS-cifar-resnet-std": scores["train"]["IS-cifar-resnet-std"],
-             "pixels_sha256": features["train"]["sha256"], "tool": f"torch-fidelity {fidelity_version}"}
+        scores[split] = {
+            "count": len(images),
+            "accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
+            "IS-cifar-resnet": inception_score["inception_score_mean"],
+            "IS-cifar-resnet-std": inception_score["inception_score_std"],
+        }
+    facts = {
+        "split": "cifar10 train",
+        "count": scores["train"]["count"],
+        "note": config.note,
+        "extractor": "cifar-resnet",
+        "extractor_sha256": sha256(weights_path),
+        "features": "pooled, spatial",
+        "IS-cifar-resnet": scores["train"]["IS-cifar-resnet"],
+        "IS-cifar-resnet-std": scores["train"]["IS-cifar-resnet-std"],
+        "pixels_sha256": features["train"]["sha256"],
+        "tool": f"torch-fidelity {fidelity_version}",
+    }
     write_statistics(statistics_path, features["train"], facts)
     test, train = statistics_of(features["test"]), read_statistics(statistics_path)[0]
     scores["test"]["FD-cifar-resnet"] = frechet_distance(test["pooled"], train["pooled"])
     scores["test"]["sFD-cifar-resnet"] = frechet_distance(test["spatial"], train["spatial"])
-    record["recipe"] = {key: value for key, value in record["recipe"].items() if key not in ("data", "out", "model")}
-    record.update(hardware=config.hardware, note=config.note, seed=record["recipe"]["seed"], scores=scores,
-                  test_accuracy=scores["test"]["accuracy"], weights_sha256=facts["extractor_sha256"],
-                  statistics_sha256=sha256(statistics_path))
+    record["recipe"] = {
+        key: value for key, value in record["recipe"].items() if key not in ("data", "out", "model")
+    }
+    record.update(
+        hardware=config.hardware,
+        note=config.note,
+        seed=record["recipe"]["seed"],
+        scores=scores,
+        test_accuracy=scores["test"]["accuracy"],
+        weights_sha256=facts["extractor_sha256"],
+        statistics_sha256=sha256(statistics_path),
+    )
     write_text(out / f"{NAME}.json", json.dumps(record, indent=2) + "\n")
     return record
 
 
 def run(arguments):
     record = package(load(PackageConfig, [], arguments))
-    print(f"test accuracy {record['test_accuracy']:.2%}, test FD-cifar-resnet "
-          f"{record['scores']['test']['FD-cifar-resnet']:.3f}")
+    print(
+        f"test accuracy {record['test_accuracy']:.2%}, test FD-cifar-resnet "
+        f"{record['scores']['test']['FD-cifar-resnet']:.3f}"
+    )

@@ -1,4 +1,6 @@
-"""Calibration sets: which steps of which images they hold, and files that are ours, foreign, broken or hostile."""
+"""Calibration sets: which steps of which images they hold, and files that are ours, foreign, broken
+or hostile."""
+
 import math
 import pickle
 import re
@@ -15,7 +17,8 @@ from quant.timeline import Timeline
 
 
 def batches(num_steps, num=6, size=4):
-    """Recorded trajectories: state s of image i has the value s + i / 10; steps 990, 989, ... were told."""
+    """Recorded trajectories: state s of image i has the value s + i / 10; steps 990, 989, ... were
+    told."""
     values = torch.arange(num_steps + 1.0)[:, None] + torch.arange(-(-num // size) * size) / 10
     x = values[:, :, None, None, None].expand(*values.shape, *SHAPE)
     return list(x.split(size, dim=1)), 990 - torch.arange(num_steps)
@@ -26,42 +29,72 @@ def draw(name, num_steps, num_images, num_samples, seed=0, features=None, **opti
     return BUILDERS[name](num_steps, num_images, num_samples, rng, features, **options)
 
 
-@pytest.mark.parametrize("total, asked, picked", [
-    (10, 5, [0, 2, 4, 6, 8]), (10, 3, [0, 3, 6]), (10, 10, list(range(10))), (7, 5, [0, 1, 2, 4, 5]), (5, 1, [0]),
-    (100, 20, list(range(0, 100, 5)))])
+@pytest.mark.parametrize(
+    "total, asked, picked",
+    [
+        (10, 5, [0, 2, 4, 6, 8]),
+        (10, 3, [0, 3, 6]),
+        (10, 10, list(range(10))),
+        (7, 5, [0, 1, 2, 4, 5]),
+        (5, 1, [0]),
+        (100, 20, list(range(0, 100, 5))),
+    ],
+)
 def test_uniform_takes_every_so_many_steps_and_the_same_images(total, asked, picked):
     found = pick(*batches(total), draw("uniform", total, 5, 5 * asked), made={"builder": "uniform"})
     histogram = [5 * (step in picked) for step in range(total)]
-    assert found.made == {"builder": "uniform", "samples_per_step": histogram} and found.cond is found.which is None
-    assert found.t.dtype == torch.float32 and found.t.tolist() == [990.0 - i for i in picked for _ in range(5)]
+    assert (
+        found.made == {"builder": "uniform", "samples_per_step": histogram}
+        and found.cond is found.which is None
+    )
+    assert found.t.dtype == torch.float32 and found.t.tolist() == [
+        990.0 - i for i in picked for _ in range(5)
+    ]
     expected = torch.tensor([i + image / 10 for i in picked for image in range(5)])
     torch.testing.assert_close(found.x, expected[:, None, None, None].expand(-1, *SHAPE))
 
 
-@pytest.mark.parametrize("total, asked, from_the_image", [
-    (10, 4, [0, 1, 4, 9]), (17, 3, [0, 4, 16]), (5, 1, [0]), (7, 7, list(range(7))), (10, 6, [0, 1, 2, 3, 6, 9]),
-    (50, 20, [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 16, 20, 23, 27, 31, 35, 39, 44, 49])])
+@pytest.mark.parametrize(
+    "total, asked, from_the_image",
+    [
+        (10, 4, [0, 1, 4, 9]),
+        (17, 3, [0, 4, 16]),
+        (5, 1, [0]),
+        (7, 7, list(range(7))),
+        (10, 6, [0, 1, 2, 3, 6, 9]),
+        (50, 20, [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 14, 16, 20, 23, 27, 31, 35, 39, 44, 49]),
+    ],
+)
 def test_quad_is_denser_towards_the_image_and_takes_no_step_twice(total, asked, from_the_image):
     step, image = draw("quad", total, 3, 3 * asked)
-    assert step.tolist() == [total - 1 - place for place in reversed(from_the_image) for _ in range(3)]
+    assert step.tolist() == [
+        total - 1 - place for place in reversed(from_the_image) for _ in range(3)
+    ]
     assert image.tolist() == [0, 1, 2] * asked
 
 
 @pytest.mark.parametrize("name", ["uniform", "quad"])
 @pytest.mark.parametrize("asked", [0, 11])
 def test_impossible_number_of_steps(name, asked):
-    with pytest.raises(ValueError, match=f"{asked} calibration steps asked for, the trajectory has 10"):
+    with pytest.raises(
+        ValueError, match=f"{asked} calibration steps asked for, the trajectory has 10"
+    ):
         draw(name, 10, 4, 4 * asked)
 
 
 def test_segments_of_the_multi_model_set():
     """100 steps in three segments, every second step, 128 images: 17, 17 and 17 steps."""
-    found = [draw("segments", 100, 128, 17 * 128, first=a, last=b) for a, b in ((0, 0.33), (0.33, 0.66), (0.66, 1))]
+    found = [
+        draw("segments", 100, 128, 17 * 128, first=a, last=b)
+        for a, b in ((0, 0.33), (0.33, 0.66), (0.66, 1))
+    ]
     assert [len(step) for step, _ in found] == [17 * 128] * 3
-    assert [sorted(set(step.tolist())) for step, _ in found] == [list(range(a, b, 2))
-                                                                  for a, b in ((0, 33), (33, 66), (66, 100))]
+    assert [sorted(set(step.tolist())) for step, _ in found] == [
+        list(range(a, b, 2)) for a, b in ((0, 33), (33, 66), (66, 100))
+    ]
     assert all(image.tolist() == list(range(128)) * 17 for _, image in found)
-    step, image = draw("segments", 10, 8, 12, stride=4)               # 3 steps, room for 4 images at each
+    # 3 steps, room for 4 images at each
+    step, image = draw("segments", 10, 8, 12, stride=4)
     assert step.tolist() == [0] * 4 + [4] * 4 + [8] * 4 and image.tolist() == [0, 1, 2, 3] * 3
     with pytest.raises(ValueError, match="has 0 of 10 steps for 12 samples"):
         draw("segments", 10, 8, 12, first=0.5, last=0.5)
@@ -71,7 +104,7 @@ def test_segments_of_the_multi_model_set():
 def test_one_step_for_each_sample_and_the_images_in_turn(name):
     step, image = draw(name, 10, 6, 16)
     assert step.dtype == image.dtype == torch.int64 and image.tolist() == [i % 6 for i in range(16)]
-    assert len(step) == 16 and 0 <= step.min() and step.max() <= 9
+    assert len(step) == 16 and step.min() >= 0 and step.max() <= 9
     again, other = draw(name, 10, 6, 16), draw(name, 10, 6, 16, seed=1)
     assert torch.equal(step, again[0]) and not torch.equal(step, other[0])
 
@@ -79,7 +112,9 @@ def test_one_step_for_each_sample_and_the_images_in_turn(name):
 def test_linspace_is_the_rounded_grid():
     for num_steps, num in ((250, 1024), (10, 7), (5, 1), (1, 3)):
         j = [round(k * (num_steps - 1) / max(num - 1, 1)) for k in range(num)]
-        assert sorted(draw("linspace", num_steps, 4, num)[0].tolist()) == sorted(num_steps - 1 - i for i in j)
+        assert sorted(draw("linspace", num_steps, 4, num)[0].tolist()) == sorted(
+            num_steps - 1 - i for i in j
+        )
 
 
 def share_below(value):
@@ -108,8 +143,10 @@ def test_normal_steps_have_the_masses_of_the_normal_law(mean, std, resample):
         if resample:
             return (below(b) - below(a)) / (below(num_steps) - below(0))
         return (1 if b == num_steps else below(b)) - (0 if a == 0 else below(a))
+
     assert_masses(step, num_steps, mass)
-    if (mean, std, resample) == (0.4, 0.4, False):                    # what the released script's settings give
+    # what the released script's settings give
+    if (mean, std, resample) == (0.4, 0.4, False):
         assert float((step == 249).float().mean()) == pytest.approx(0.161, abs=0.005)
         assert float((step == 0).float().mean()) == pytest.approx(0.068, abs=0.005)
         assert float((249.0 - step).mean()) / 250 == pytest.approx(0.419, abs=0.005)
@@ -118,6 +155,7 @@ def test_normal_steps_have_the_masses_of_the_normal_law(mean, std, resample):
 def test_half_normal_steps_have_the_masses_of_the_folded_law():
     def mass(a, b):
         return 2 * ((1 if b == 50 else share_below(b / 50 / 0.4)) - share_below(a / 50 / 0.4))
+
     assert_masses(draw("half_normal", 50, 8, 100_000, std=0.4)[0], 50, mass)
 
 
@@ -128,13 +166,14 @@ def test_random_steps_are_equally_likely():
 def test_legacy_pairing_shows_the_state_after_iteration_i_at_time_i():
     record, num = batches(10), 60
     step, image = draw("normal", 10, 6, num)
-    i = 9 - step                                                      # the number drawn
+    i = 9 - step  # the number drawn
     right = pick(*record, (step, image), made={})
     wrong = pick(*record, draw("normal", 10, 6, num, pairing="legacy"), made={})
     assert right.t.tolist() == (990.0 - step).tolist() and wrong.t.tolist() == i.tolist()
     torch.testing.assert_close(right.x[:, 0, 0, 0], step + image / 10)
     torch.testing.assert_close(wrong.x[:, 0, 0, 0], i + 1 + image / 10)
-    assert i.max() == 9                                               # the clean image in the end occurs
+    # the clean image in the end occurs
+    assert i.max() == 9
 
 
 @pytest.mark.parametrize("options", [{"std": 0.0}, {"pairing": "legcy"}])
@@ -144,9 +183,15 @@ def test_impossible_options_of_normal(options):
 
 
 def test_conditions_go_with_their_images_and_guidance_doubles_the_set():
-    cond, null, pairs = torch.arange(6) * 10, torch.tensor([99]), (torch.tensor([3, 0, 3]), torch.tensor([5, 1, 0]))
+    cond, null, pairs = (
+        torch.arange(6) * 10,
+        torch.tensor([99]),
+        (torch.tensor([3, 0, 3]), torch.tensor([5, 1, 0])),
+    )
     own = pick(*batches(4), pairs, cond=cond, made={})
-    assert own.arguments(slice(0, 3))[2].tolist() == [50, 10, 0] and own.made["samples_per_step"] == [1, 0, 0, 2]
+    assert own.arguments(slice(0, 3))[2].tolist() == [50, 10, 0] and own.made[
+        "samples_per_step"
+    ] == [1, 0, 0, 2]
     both = pick(*batches(4), pairs, cond=cond, null=null, made={})
     assert len(both) == 6 and torch.equal(both.x, torch.cat([own.x, own.x]))
     assert both.t.tolist() == [987.0, 990.0, 987.0] * 2
@@ -154,11 +199,23 @@ def test_conditions_go_with_their_images_and_guidance_doubles_the_set():
     assert own.trajectory.tolist() == [5, 1, 0] and both.trajectory.tolist() == [5, 1, 0, 11, 7, 6]
 
 
-@pytest.mark.parametrize("name, options, sentence", [
-    ("unifrom", {}, "calibration builder 'unifrom' is unknown; did you mean 'uniform'"),
-    ("normal", {"maen": 0.4}, "calibration builder 'normal' has no option 'maen'; did you mean 'mean'"),
-    ("uniform", {"mean": 0.4}, "calibration builder 'uniform' has no option 'mean'; known: none"),
-    ("tdac", {"features": 3}, "has no option 'features'")])
+@pytest.mark.parametrize(
+    "name, options, sentence",
+    [
+        ("unifrom", {}, "calibration builder 'unifrom' is unknown; did you mean 'uniform'"),
+        (
+            "normal",
+            {"maen": 0.4},
+            "calibration builder 'normal' has no option 'maen'; did you mean 'mean'",
+        ),
+        (
+            "uniform",
+            {"mean": 0.4},
+            "calibration builder 'uniform' has no option 'mean'; known: none",
+        ),
+        ("tdac", {"features": 3}, "has no option 'features'"),
+    ],
+)
 def test_unknown_builders_and_options(name, options, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         check_builder(name, options)
@@ -166,11 +223,18 @@ def test_unknown_builders_and_options(name, options, sentence):
 
 
 def test_subset_is_drawn_without_replacement_by_seed():
-    whole = CalibrationSet(torch.arange(20.0)[:, None, None, None], torch.arange(20.0), torch.arange(20),
-                           torch.arange(20), made={"a": 1})
+    whole = CalibrationSet(
+        torch.arange(20.0)[:, None, None, None],
+        torch.arange(20.0),
+        torch.arange(20),
+        torch.arange(20),
+        made={"a": 1},
+    )
     part, again, other = (whole.subset(8, Timeline(), seed) for seed in (0, 0, 1))
     assert len(part.t.unique()) == 8 and part.made == {"a": 1}
-    assert torch.equal(part.x.flatten(), part.t) and torch.equal(part.arguments(slice(0, 8))[2], part.t.long())
+    assert torch.equal(part.x.flatten(), part.t) and torch.equal(
+        part.arguments(slice(0, 8))[2], part.t.long()
+    )
     assert torch.equal(part.t, again.t) and not torch.equal(part.t, other.t)
     assert sorted(whole.subset(50, Timeline(), 0).t.tolist()) == list(range(20))
     assert sorted(whole.subset(None, Timeline(), 0).t.tolist()) == list(range(20))
@@ -178,7 +242,7 @@ def test_subset_is_drawn_without_replacement_by_seed():
 
 def test_a_subset_leaves_no_time_segment_empty():
     whole = CalibrationSet(torch.zeros(40, 1, 1, 1), torch.arange(40.0))
-    tenths = Timeline([10.0, 20, 30, 39.5, 100])            # the last holds no sample at all
+    tenths = Timeline([10.0, 20, 30, 39.5, 100])  # the last holds no sample at all
     few = whole.subset(2, tenths, 0)
     assert torch.equal(few.t[:2], whole.subset(2, Timeline(), 0).t)
     assert tenths.segments_of(few.t).unique().tolist() == [0, 1, 2, 3] and len(few) <= 5
@@ -187,13 +251,15 @@ def test_a_subset_leaves_no_time_segment_empty():
 
 def test_stretches_are_all_successive_samples_of_a_trajectory():
     t = torch.tensor([5.0, 9, 1, 7, 3, 8, 2, 6])
-    whole = CalibrationSet(torch.zeros(8, 1, 1, 1), t, trajectory=torch.tensor([0, 1, 0, 0, 2, 0, 1, 0]))
+    whole = CalibrationSet(
+        torch.zeros(8, 1, 1, 1), t, trajectory=torch.tensor([0, 1, 0, 0, 2, 0, 1, 0])
+    )
     assert t[whole.stretches(3)].tolist() == [[8, 7, 6], [7, 6, 5], [6, 5, 1]]
     assert t[whole.stretches(2)].tolist() == [[8, 7], [7, 6], [6, 5], [5, 1], [9, 2]]
     assert sorted(whole.stretches(1).tolist()) == [[i] for i in range(8)]
     part = whole.rows(torch.tensor([1, 6, 3]))
     assert part.t[part.stretches(2)].tolist() == [[9, 2]]
-    assert torch.equal(whole.stretches(6), whole.stretches(5))        # the longest has 5
+    assert torch.equal(whole.stretches(6), whole.stretches(5))  # the longest has 5
     with pytest.raises(ValueError, match="does not say on which trajectory"):
         CalibrationSet(whole.x, t).stretches(2)
 
@@ -215,7 +281,9 @@ def test_file_round_trip_with_metadata(tmp_path, cond):
     assert torch.equal(back.x, whole.x) and torch.equal(back.t, whole.t) and back.made == whole.made
     assert torch.equal(back.trajectory, whole.trajectory)
     assert (back.cond, back.which) == (None, None) if cond is None else torch.equal(back.cond, cond)
-    for found, expected in zip(back.arguments(slice(2, 5)), whole.arguments(slice(2, 5)), strict=True):
+    for found, expected in zip(
+        back.arguments(slice(2, 5)), whole.arguments(slice(2, 5)), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
@@ -223,11 +291,19 @@ def test_file_round_trip_with_metadata(tmp_path, cond):
 def test_ecosystem_file(tmp_path, steps_as):
     """Q-Diffusion: xs and ts are lists over sampling steps."""
     xs = [normal(4, *SHAPE, seed=i) for i in range(3)]
-    ts = {"scalar": [torch.tensor(900), torch.tensor(500), torch.tensor(1)], "one element": torch.tensor([900, 500, 1]),
-          "one for each sample": [torch.full((4,), t) for t in (900, 500, 1)]}[steps_as]
-    torch.save({"xs": xs, "ts": ts, "cs": [torch.full((4, 2), i) for i in range(3)]}, tmp_path / "set.pt")
+    ts = {
+        "scalar": [torch.tensor(900), torch.tensor(500), torch.tensor(1)],
+        "one element": torch.tensor([900, 500, 1]),
+        "one for each sample": [torch.full((4,), t) for t in (900, 500, 1)],
+    }[steps_as]
+    torch.save(
+        {"xs": xs, "ts": ts, "cs": [torch.full((4, 2), i) for i in range(3)]}, tmp_path / "set.pt"
+    )
     found = load_calibration(tmp_path / "set.pt")
-    assert torch.equal(found.x, torch.cat(xs)) and found.t.tolist() == [900.0] * 4 + [500.0] * 4 + [1.0] * 4
+    assert (
+        torch.equal(found.x, torch.cat(xs))
+        and found.t.tolist() == [900.0] * 4 + [500.0] * 4 + [1.0] * 4
+    )
     assert found.cond[:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert found.t.dtype == found.x.dtype == torch.float32
     assert found.trajectory.tolist() == [0, 1, 2, 3] * 3
@@ -238,10 +314,16 @@ def test_ecosystem_file_for_guidance_has_every_sample_twice(tmp_path):
     torch.save({"xs": xs, "ts": [torch.tensor(7)], "cs": cs, "ucs": ucs}, tmp_path / "set.pt")
     found = load_calibration(tmp_path / "set.pt")
     x, t, cond = found.arguments(slice(None))
-    assert torch.equal(x, torch.cat(xs * 2)) and t.tolist() == [7.0] * 8 and cond[:, 0].tolist() == [1] * 4 + [0] * 4
+    assert (
+        torch.equal(x, torch.cat(xs * 2))
+        and t.tolist() == [7.0] * 8
+        and cond[:, 0].tolist() == [1] * 4 + [0] * 4
+    )
     assert found.trajectory.tolist() == list(range(8))
     torch.save({"xs": xs, "ts": [torch.tensor(7)], "ucs": ucs}, tmp_path / "set.pt")
-    assert_refused(tmp_path / "set.pt", "4 conditions in 'ucs', which needs as many in 'cs'; found 0")
+    assert_refused(
+        tmp_path / "set.pt", "4 conditions in 'ucs', which needs as many in 'cs'; found 0"
+    )
 
 
 class Malice:
@@ -281,25 +363,39 @@ def test_truncated_file_is_refused_in_one_sentence(tmp_path, suffix, size):
     assert_refused(path, "cut off" if suffix == ".safetensors" else "not a readable torch file")
 
 
-@pytest.mark.parametrize("content, complaint", [
-    ([1, 2], "must hold a dict with 'xs' and 'ts'"),
-    ({"xs": [torch.ones(1)]}, "must hold a dict with 'xs' and 'ts'"),
-    ({"xs": [torch.ones(2, 3, 4, 4)], "ts": [torch.tensor(1), torch.tensor(2)]}, "1 steps in 'xs' and 2 in 'ts'"),
-    ({"xs": [torch.ones(2, 3, 4, 4)], "ts": [torch.tensor([1, 2, 3])]}, "2 samples .* 3 steps"),
-    ({"xs": [torch.ones(2, 3)], "ts": [1]}, r"in every entry of 'xs'; found \(2, 3\)"),
-    ({"xs": [], "ts": []}, "in every entry of 'xs'; found no entry"),
-    ({"xs": 3, "ts": [1]}, "a list over sampling steps in 'xs'"),
-    ({"xs": [torch.ones(1, 3, 4, 4), torch.ones(1, 3, 8, 8)], "ts": [1, 2]}, "a list over sampling steps in 'xs'"),
-    ({"xs": [torch.ones(1, 3, 4, 4)], "ts": ["late"]}, "a list over sampling steps in 'ts'"),
-    ({"xs": [torch.ones(1, 3, 4, 4)], "ts": [1], "cs": [{"c": 1}]}, "a list over sampling steps in 'cs'"),
-])
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ([1, 2], "must hold a dict with 'xs' and 'ts'"),
+        ({"xs": [torch.ones(1)]}, "must hold a dict with 'xs' and 'ts'"),
+        (
+            {"xs": [torch.ones(2, 3, 4, 4)], "ts": [torch.tensor(1), torch.tensor(2)]},
+            "1 steps in 'xs' and 2 in 'ts'",
+        ),
+        ({"xs": [torch.ones(2, 3, 4, 4)], "ts": [torch.tensor([1, 2, 3])]}, "2 samples .* 3 steps"),
+        ({"xs": [torch.ones(2, 3)], "ts": [1]}, r"in every entry of 'xs'; found \(2, 3\)"),
+        ({"xs": [], "ts": []}, "in every entry of 'xs'; found no entry"),
+        ({"xs": 3, "ts": [1]}, "a list over sampling steps in 'xs'"),
+        (
+            {"xs": [torch.ones(1, 3, 4, 4), torch.ones(1, 3, 8, 8)], "ts": [1, 2]},
+            "a list over sampling steps in 'xs'",
+        ),
+        ({"xs": [torch.ones(1, 3, 4, 4)], "ts": ["late"]}, "a list over sampling steps in 'ts'"),
+        (
+            {"xs": [torch.ones(1, 3, 4, 4)], "ts": [1], "cs": [{"c": 1}]},
+            "a list over sampling steps in 'cs'",
+        ),
+    ],
+)
 def test_torch_file_of_something_else(tmp_path, content, complaint):
     torch.save(content, tmp_path / "set.pt")
     assert_refused(tmp_path / "set.pt", complaint)
 
 
 def test_foreign_safetensors_is_refused(tmp_path):
-    save_file({"x": torch.ones(2), "t": torch.ones(2)}, tmp_path / "set.safetensors", {"format": "pt"})
+    save_file(
+        {"x": torch.ones(2), "t": torch.ones(2)}, tmp_path / "set.safetensors", {"format": "pt"}
+    )
     assert_refused(tmp_path / "set.safetensors", "is not a calibration file")
 
 

@@ -1,4 +1,6 @@
-"""The bypass of the input's rounding error: exact for a linear network, stored with the network, refused in words."""
+"""The bypass of the input's rounding error: exact for a linear network, stored with the network,
+refused in words."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +36,11 @@ class Linear(nn.Module):
 def linear_job(folder, boundaries=(500,), balance=None):
     torch.manual_seed(0)
     model = SimpleNamespace(net=Linear().requires_grad_(False))
-    net = convert(model.net, [*STEM_ONLY, {"match": "*", "balance": balance is not None}], Timeline(boundaries))
+    net = convert(
+        model.net,
+        [*STEM_ONLY, {"match": "*", "balance": balance is not None}],
+        Timeline(boundaries),
+    )
     if balance is not None:
         net.conv.balance(balance)
     job = Job(model=model, net=net, calibration=samples(40), graph=None, resume_folder=folder)
@@ -43,12 +49,14 @@ def linear_job(folder, boundaries=(500,), balance=None):
 
 
 @pytest.mark.parametrize("balance", [None, torch.tensor([0.5, 1.0, 3.0])])
-def test_of_a_linear_network_the_gain_is_its_matrix_and_nothing_is_left_of_the_error(tmp_path, balance):
+def test_of_a_linear_network_the_gain_is_its_matrix_and_nothing_is_left_of_the_error(
+    tmp_path, balance
+):
     job = linear_job(tmp_path, balance=balance)
     x, t = normal(6, 3, 8, 8, seed=5), torch.tensor([900.0, 10, 600, 499, 500, 0])
     wanted = job.model.net(x, t)
     assert (job.net(x, t) - wanted).square().mean() > 1e-3
-    fact, = bypass_input(job)
+    (fact,) = bypass_input(job)
     matrix = job.model.net.conv.weight[:, :, 0, 0]
     assert torch.allclose(job.net.bypass.gain, torch.stack([matrix, 2 * matrix]), atol=1e-4)
     assert torch.allclose(job.net(x, t), wanted, atol=1e-4)
@@ -59,7 +67,9 @@ def test_one_matrix_for_all_steps_is_their_least_squares_fit(tmp_path):
     """Alike many samples on either side of step 500, with errors that differ by chance alone."""
     job = linear_job(tmp_path, boundaries=())
     bypass_input(job)
-    assert torch.allclose(job.net.bypass.gain[0], 1.5 * job.model.net.conv.weight[:, :, 0, 0], atol=0.1)
+    assert torch.allclose(
+        job.net.bypass.gain[0], 1.5 * job.model.net.conv.weight[:, :, 0, 0], atol=0.1
+    )
 
 
 def test_an_input_that_is_not_quantized_adds_nothing(tmp_path):
@@ -72,10 +82,12 @@ def test_an_input_that_is_not_quantized_adds_nothing(tmp_path):
 
 
 def test_it_lowers_the_error_of_a_network_and_comes_back_from_its_file(tiny_net, tmp_path):
-    wanted = [{"match": "*", "weight": {"bits": 8, "per": "channel"}, "input": {"bits": 8}},
-              {"role": "stem", "input": {"bits": 3}}]
+    wanted = [
+        {"match": "*", "weight": {"bits": 8, "per": "channel"}, "input": {"bits": 8}},
+        {"role": "stem", "input": {"bits": 3}},
+    ]
     job = make_job(tiny_net, tmp_path, wanted, num=40, boundaries=[500])
-    fact, = run_passes(job, [{"fit_ranges": {}}, {"bypass_input": {}}])[1:]
+    (fact,) = run_passes(job, [{"fit_ranges": {}}, {"bypass_input": {}}])[1:]
     assert fact["mse_after"] < fact["mse_before"]
     x, t = job.calibration.arguments(slice(0, 40))
     found = (job.net(x, t) - tiny_net(x, t)).square().mean()
@@ -83,13 +95,17 @@ def test_it_lowers_the_error_of_a_network_and_comes_back_from_its_file(tiny_net,
     recipe = {"name": "tiny", "network": TINY, "rules": wanted, "weights_hash": "0"}
     save_quantized(tmp_path / "q.safetensors", job.net, recipe)
     back = load_quantized(tmp_path / "q.safetensors", build_network)
-    assert torch.equal(back(x, t), job.net(x, t)) and torch.equal(back.bypass.gain, job.net.bypass.gain)
+    assert torch.equal(back(x, t), job.net(x, t)) and torch.equal(
+        back.bypass.gain, job.net.bypass.gain
+    )
 
 
 def test_an_input_in_floating_point_needs_none(tiny_net, tmp_path):
     said = []
     job = make_job(tiny_net, tmp_path, rules(4, 32), log=said.append)
-    assert [fact["pass"] for fact in run_passes(job, ["fit_ranges", "bypass_input"])] == ["fit_ranges"]
+    assert [fact["pass"] for fact in run_passes(job, ["fit_ranges", "bypass_input"])] == [
+        "fit_ranges"
+    ]
     assert "nothing needs to go around it" in said[-1] and not hasattr(job.net, "bypass")
 
 

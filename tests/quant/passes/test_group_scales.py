@@ -1,4 +1,5 @@
 """Group-wise scales over time: soft assignments, their entropy, and the choice of steps."""
+
 import math
 
 import numpy as np
@@ -26,7 +27,9 @@ TABLE = torch.tensor([[0.1], [0.11], [0.4], [0.42], [1.0]])
 
 
 def quantizer(table=TABLE, bits=4):
-    q = Quantizer(QuantSpec(bits=bits), torch.tensor(0), Timeline([1.5, 2.5, 3.5, 4.5][:len(table) - 1]))
+    q = Quantizer(
+        QuantSpec(bits=bits), torch.tensor(0), Timeline([1.5, 2.5, 3.5, 4.5][: len(table) - 1])
+    )
     q.scale.data, q.zero_point = table.clone(), torch.full_like(table, 7.0)
     return q
 
@@ -34,7 +37,9 @@ def quantizer(table=TABLE, bits=4):
 def test_shares_sum_to_one_and_entropy_is_at_most_ln_of_the_groups():
     soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     scales, shares = soft.options()
-    assert scales.shape == shares.shape == (5, 1, 3) and torch.allclose(shares.sum(2), torch.ones(5, 1))
+    assert scales.shape == shares.shape == (5, 1, 3) and torch.allclose(
+        shares.sum(2), torch.ones(5, 1)
+    )
     assert (soft.entropy() <= math.log(3) + 1e-6).all()
     soft.logits.data.zero_()
     assert torch.allclose(soft.entropy(), torch.full((5,), math.log(3)))
@@ -45,7 +50,9 @@ def test_entropy_is_added_to_the_loss_of_the_scales():
     q, free = quantizer(), quantizer()
     q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     soft.logits.data.zero_()
-    assert math.isclose(float(scale_penalty([free, q], {"smooth": 0.0}).detach()), 0.8 * math.log(3), rel_tol=1e-5)
+    assert math.isclose(
+        float(scale_penalty([free, q], {"smooth": 0.0}).detach()), 0.8 * math.log(3), rel_tol=1e-5
+    )
 
 
 def test_every_step_starts_with_the_nearest_group():
@@ -56,7 +63,8 @@ def test_every_step_starts_with_the_nearest_group():
 
 
 def test_shares_fall_with_the_distance_in_gaps_between_groups():
-    table = torch.linspace(0, 3, 6).exp()[:, None]             # 6 groups lie 3 / 6 apart, the outermost 1 / 4 inside
+    # 6 groups lie 3 / 6 apart, the outermost 1 / 4 inside
+    table = torch.linspace(0, 3, 6).exp()[:, None]
     logits = GroupedScale(table, 6, "timestep", 0.8).logits[:, 0]
     assert torch.allclose(logits[0], -2 * (torch.arange(6) + 0.5) ** 2, atol=1e-4)
 
@@ -67,7 +75,9 @@ def test_mixture_is_the_formula_and_a_decided_one_is_a_plain_quantizer():
     soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     q.__dict__["soft_scale"] = soft
     scales, shares = (part[2, 0] for part in soft.options())
-    expected = sum(share * scale * (x / scale).round().clamp(-7, 8) for scale, share in zip(scales, shares))
+    expected = sum(
+        share * scale * (x / scale).round().clamp(-7, 8) for scale, share in zip(scales, shares)
+    )
     assert torch.allclose(q(x), expected, atol=1e-5)
     soft.logits.data *= 1e4
     decided = q(x).detach()
@@ -82,11 +92,16 @@ def test_in_the_second_half_scales_are_tuned_as_they_will_run():
     soft.done = 0.5
     found, scale = q(x), soft.log_scales[0, 0, int(soft.logits[2, 0].argmax())].exp()
     assert torch.equal(found, (x / scale).round().clamp(-7, 8) * scale)
-    grads = torch.autograd.grad(found.square().sum() + soft.penalty(), [soft.log_scales, soft.logits])
-    expected, = torch.autograd.grad((clipped(x / scale, True) * scale).square().sum(), soft.log_scales)
+    grads = torch.autograd.grad(
+        found.square().sum() + soft.penalty(), [soft.log_scales, soft.logits]
+    )
+    (expected,) = torch.autograd.grad(
+        (clipped(x / scale, True) * scale).square().sum(), soft.log_scales
+    )
     assert torch.allclose(grads[0], expected, rtol=1e-4) and int((grads[0] != 0).sum()) == 1
     before = soft.logits.argmax(2)
-    soft.logits.data -= grads[1]                               # the penalty alone only sharpens what is decided
+    # the penalty alone only sharpens what is decided
+    soft.logits.data -= grads[1]
     assert torch.equal(soft.logits.argmax(2), before)
 
 
@@ -102,7 +117,9 @@ def test_gradients_reach_assignments_and_scales_through_rounding():
 def clipped(ratio, straight):
     """Codes -7 to 8; `straight`: with the gradient of the ratio where nothing is clipped."""
     inside = (ratio >= -7) & (ratio <= 8)
-    return ratio.round().clamp(-7, 8) + (torch.where(inside, ratio - ratio.detach(), 0.0) if straight else 0.0)
+    return ratio.round().clamp(-7, 8) + (
+        torch.where(inside, ratio - ratio.detach(), 0.0) if straight else 0.0
+    )
 
 
 def mixture(x, soft, segment, straight):
@@ -118,18 +135,24 @@ def test_gradient_of_the_lone_mixture_is_the_share_of_the_groups_it_does_not_cli
     q(x).sum().backward()
     scales, shares = (part[2, 0].tolist() for part in soft.options())
     inside = [[-7 <= value / scale <= 8 for scale in scales] for value in x.tolist()]
-    assert len(set(map(tuple, inside))) > 2                # none, some and all clipped
+    assert len(set(map(tuple, inside))) > 2  # none, some and all clipped
     expected = [sum(share for share, on in zip(shares, row) if on) for row in inside]
     assert torch.allclose(x.grad, torch.tensor(expected), atol=1e-6)
 
 
 def test_loss_reaches_the_first_convolutions_groups_through_the_seconds_rounding():
-    """As in the formula with a straight-through estimator; without it they get exactly nothing (released code)."""
+    """As in the formula with a straight-through estimator; without it they get exactly nothing
+    (released code)."""
     torch.manual_seed(0)
     timeline, layers, softs = Timeline([1.5, 2.5, 3.5, 4.5]), [], []
     for name, shape in (("conv1", (3, 4)), ("conv2", (4, 2))):
-        layer = QuantLayer(tag(name, nn.Conv2d(*shape, 3, padding=1)), QuantSpec(bits=8, per="channel"),
-                           QuantSpec(bits=4), timeline, False).requires_grad_(False)
+        layer = QuantLayer(
+            tag(name, nn.Conv2d(*shape, 3, padding=1)),
+            QuantSpec(bits=8, per="channel"),
+            QuantSpec(bits=4),
+            timeline,
+            False,
+        ).requires_grad_(False)
         layer.fit_weight()
         layer.harden()
         layer.input_quantizer = quantizer()
@@ -147,20 +170,30 @@ def test_loss_reaches_the_first_convolutions_groups_through_the_seconds_rounding
         return h
 
     def gradients(out):
-        return torch.autograd.grad((out * weights).sum(), [s.logits for s in softs] + [s.log_scales for s in softs])
+        return torch.autograd.grad(
+            (out * weights).sum(), [s.logits for s in softs] + [s.log_scales for s in softs]
+        )
+
     found, expected = gradients(layers[1](layers[0](x))), gradients(by_hand(True))
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, expected))
     assert all(grad.abs().max() > 0.01 for grad in found)
     assert gradients(by_hand(False))[0].abs().max() == 0
 
 
-def test_in_a_network_the_loss_reaches_the_groups_of_both_convolutions_of_every_block(tiny_net, tmp_path):
-    job = make_job(tiny_net.requires_grad_(False), tmp_path, rules(8, 4), num=12, boundaries=[300, 700])
+def test_in_a_network_the_loss_reaches_the_groups_of_both_convolutions_of_every_block(
+    tiny_net, tmp_path
+):
+    job = make_job(
+        tiny_net.requires_grad_(False), tmp_path, rules(8, 4), num=12, boundaries=[300, 700]
+    )
     fit_ranges(job)
     group_scales(job, groups=2)
     job.net(normal(2, *SHAPE), torch.tensor([100.0, 900.0])).square().sum().backward()
-    logits = {name: q.soft_scale.logits.grad[[0, 2]] for name, q in input_quantizers(job.net).items()
-              if name.split(".")[-2] in ("conv1", "conv2")}
+    logits = {
+        name: q.soft_scale.logits.grad[[0, 2]]
+        for name, q in input_quantizers(job.net).items()
+        if name.split(".")[-2] in ("conv1", "conv2")
+    }
     assert len(logits) == 16 and all(bool((grad != 0).all()) for grad in logits.values())
 
 
@@ -171,7 +204,11 @@ def test_channel_axis_has_groups_of_its_own_at_every_step():
 
 def channel_quantizer(groups):
     """4 bits, own scales for 5 segments of time and 6 channels, and what models them."""
-    q = Quantizer(QuantSpec(bits=4, per="channel"), activation_groups("channel", 6, 2), Timeline([1.5, 2.5, 3.5, 4.5]))
+    q = Quantizer(
+        QuantSpec(bits=4, per="channel"),
+        activation_groups("channel", 6, 2),
+        Timeline([1.5, 2.5, 3.5, 4.5]),
+    )
     q.scale.data, q.zero_point = normal(5, 6, seed=3).exp(), torch.full((5, 6), 7.0)
     q.__dict__["soft_scale"] = GroupedScale(q.scale.detach(), groups, "channel", 0.0)
     return q, q.soft_scale
@@ -189,12 +226,19 @@ def test_every_channel_starts_with_the_nearest_group_of_its_step():
 
 def test_mixture_over_the_groups_of_each_channel_is_the_formula():
     (q, soft), x, segments = channel_quantizer(3), normal(3, 6, 2, 2), [4, 0, 2]
-    q.timeline.segment, mixed, decided = torch.tensor(segments), torch.empty_like(x), torch.empty_like(x)
+    q.timeline.segment, mixed, decided = (
+        torch.tensor(segments),
+        torch.empty_like(x),
+        torch.empty_like(x),
+    )
     for n, s in enumerate(segments):
         for c in range(6):
             scales, logits = soft.log_scales[s, 0].exp().tolist(), soft.logits[s, c].tolist()
             shares = [math.exp(a) / sum(map(math.exp, logits)) for a in logits]
-            mixed[n, c] = sum(share * scale * clipped(x[n, c] / scale, False) for scale, share in zip(scales, shares))
+            mixed[n, c] = sum(
+                share * scale * clipped(x[n, c] / scale, False)
+                for scale, share in zip(scales, shares)
+            )
             scale = scales[shares.index(max(shares))]
             decided[n, c] = scale * clipped(x[n, c] / scale, False)
     assert torch.allclose(q(x), mixed, atol=1e-5) and not torch.allclose(mixed, decided, atol=0.1)
@@ -216,33 +260,59 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
         module = torch.nn.Module()
         module.q = quantizer(TABLE[:3])
         module.q.__dict__["soft_scale"] = Soft(entropy)
-        unit = Unit("x", module, torch.device("cpu"), None, segments=segments, visits=torch.zeros(3))
+        unit = Unit(
+            "x", module, torch.device("cpu"), None, segments=segments, visits=torch.zeros(3)
+        )
         order = []
         for _ in range(rounds):
-            rows = draw_rows(unit, torch.zeros(12), torch.Generator().manual_seed(0),
-                             {"batch_size": 5, "active": active, "visit_cost": visit_cost})
+            rows = draw_rows(
+                unit,
+                torch.zeros(12),
+                torch.Generator().manual_seed(0),
+                {"batch_size": 5, "active": active, "visit_cost": visit_cost},
+            )
             assert len(rows) == 5 and len(unit.segments[rows].unique()) == 1
             order.append(int(unit.segments[rows][0]))
         return order, unit.visits
+
     order, counts = visits([0.5, 0.5, 0.5], 10, 1.5)
     assert counts.max() - counts.min() <= 1
     order, counts = visits([0.1, 0.9, 0.1], 10, 1.5)
     assert order[0] == 1 and set(order) == {0, 1, 2} and counts[1] == counts.max()
-    order, counts = visits([0.1, 0.9, 0.1], 10, 1.5, torch.tensor([0, 2]).repeat(6))     # no sample in segment 1
+    # no sample in segment 1
+    order, counts = visits([0.1, 0.9, 0.1], 10, 1.5, torch.tensor([0, 2]).repeat(6))
     assert set(order) == {0, 2} and counts[1] == 0
-    order, counts = visits([0.1, 0.9, 0.1], 6, 0.0, visit_cost=2.0)       # 0.9; -1.1, so 0.1 and 0.1; -1.1; -1.9 each
+    # 0.9; -1.1, so 0.1 and 0.1; -1.1; -1.9 each
+    order, counts = visits([0.1, 0.9, 0.1], 6, 0.0, visit_cost=2.0)
     assert order == [1, 0, 2, 1, 0, 2] and counts.tolist() == [2, 2, 2]
 
 
 def test_reconstruction_visits_the_segments_by_turns(tiny_net, tmp_path, monkeypatch):
     """Entropies differ, but have no say beside so large a weight of what was seldom visited."""
     units = []
-    monkeypatch.setattr(reconstruct, "Unit", lambda *a, **more: units.append(Unit(*a, **more)) or units[-1])
-    job = make_job(tiny_net, tmp_path, [{"match": "mid.*", "input": {"bits": 6}}], num=12, boundaries=[200, 400])
-    run_passes(job, ["fit_ranges", {"group_scales": {"groups": 2}},
-                     {"reconstruct": {"input_iters": 6, "batch_size": 4, "active": 1e6}}])
-    assert [unit.visits.tolist() for unit in units if unit.name.startswith("mid")] == [[2, 2, 2]] * 3
-    assert all(unit.segments.tolist() == [2] * 7 + [1] * 2 + [0] * 3 for unit in units)      # of 999, 908, .. 0
+    monkeypatch.setattr(
+        reconstruct, "Unit", lambda *a, **more: units.append(Unit(*a, **more)) or units[-1]
+    )
+    job = make_job(
+        tiny_net,
+        tmp_path,
+        [{"match": "mid.*", "input": {"bits": 6}}],
+        num=12,
+        boundaries=[200, 400],
+    )
+    run_passes(
+        job,
+        [
+            "fit_ranges",
+            {"group_scales": {"groups": 2}},
+            {"reconstruct": {"input_iters": 6, "batch_size": 4, "active": 1e6}},
+        ],
+    )
+    assert [unit.visits.tolist() for unit in units if unit.name.startswith("mid")] == [
+        [2, 2, 2]
+    ] * 3
+    # of 999, 908, .. 0
+    assert all(unit.segments.tolist() == [2] * 7 + [1] * 2 + [0] * 3 for unit in units)
 
 
 def test_the_pass_shares_few_scales_among_steps(tiny_net, tmp_path):

@@ -1,4 +1,5 @@
 """Block reconstruction: it helps, it continues, it repeats, and memory does not matter."""
+
 import pytest
 import torch
 from tiny import capture_whole, make_job, normal, rules
@@ -38,22 +39,46 @@ def test_loss_sums_over_axis_1_and_means_over_the_rest():
 
 def test_learned_rounding_beats_nearest_on_correlated_inputs():
     mixing, weight = normal(4, 24), normal(8, 24, seed=1)
-    x = normal(256, 4, seed=2) @ mixing                    # 24 inputs, 4 degrees of freedom
+    x = normal(256, 4, seed=2) @ mixing  # 24 inputs, 4 degrees of freedom
     layer = tag("x", nn.Linear(24, 8))
     layer.weight.data = weight
-    quant = QuantLayer(layer, QuantSpec(bits=3, per="channel"), QuantSpec(), Timeline(), False).requires_grad_(False)
+    quant = QuantLayer(
+        layer, QuantSpec(bits=3, per="channel"), QuantSpec(), Timeline(), False
+    ).requires_grad_(False)
     quant.fit_weight()
     target = layer(x).detach()
     nearest = float((quant(x) - target).square().mean())
     unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
-    learn_rounding(unit, [quant], [x], target, torch.Generator().manual_seed(0), dict(
-        weight_lr=0.1, weight_iters=400, warmup=0.2, beta_start=20.0, beta_end=2.0, round_weight=0.01, batch_size=32,
-        weight_norm=2.0, bfloat16=False, layer_weight=0.0, active=0.0, visit_cost=0.0, weight_cosine=False, gptq=False))
+    learn_rounding(
+        unit,
+        [quant],
+        [x],
+        target,
+        torch.Generator().manual_seed(0),
+        dict(
+            weight_lr=0.1,
+            weight_iters=400,
+            warmup=0.2,
+            beta_start=20.0,
+            beta_end=2.0,
+            round_weight=0.01,
+            batch_size=32,
+            weight_norm=2.0,
+            bfloat16=False,
+            layer_weight=0.0,
+            active=0.0,
+            visit_cost=0.0,
+            weight_cosine=False,
+            gptq=False,
+        ),
+    )
     assert float((quant(x) - target).square().mean()) < 0.6 * nearest
 
 
 def test_every_unit_ends_closer_to_its_target_at_4_bits(tiny_net, tmp_path):
-    net, facts = reconstructed(tiny_net, tmp_path, rules(4, 4), LONG | {"weight_lr": 2e-2, "input_lr": 4e-3}, num=16)
+    net, facts = reconstructed(
+        tiny_net, tmp_path, rules(4, 4), LONG | {"weight_lr": 2e-2, "input_lr": 4e-3}, num=16
+    )
     stages = {stage: [f for f in facts if f["stage"] == stage] for stage in ("weight", "input")}
     assert len(stages["weight"]) == len(stages["input"]) == 18
     for rows in stages.values():
@@ -67,7 +92,9 @@ def test_scales_and_rounding_are_learned_and_nothing_else(tiny_net, tmp_path):
     run_passes(fitted, ["fit_ranges"])
     net, _ = reconstructed(tiny_net, tmp_path, rules(4, 4), SHORT | {"weight_lr": 0.3})
     start = fitted.net.state_dict()
-    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, start[name])}
+    changed = {
+        name for name, value in net.state_dict().items() if not torch.equal(value, start[name])
+    }
     assert changed and all(name.endswith(("weight_int", "quantizer.scale")) for name in changed)
     assert not any(name.endswith("weight_quantizer.scale") for name in changed)
     for name, layer in quant_layers(net).items():
@@ -76,8 +103,8 @@ def test_scales_and_rounding_are_learned_and_nothing_else(tiny_net, tmp_path):
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_what_each_stage_learns_from_and_by_which_norm(tiny_net, tmp_path, monkeypatch, joint):
-    """Rounding from inputs of the network quantized so far, scales from full-precision ones, both at once from a mix;
-    all towards full-precision outputs."""
+    """Rounding from inputs of the network quantized so far, scales from full-precision ones, both
+    at once from a mix; all towards full-precision outputs."""
     job, norms = make_job(tiny_net, tmp_path, rules(4, 4)), []
 
     def check(unit, groups, iters, penalty, inputs, target, generator, s, norm):
@@ -91,8 +118,11 @@ def test_what_each_stage_learns_from_and_by_which_norm(tiny_net, tmp_path, monke
         assert torch.equal(target, wanted), unit.name
         assert unit.name != job.graph.units[-1] or not torch.equal(exact[0], so_far[0])
         norms.append((iters, norm))
+
     monkeypatch.setattr(learn, "optimise", check)
-    run_passes(job, ["fit_ranges", {"reconstruct": {"weight_iters": 3, "input_iters": 5, "joint": joint}}])
+    run_passes(
+        job, ["fit_ranges", {"reconstruct": {"weight_iters": 3, "input_iters": 5, "joint": joint}}]
+    )
     assert norms == ([(3, 2.0)] if joint else [(3, 2.0), (5, 2.4)]) * 18
 
 
@@ -108,6 +138,7 @@ def test_killed_run_continues_to_the_same_bytes(tiny_net, tmp_path, units):
         lines.append(line)
         if len(lines) == units:
             raise Killed
+
     whole, facts = reconstructed(tiny_net, tmp_path / "whole", rules(4, 8), SHORT)
     with pytest.raises(Killed):
         reconstructed(tiny_net, tmp_path / "killed", rules(4, 8), SHORT, log=log)
@@ -126,22 +157,39 @@ def test_a_unit_learned_upon_other_grids_is_learned_again(tiny_net, tmp_path):
 
 
 def test_same_seed_same_bytes_and_another_seed_others(tiny_net, tmp_path):
-    nets = [reconstructed(tiny_net, tmp_path / str(i), rules(3, 8), SHORT, seed=seed)[0]
-            for i, seed in enumerate((0, 0, 1))]
+    nets = [
+        reconstructed(tiny_net, tmp_path / str(i), rules(3, 8), SHORT, seed=seed)[0]
+        for i, seed in enumerate((0, 0, 1))
+    ]
     assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
 
 
 @pytest.mark.parametrize("options", [{}, {"joint": True, "gptq": True}])
 def test_same_seed_same_rounding_variables(tiny_net, tmp_path, monkeypatch, options):
     """Before they are rounded: alpha itself."""
+
     def alphas(folder, seed):
         seen = {}
         with monkeypatch.context() as patch:
-            patch.setattr(QuantLayer, "harden", lambda layer: (seen.setdefault(id(layer), layer.rounding.alpha.detach()
-                                                               .clone()) if layer.rounding else None, harden(layer))[1])
-            reconstructed(tiny_net, tmp_path / folder, rules(4, 4), SHORT | {
-                "weight_iters": 20, "weight_lr": 2e-2} | options, seed=seed)
+            patch.setattr(
+                QuantLayer,
+                "harden",
+                lambda layer: (
+                    seen.setdefault(id(layer), layer.rounding.alpha.detach().clone())
+                    if layer.rounding
+                    else None,
+                    harden(layer),
+                )[1],
+            )
+            reconstructed(
+                tiny_net,
+                tmp_path / folder,
+                rules(4, 4),
+                SHORT | {"weight_iters": 20, "weight_lr": 2e-2} | options,
+                seed=seed,
+            )
         return list(seen.values())
+
     harden = QuantLayer.harden
     first, again, other = alphas("a", 0), alphas("b", 0), alphas("c", 1)
     assert len(first) == len(quant_layers(make_job(tiny_net, tmp_path, rules(4, 4)).net))
@@ -149,9 +197,14 @@ def test_same_seed_same_rounding_variables(tiny_net, tmp_path, monkeypatch, opti
 
 
 def test_spilling_to_disk_changes_no_byte(tiny_net, tmp_path):
-    memory, disk = (reconstructed(tiny_net, tmp_path / str(gb), rules(4, 8), SHORT, memory_gb=gb)[0] for gb in (1, 0))
+    memory, disk = (
+        reconstructed(tiny_net, tmp_path / str(gb), rules(4, 8), SHORT, memory_gb=gb)[0]
+        for gb in (1, 0)
+    )
     assert same(memory, disk)
-    assert {p.name for p in (tmp_path / "0").iterdir()} == {p.name for p in (tmp_path / "1").iterdir()}
+    assert {p.name for p in (tmp_path / "0").iterdir()} == {
+        p.name for p in (tmp_path / "1").iterdir()
+    }
 
 
 @pytest.mark.parametrize("weight, inputs, stage", [(4, 32, "weight"), (32, 4, "input")])
@@ -159,13 +212,16 @@ def test_one_half_alone(tiny_net, tmp_path, weight, inputs, stage):
     net, facts = reconstructed(tiny_net, tmp_path, rules(weight, inputs), SHORT)
     assert {f["stage"] for f in facts} == {stage}
     assert all((layer.weight_int is None) == (weight == 32) for layer in quant_layers(net).values())
-    assert same(net, reconstructed(tiny_net, tmp_path, rules(weight, inputs), SHORT)[0])      # answered from the files
+    # answered from the files
+    assert same(net, reconstructed(tiny_net, tmp_path, rules(weight, inputs), SHORT)[0])
 
 
 def test_no_steps_is_nearest_rounding_of_fitted_ranges(tiny_net, tmp_path):
     fitted = make_job(tiny_net, tmp_path, rules(4, 8))
     run_passes(fitted, ["fit_ranges"])
-    net, facts = reconstructed(tiny_net, tmp_path, rules(4, 8), {"weight_iters": 0, "input_iters": 0})
+    net, facts = reconstructed(
+        tiny_net, tmp_path, rules(4, 8), {"weight_iters": 0, "input_iters": 0}
+    )
     assert same(net, fitted.net)
 
 
@@ -177,7 +233,8 @@ def test_float_network_and_quantizer_switches_are_left_as_they_were(tiny_net, tm
 
 
 def test_scales_of_a_segment_are_learned_from_its_own_samples(tiny_net, tmp_path):
-    """Samples lie on both sides of the boundary; a unit must not be run in the segment of another batch."""
+    """Samples lie on both sides of the boundary; a unit must not be run in the segment of another
+    batch."""
     fitted = make_job(tiny_net, tmp_path, rules(32, 4), boundaries=[500])
     run_passes(fitted, ["fit_ranges"])
     net, facts = reconstructed(tiny_net, tmp_path, rules(32, 4), LONG, boundaries=[500])
@@ -187,7 +244,11 @@ def test_scales_of_a_segment_are_learned_from_its_own_samples(tiny_net, tmp_path
 
 
 def test_bfloat16_steps_help_too(tiny_net, tmp_path):
-    _, facts = reconstructed(tiny_net, tmp_path, [{"match": "mid.block_1.*", "weight": {"bits": 3, "per": "channel"}}],
-                             LONG | {"weight_lr": 1e-2, "bfloat16": True})
+    _, facts = reconstructed(
+        tiny_net,
+        tmp_path,
+        [{"match": "mid.block_1.*", "weight": {"bits": 3, "per": "channel"}}],
+        LONG | {"weight_lr": 1e-2, "bfloat16": True},
+    )
     assert [f["unit"] for f in facts] == ["mid.block_1"]
     assert facts[0]["error_after"] < facts[0]["error_before"]

@@ -1,4 +1,6 @@
-"""The temporal information block: it is what the network computes, and its layers are done first and once."""
+"""The temporal information block: it is what the network computes, and its layers are done first
+and once."""
+
 import shutil
 
 import pytest
@@ -14,11 +16,22 @@ from quant.passes.reconstruct_temporal import TemporalBlock, reconstruct_tempora
 from quant.passes.run import run_passes
 from quant.reconstruction.learn import batch_loss
 
-LDM = {"family": "ldm-unet", "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32,
-       "num_res_blocks": 1, "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 16}
+LDM = {
+    "family": "ldm-unet",
+    "image_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 2],
+    "num_head_channels": 16,
+}
 
 
-@pytest.mark.parametrize("network, labels", [(TINY, False), (LDM, False), (LDM | {"num_classes": 4}, True)])
+@pytest.mark.parametrize(
+    "network, labels", [(TINY, False), (LDM, False), (LDM | {"num_classes": 4}, True)]
+)
 def test_block_gives_what_the_network_adds(network, labels):
     net = randomize(build_network(**network)).eval()
     seen = []
@@ -32,14 +45,24 @@ def test_block_gives_what_the_network_adds(network, labels):
     assert sorted(map(float, found.sum(0))) == sorted(map(float, torch.cat(expected, 1).sum(0)))
 
 
-def test_its_loss_is_the_sum_over_the_projections_of_what_each_adds_to_its_block(tiny_net, tmp_path, monkeypatch):
+def test_its_loss_is_the_sum_over_the_projections_of_what_each_adds_to_its_block(
+    tiny_net, tmp_path, monkeypatch
+):
     job, seen = make_job(tiny_net.requires_grad_(False), tmp_path, rules(3, 8)), {}
     fit_ranges(job)
 
     def learn(unit, layers, inputs, target, generator, settings):
         settings = settings | {"active": 0.0, "visit_cost": 0.0}
-        loss = batch_loss(unit, inputs, target, torch.Generator().manual_seed(3), settings, settings["weight_norm"])
+        loss = batch_loss(
+            unit,
+            inputs,
+            target,
+            torch.Generator().manual_seed(3),
+            settings,
+            settings["weight_norm"],
+        )
         seen.update(t=inputs[0], loss=float(loss))
+
     monkeypatch.setattr(temporal, "learn_rounding", learn)
     reconstruct_temporal(job, batch_size=4)
     t, added = seen["t"][torch.randint(10, (4,), generator=torch.Generator().manual_seed(3))], []
@@ -51,7 +74,11 @@ def test_its_loss_is_the_sum_over_the_projections_of_what_each_adds_to_its_block
                 m.register_forward_hook(lambda m, x, out: added[-1].append(out))
         net(normal(4, *SHAPE), t)
     losses = [float((quantized - exact).square().sum()) / 4 for exact, quantized in zip(*added)]
-    assert len(losses) == 8 and min(losses) > 0 and seen["loss"] == pytest.approx(sum(losses), rel=1e-5)
+    assert (
+        len(losses) == 8
+        and min(losses) > 0
+        and seen["loss"] == pytest.approx(sum(losses), rel=1e-5)
+    )
 
 
 def test_its_layers_are_hard_afterwards_and_later_passes_leave_them(tiny_net, tmp_path):
@@ -67,10 +94,16 @@ def test_its_layers_are_hard_afterwards_and_later_passes_leave_them(tiny_net, tm
     assert all(torch.equal(m.weight_int, done[name]) for name, m in temporal.items())
 
 
-def test_a_run_killed_behind_it_continues_to_the_same_bytes_with_scales_of_an_mlp(tiny_net, tmp_path):
+def test_a_run_killed_behind_it_continues_to_the_same_bytes_with_scales_of_an_mlp(
+    tiny_net, tmp_path
+):
     """Its file holds hard weights; the scales of its layers are still to be learned."""
-    passes = ["fit_ranges", {"dynamic_scales": {"warm_steps": 3}}, {"reconstruct_temporal": {"iters": 3}},
-              {"reconstruct": {"weight_iters": 3, "input_iters": 3, "batch_size": 4, "soft_lr": 0.05}}]
+    passes = [
+        "fit_ranges",
+        {"dynamic_scales": {"warm_steps": 3}},
+        {"reconstruct_temporal": {"iters": 3}},
+        {"reconstruct": {"weight_iters": 3, "input_iters": 3, "batch_size": 4, "soft_lr": 0.05}},
+    ]
     nets = []
     for folder in ("whole", "killed"):
         job = make_job(tiny_net, tmp_path / folder, rules(3, 8), num=12, boundaries=[300, 700])
@@ -83,6 +116,8 @@ def test_a_run_killed_behind_it_continues_to_the_same_bytes_with_scales_of_an_ml
 
 
 def test_network_without_quantized_temporal_layers(tiny_net, tmp_path):
-    wanted = rules(4, 8) + [{"role": r, "weight": {"bits": 32}, "input": {"bits": 32}} for r in ("temb", "emb_proj")]
+    wanted = rules(4, 8) + [
+        {"role": r, "weight": {"bits": 32}, "input": {"bits": 32}} for r in ("temb", "emb_proj")
+    ]
     with pytest.raises(ValueError, match="no quantized layer has the role temb or emb_proj"):
         reconstruct_temporal(make_job(tiny_net, tmp_path, wanted))

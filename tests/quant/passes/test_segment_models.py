@@ -1,4 +1,6 @@
-"""Several models in one: equal parts are one model, the file holds them all, and what they share must agree."""
+"""Several models in one: equal parts are one model, the file holds them all, and what they share
+must agree."""
+
 import pytest
 import torch
 from conftest import TINY
@@ -17,7 +19,7 @@ TIMES = torch.tensor([100.0, 500.0, 900.0])
 
 
 def eps(net, x, t):
-    return torch.cat([net(x[i:i + 1], t[i:i + 1]) for i in range(len(x))])
+    return torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(len(x))])
 
 
 def segmented(net, folder, wanted, passes, **more):
@@ -35,8 +37,22 @@ def test_equal_parts_are_one_model(tiny_net, tmp_path):
 
 
 def test_every_segment_is_calibrated_and_run_on_its_own(tiny_net, tmp_path):
-    net, facts = segmented(tiny_net, tmp_path, OWN, ["fit_ranges", {"reconstruct": {
-        "weight_iters": 5, "input_iters": 2, "batch_size": 4, "weight_lr": 0.3}}])
+    net, facts = segmented(
+        tiny_net,
+        tmp_path,
+        OWN,
+        [
+            "fit_ranges",
+            {
+                "reconstruct": {
+                    "weight_iters": 5,
+                    "input_iters": 2,
+                    "batch_size": 4,
+                    "weight_lr": 0.3,
+                }
+            },
+        ],
+    )
     assert {f["segment"] for f in facts} == {0, 1, 2}
     layer = quant_layers(net)["conv_in"]
     assert layer.weight_int.shape == (3, *layer.shape) and len(layer.weight_int.unique(dim=0)) == 3
@@ -46,12 +62,15 @@ def test_every_segment_is_calibrated_and_run_on_its_own(tiny_net, tmp_path):
         for name, m in quant_layers(alone).items():
             m.harden() if m.weight_quantizer.is_fitted else None
             source = quant_layers(net)[name]
-            m.weight_quantizer.scale.data = source.weight_quantizer.scale[s:s + 1].clone()
+            m.weight_quantizer.scale.data = source.weight_quantizer.scale[s : s + 1].clone()
             m.weight_int, m.weight = source.weight_int[s], None
         for name, q in input_quantizers(alone).items():
             source = input_quantizers(net)[name]
-            q.scale.data, q.zero_point = source.scale[s:s + 1].clone(), source.zero_point[s:s + 1]
-        assert torch.equal(net(x[s:s + 1], t[None]), alone(x[s:s + 1], t[None]))
+            q.scale.data, q.zero_point = (
+                source.scale[s : s + 1].clone(),
+                source.zero_point[s : s + 1],
+            )
+        assert torch.equal(net(x[s : s + 1], t[None]), alone(x[s : s + 1], t[None]))
 
 
 def test_file_holds_all_models(tiny_net, tmp_path):
@@ -67,15 +86,20 @@ def test_shared_weights_give_a_table_of_scales_for_each_segment(tiny_net, tmp_pa
     run_passes(table, ["fit_ranges"])
     x = normal(3, *SHAPE)
     assert torch.allclose(eps(net, x, TIMES), eps(table.net, x, TIMES), atol=1e-6)
-    assert all(len(q.scale.unique(dim=0)) > 1 for q in [input_quantizers(net)["conv_out.input_quantizer"]])
+    assert all(
+        len(q.scale.unique(dim=0)) > 1 for q in [input_quantizers(net)["conv_out.input_quantizer"]]
+    )
 
 
 def test_a_segment_for_every_step_is_a_scale_for_every_step(tiny_net, tmp_path):
     steps = samples(12).t.sort().values
     nets = []
-    fit = [{"fit_ranges": {"batch_size": 1}}]              # kernels round otherwise in other batches
+    # kernels round otherwise in other batches
+    fit = [{"fit_ranges": {"batch_size": 1}}]
     for passes in (fit, [{"segment_models": {"passes": fit}}]):
-        job = make_job(tiny_net, tmp_path, SHARED, num=12, boundaries=((steps[1:] + steps[:-1]) / 2).tolist())
+        job = make_job(
+            tiny_net, tmp_path, SHARED, num=12, boundaries=((steps[1:] + steps[:-1]) / 2).tolist()
+        )
         run_passes(job, passes)
         nets.append(job.net)
     table, several = (input_quantizers(net) for net in nets)
@@ -92,13 +116,37 @@ def test_a_batch_across_segments_is_refused(tiny_net, tmp_path):
         net(normal(3, *SHAPE), TIMES)
 
 
-@pytest.mark.parametrize("wanted, passes, sentence", [
-    (SHARED, ["fit_ranges", {"reconstruct": {"weight_iters": 5, "input_iters": 0, "batch_size": 4, "weight_lr": 0.3}}],
-     "the segments have different weights in .*; add weight: {per_segment: true}"),
-    ([OWN[0] | {"balance": True}], [{"balance": {"num_alphas": 3}}, "fit_ranges"],
-     "balance cannot be inside segment_models: .* leave it out"),
-    (OWN, ["fit_ranges", "bypass_input"], "bypass_input cannot be inside segment_models: .* list it after"),
-    (OWN, [{"reconstrct": {}}], "pass 'reconstrct' is unknown; did you mean 'reconstruct'")])
+@pytest.mark.parametrize(
+    "wanted, passes, sentence",
+    [
+        (
+            SHARED,
+            [
+                "fit_ranges",
+                {
+                    "reconstruct": {
+                        "weight_iters": 5,
+                        "input_iters": 0,
+                        "batch_size": 4,
+                        "weight_lr": 0.3,
+                    }
+                },
+            ],
+            "the segments have different weights in .*; add weight: {per_segment: true}",
+        ),
+        (
+            [OWN[0] | {"balance": True}],
+            [{"balance": {"num_alphas": 3}}, "fit_ranges"],
+            "balance cannot be inside segment_models: .* leave it out",
+        ),
+        (
+            OWN,
+            ["fit_ranges", "bypass_input"],
+            "bypass_input cannot be inside segment_models: .* list it after",
+        ),
+        (OWN, [{"reconstrct": {}}], "pass 'reconstrct' is unknown; did you mean 'reconstruct'"),
+    ],
+)
 def test_what_cannot_be_shared_or_done_is_said(tiny_net, tmp_path, wanted, passes, sentence):
     with pytest.raises(ValueError, match=sentence):
         segmented(tiny_net, tmp_path, wanted, passes)
@@ -109,8 +157,10 @@ def test_what_the_segments_share_must_not_differ(tiny_net, tmp_path):
     parts = [quantized(tiny_net, tmp_path / f"{i}", SHARED) for i in range(2)]
     merge(whole, parts)
     norm = parts[1].get_submodule("mid.block_1.norm1")
-    norm.bias = torch.nn.Parameter(norm.bias + 1)          # in place it would be that of all
-    with pytest.raises(ValueError, match=r"changed mid.block_1.norm1.bias, which the segments share"):
+    norm.bias = torch.nn.Parameter(norm.bias + 1)  # in place it would be that of all
+    with pytest.raises(
+        ValueError, match=r"changed mid.block_1.norm1.bias, which the segments share"
+    ):
         merge(whole, parts)
 
 

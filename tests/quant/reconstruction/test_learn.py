@@ -1,4 +1,5 @@
 """What reconstruction optimises: each term of the loss by hand."""
+
 import math
 
 import pytest
@@ -27,8 +28,20 @@ from quant.scales import SoftScale
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
 
-ALL = dict(batch_size=4, bfloat16=False, layer_weight=0.0, active=0.0, visit_cost=0.0, weight_norm=2.0,
-           round_weight=0.1, warmup=0.2, beta_start=20.0, beta_end=2.0, smooth=0.0, gptq=False)
+ALL = dict(
+    batch_size=4,
+    bfloat16=False,
+    layer_weight=0.0,
+    active=0.0,
+    visit_cost=0.0,
+    weight_norm=2.0,
+    round_weight=0.1,
+    warmup=0.2,
+    beta_start=20.0,
+    beta_end=2.0,
+    smooth=0.0,
+    gptq=False,
+)
 
 
 class Two(nn.Module):
@@ -44,16 +57,31 @@ class Two(nn.Module):
 
 def test_inner_layers_add_their_own_error():
     plain = Two(tag("x", nn.Linear(3, 5)), tag("x", nn.Linear(5, 2))).requires_grad_(False)
-    quant = Two(*(QuantLayer(layer, QuantSpec(bits=2, per="channel"), QuantSpec(), Timeline(), False)
-                  for layer in (plain.first, plain.second))).requires_grad_(False)
+    quant = Two(
+        *(
+            QuantLayer(layer, QuantSpec(bits=2, per="channel"), QuantSpec(), Timeline(), False)
+            for layer in (plain.first, plain.second)
+        )
+    ).requires_grad_(False)
     for layer in (quant.first, quant.second):
         layer.fit_weight()
     x, exact, generator = normal(5, 3), normal(5, 3, seed=1), torch.Generator()
-    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None, original=plain, float_inputs=[exact])
+    unit = Unit(
+        "x", quant, torch.device("cpu"), lambda rows: None, original=plain, float_inputs=[exact]
+    )
 
     def found(layer_weight):
-        return float(batch_loss(unit, [x], plain(exact), generator.manual_seed(0), ALL | {"layer_weight": layer_weight},
-                                2.0))
+        return float(
+            batch_loss(
+                unit,
+                [x],
+                plain(exact),
+                generator.manual_seed(0),
+                ALL | {"layer_weight": layer_weight},
+                2.0,
+            )
+        )
+
     inner = outer = 0.0
     for row in torch.randint(5, (4,), generator=generator.manual_seed(0)):
         inner += float((quant.first(x[row]) - plain.first(exact[row])).square().sum()) / 4
@@ -62,14 +90,15 @@ def test_inner_layers_add_their_own_error():
     assert math.isclose(found(0.0), outer, rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 2, 2), (5, 4, 3)])          # maps; tokens
+@pytest.mark.parametrize("shape", [(5, 3, 2, 2), (5, 4, 3)])  # maps; tokens
 def test_saliency_weighs_the_positions_of_the_rows_that_were_drawn(shape):
     weight = normal(5, *shape[1:-1], 1).abs() if len(shape) == 3 else normal(5, 1, 2, 2).abs()
     out, target, rows = normal(*shape), normal(*shape, seed=1), torch.tensor([4, 1])
     unit = Unit("x", None, torch.device("cpu"), None, saliency=lambda rows, out: weight[rows])
     found = output_loss(unit, out[rows], target, rows, 2.0)
     errors = [float((weight[r] * (out[r] - target[r]).square()).sum()) for r in rows]
-    positions = out[0].numel() // shape[1]                 # the loss sums over axis 1 and means over the rest
+    # the loss sums over axis 1 and means over the rest
+    positions = out[0].numel() // shape[1]
     assert math.isclose(float(found), sum(errors) / 2 / positions, rel_tol=1e-5)
     plain = output_loss(Unit("x", None, torch.device("cpu"), None), out[rows], target, rows, 2.0)
     unit.saliency = lambda rows, out: torch.ones_like(weight[rows])
@@ -78,7 +107,9 @@ def test_saliency_weighs_the_positions_of_the_rows_that_were_drawn(shape):
 
 def test_rounding_penalty_is_off_in_the_warm_up_then_sharpens():
     layer = tag("x", nn.Linear(3, 5))
-    quant = QuantLayer(layer, QuantSpec(bits=2), QuantSpec(), Timeline(), False).requires_grad_(False)
+    quant = QuantLayer(layer, QuantSpec(bits=2), QuantSpec(), Timeline(), False).requires_grad_(
+        False
+    )
     quant.fit_weight()
     quant.rounding = Rounding(quant.weight, quant.weight_quantizer)
     h = quant.rounding.h()
@@ -92,11 +123,25 @@ def test_rounding_penalty_is_off_in_the_warm_up_then_sharpens():
 def test_rates_fall_along_a_cosine_or_stay():
     """Adam moves by its rate where the gradient does not change."""
     falling, constant = (nn.Parameter(torch.zeros(3)) for _ in range(2))
-    groups = [{"params": [falling], "lr": 0.1, "cosine": True}, {"params": [constant], "lr": 0.1, "cosine": False}]
+    groups = [
+        {"params": [falling], "lr": 0.1, "cosine": True},
+        {"params": [constant], "lr": 0.1, "cosine": False},
+    ]
     unit = Unit("x", nn.Identity(), torch.device("cpu"), lambda rows: None)
-    optimise(unit, groups, 9, lambda done: -(falling + constant).sum(), [normal(4, 3)], normal(4, 3), torch.Generator(),
-             ALL, 2.0)
-    assert torch.allclose(constant, torch.tensor(0.9)) and torch.allclose(falling, torch.tensor(0.5), rtol=1e-4)
+    optimise(
+        unit,
+        groups,
+        9,
+        lambda done: -(falling + constant).sum(),
+        [normal(4, 3)],
+        normal(4, 3),
+        torch.Generator(),
+        ALL,
+        2.0,
+    )
+    assert torch.allclose(constant, torch.tensor(0.9)) and torch.allclose(
+        falling, torch.tensor(0.5), rtol=1e-4
+    )
 
 
 class Noting(SoftScale):
@@ -116,10 +161,21 @@ class Noting(SoftScale):
 
 def test_soft_scales_know_what_share_of_the_steps_is_done():
     quant = QuantLayer(tag("x", nn.Linear(3, 5)), QuantSpec(), QuantSpec(bits=4), Timeline(), False)
-    fit(quant.requires_grad_(False), normal(4, 3)).input_quantizer.__dict__["soft_scale"] = soft = Noting()
+    fit(quant.requires_grad_(False), normal(4, 3)).input_quantizer.__dict__["soft_scale"] = soft = (
+        Noting()
+    )
     unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
-    optimise(unit, [{"params": [soft.table], "lr": 0.1, "cosine": True}], 4, lambda done: 0.0, [normal(4, 3)],
-             normal(4, 5), torch.Generator(), ALL, 2.0)
+    optimise(
+        unit,
+        [{"params": [soft.table], "lr": 0.1, "cosine": True}],
+        4,
+        lambda done: 0.0,
+        [normal(4, 3)],
+        normal(4, 5),
+        torch.Generator(),
+        ALL,
+        2.0,
+    )
     assert soft.noted == [0, 0.25, 0.5, 0.75]
 
 
@@ -127,9 +183,22 @@ def test_steps_are_not_chosen_while_the_rounding_is_learned():
     """Nothing there learns how undecided a step is."""
     quant = QuantLayer(tag("x", nn.Linear(3, 5)), QuantSpec(bits=2), QuantSpec(), Timeline(), False)
     quant.requires_grad_(False).fit_weight()
-    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None, segments=torch.arange(4), visits=torch.zeros(4))
-    learn_rounding(unit, [quant], [normal(4, 3)], normal(4, 5), torch.Generator(),
-                   ALL | {"active": 1.5, "weight_iters": 3, "weight_lr": 0.1, "weight_cosine": False})
+    unit = Unit(
+        "x",
+        quant,
+        torch.device("cpu"),
+        lambda rows: None,
+        segments=torch.arange(4),
+        visits=torch.zeros(4),
+    )
+    learn_rounding(
+        unit,
+        [quant],
+        [normal(4, 3)],
+        normal(4, 5),
+        torch.Generator(),
+        ALL | {"active": 1.5, "weight_iters": 3, "weight_lr": 0.1, "weight_cosine": False},
+    )
     assert quant.weight_int is not None and not unit.visits.any()
 
 
@@ -138,45 +207,67 @@ def test_queries_keys_and_values_of_a_balanced_block_are_not_compared(tiny_net, 
     names = {}
     for balanced in (False, True):
         net = make_job(tiny_net, tmp_path, [*rules(4, 4), {"balance": balanced}]).net
-        names[balanced] = comparable(net.get_submodule("mid.attn_1")), comparable(net.get_submodule("mid.block_1"))
-    assert names[True][1] == ["conv1", "temb_proj"]       # the block ends with conv2
-    assert names[False] == (["q", "k", "v"], names[True][1]) and names[True][0] == [] and len(names[True][1]) > 1
+        names[balanced] = (
+            comparable(net.get_submodule("mid.attn_1")),
+            comparable(net.get_submodule("mid.block_1")),
+        )
+    assert names[True][1] == ["conv1", "temb_proj"]  # the block ends with conv2
+    assert (
+        names[False] == (["q", "k", "v"], names[True][1])
+        and names[True][0] == []
+        and len(names[True][1]) > 1
+    )
 
 
-@pytest.mark.parametrize("layers, inner", [
-    ({"conv1": "conv1", "conv2": "conv2", "shortcut": "skip"}, ["conv1", "shortcut"]),
-    ({"attn1": "proj", "up": "ff", "down": "ff", "attn2": "proj"}, ["attn1", "up", "attn2"]),
-    ({"qkv": "qkv", "proj": "proj"}, ["qkv"])])
+@pytest.mark.parametrize(
+    "layers, inner",
+    [
+        ({"conv1": "conv1", "conv2": "conv2", "shortcut": "skip"}, ["conv1", "shortcut"]),
+        ({"attn1": "proj", "up": "ff", "down": "ff", "attn2": "proj"}, ["attn1", "up", "attn2"]),
+        ({"qkv": "qkv", "proj": "proj"}, ["qkv"]),
+    ],
+)
 def test_the_layer_that_ends_a_block_is_none_of_its_inner_layers(layers, inner):
     specs = QuantSpec(bits=4), QuantSpec(), Timeline(), False
-    block = nn.ModuleDict({name: QuantLayer(tag(role, nn.Linear(2, 2)), *specs) for name, role in layers.items()})
+    block = nn.ModuleDict(
+        {name: QuantLayer(tag(role, nn.Linear(2, 2)), *specs) for name, role in layers.items()}
+    )
     assert comparable(block) == inner
 
 
 def test_smoothness_is_the_squared_step_of_the_logarithm():
     q = Quantizer(QuantSpec(bits=8), torch.tensor(0), Timeline([1, 2]))
     q.scale.data = torch.tensor([[1.0], [math.e], [math.e]])
-    assert scale_penalty([q], ALL) == 0 and math.isclose(float(scale_penalty([q], ALL | {"smooth": 0.5})), 0.5)
+    assert scale_penalty([q], ALL) == 0 and math.isclose(
+        float(scale_penalty([q], ALL | {"smooth": 0.5})), 0.5
+    )
 
 
 def test_mixed_inputs_are_of_either_kind_half_and_half():
-    found = Mixed(torch.zeros(10, 500), torch.ones(10, 500), torch.Generator().manual_seed(0))[torch.tensor([1, 4, 7])]
+    found = Mixed(torch.zeros(10, 500), torch.ones(10, 500), torch.Generator().manual_seed(0))[
+        torch.tensor([1, 4, 7])
+    ]
     assert found.shape == (3, 500) and set(found.unique().tolist()) == {0.0, 1.0}
     assert abs(float(found.mean()) - DROPPED_INPUTS) < 0.05
 
 
 def test_only_the_main_input_is_mixed_the_others_are_those_of_the_quantized_network():
-    shapes, rows = [(6, 4, 8, 8), (6, 16), (6, 3, 5)], torch.tensor([5, 0, 3])      # features, embedding, context
+    # features, embedding, context
+    shapes, rows = [(6, 4, 8, 8), (6, 16), (6, 3, 5)], torch.tensor([5, 0, 3])
     quant, exact = ([normal(*shape, seed=seed) for shape in shapes] for seed in (0, 1))
     x, *others = (part[rows] for part in mixed(quant, exact, torch.Generator().manual_seed(0)))
     taken = x == exact[0][rows]
-    assert 0.4 < float(taken.float().mean()) < 0.6 and torch.equal(x[~taken], quant[0][rows][~taken])
+    assert 0.4 < float(taken.float().mean()) < 0.6 and torch.equal(
+        x[~taken], quant[0][rows][~taken]
+    )
     assert len(others) == 2 and all(torch.equal(a, b[rows]) for a, b in zip(others, quant[1:]))
 
 
 def test_dropped_elements_are_not_quantized():
     layer = tag("x", nn.Linear(8, 8))
-    quant = QuantLayer(layer, QuantSpec(), QuantSpec(bits=2), Timeline(), False).requires_grad_(False)
+    quant = QuantLayer(layer, QuantSpec(), QuantSpec(bits=2), Timeline(), False).requires_grad_(
+        False
+    )
     fit(quant, normal(9, 8))
     x = normal(9, 8, seed=1)
     quant.input_quantizer.drop = lambda x: torch.ones_like(x, dtype=torch.bool)
@@ -190,38 +281,79 @@ def test_dropped_elements_are_not_quantized():
 @pytest.mark.parametrize("drop", [0.0, 0.2, 1.0])
 def test_the_share_of_dropped_elements_is_the_option(drop, monkeypatch):
     """0 quantizes all of the input, 1 none, anew in every step."""
-    quant = QuantLayer(tag("x", nn.Linear(100, 3)), QuantSpec(), QuantSpec(bits=2), Timeline(), False)
+    quant = QuantLayer(
+        tag("x", nn.Linear(100, 3)), QuantSpec(), QuantSpec(bits=2), Timeline(), False
+    )
     x, q, steps = normal(300, 100), quant.requires_grad_(False).input_quantizer, []
     rounded = fit(quant, x).input_quantizer(x)
     monkeypatch.setattr(learn, "optimise", lambda *_: steps.extend(q(x).detach() for _ in range(2)))
     unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
-    learn_jointly(unit, [], [q], [x], quant(x), torch.Generator().manual_seed(0),
-                  ALL | {"drop": drop, "weight_iters": 1, "input_lr": 1e-3, "soft_lr": 1e-3})
+    learn_jointly(
+        unit,
+        [],
+        [q],
+        [x],
+        quant(x),
+        torch.Generator().manual_seed(0),
+        ALL | {"drop": drop, "weight_iters": 1, "input_lr": 1e-3, "soft_lr": 1e-3},
+    )
     for found in steps:
         dropped = found != rounded
-        assert abs(float(dropped.float().mean()) - drop) <= 4 * (drop * (1 - drop) / x.numel()) ** 0.5
+        assert (
+            abs(float(dropped.float().mean()) - drop) <= 4 * (drop * (1 - drop) / x.numel()) ** 0.5
+        )
         assert torch.allclose(found[dropped], x[dropped], atol=1e-6)
     assert len(steps) == 2 and torch.equal(*steps) == (drop != 0.2)
     assert q.drop is None and torch.equal(q(x), rounded)
 
 
-@pytest.mark.parametrize("soft", [{"dynamic_scales": {"warm_steps": 3}}, {"group_scales": {"groups": 2}}])
+@pytest.mark.parametrize(
+    "soft", [{"dynamic_scales": {"warm_steps": 3}}, {"group_scales": {"groups": 2}}]
+)
 def test_what_gives_the_scales_is_learned_at_a_rate_of_its_own(tiny_net, tmp_path, soft):
     def tables(name, *passes):
-        job = make_job(tiny_net, tmp_path / name, [{"match": "mid.*", "input": {"bits": 6}}], num=6, boundaries=[500])
+        job = make_job(
+            tiny_net,
+            tmp_path / name,
+            [{"match": "mid.*", "input": {"bits": 6}}],
+            num=6,
+            boundaries=[500],
+        )
         run_passes(job, ["fit_ranges", soft, *passes])
         return [q.scale for q in input_quantizers(job.net).values()]
+
     start, options = tables("start"), {"input_iters": 2, "batch_size": 4, "input_lr": 0.1}
     assert all(map(torch.equal, tables("kept", {"reconstruct": options | {"soft_lr": 0.0}}), start))
-    assert not any(map(torch.equal, tables("learned", {"reconstruct": options | {"soft_lr": 0.05}}), start))
+    assert not any(
+        map(torch.equal, tables("learned", {"reconstruct": options | {"soft_lr": 0.05}}), start)
+    )
 
 
-@pytest.mark.parametrize("options", [
-    {"joint": True, "drop": 0.5}, {"joint": True, "layer_weight": 0.8, "round_weight": 0.0},
-    {"saliency": 0.5}, {"smooth": 0.01}, {"gptq": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"joint": True, "drop": 0.5},
+        {"joint": True, "layer_weight": 0.8, "round_weight": 0.0},
+        {"saliency": 0.5},
+        {"smooth": 0.01},
+        {"gptq": True},
+    ],
+)
 def test_every_form_lowers_the_error(tiny_net, tmp_path, options):
     job = make_job(tiny_net, tmp_path, rules(4, 6), num=12, boundaries=[500])
-    facts = run_passes(job, ["fit_ranges", {"reconstruct": dict(
-        weight_iters=30, input_iters=10, batch_size=8, weight_lr=0.02, input_lr=1e-3) | options}])[1:]
+    facts = run_passes(
+        job,
+        [
+            "fit_ranges",
+            {
+                "reconstruct": dict(
+                    weight_iters=30, input_iters=10, batch_size=8, weight_lr=0.02, input_lr=1e-3
+                )
+                | options
+            },
+        ],
+    )[1:]
     assert sum(f["error_after"] for f in facts) < sum(f["error_before"] for f in facts)
-    assert all(q.drop is None and not q.scale.requires_grad for q in input_quantizers(job.net).values())
+    assert all(
+        q.drop is None and not q.scale.requires_grad for q in input_quantizers(job.net).values()
+    )

@@ -1,4 +1,5 @@
 """AdaRound's variables: their start, their hard end, their penalty."""
+
 import pytest
 import torch
 from tiny import normal
@@ -10,7 +11,10 @@ from quant.spec import QuantSpec
 
 
 def start(weight, bits, *, per="channel", name="minmax", symmetric=False):
-    q = Quantizer(QuantSpec(bits=bits, per=per, range=name, symmetric=symmetric), weight_groups(per, weight.shape))
+    q = Quantizer(
+        QuantSpec(bits=bits, per=per, range=name, symmetric=symmetric),
+        weight_groups(per, weight.shape),
+    )
     q.fit([weight.flatten(1) if per == "channel" else weight.reshape(1, -1)])
     return Rounding(weight, q), q
 
@@ -23,13 +27,15 @@ def test_soft_weight_starts_as_the_weight_itself(bits, per, symmetric):
     rounding, q = start(weight, bits, per=per, symmetric=symmetric)
     scale, zero = (q.table(v, weight) for v in (q.scale, q.zero_point))
     ratio = weight / scale
-    off = (rounding.h() - ratio + 0.5) % 1 - 0.5           # h is the fraction, up to a whole step
+    off = (rounding.h() - ratio + 0.5) % 1 - 0.5  # h is the fraction, up to a whole step
     assert off.abs().max() < 1e-4
     inside = (ratio >= q.low - zero) & (ratio <= q.high - zero)
     assert inside.float().mean() > 0.5
     clipped = ratio.clamp(q.low - zero, q.high - zero) * scale
     assert ((rounding() - clipped).abs() / scale).max() < 1e-4
-    torch.testing.assert_close(rounding()[inside], weight[inside], rtol=0, atol=1e-4 * float(scale.max()))
+    torch.testing.assert_close(
+        rounding()[inside], weight[inside], rtol=0, atol=1e-4 * float(scale.max())
+    )
 
 
 @pytest.mark.parametrize("name", ["minmax", "mse"])
@@ -63,6 +69,6 @@ def test_soft_and_hard_agree_once_every_h_is_zero_or_one():
 def test_penalty_closed_form(beta):
     rounding, _ = start(normal(1, 3), 4)
     h = torch.tensor([[0.5, 0.25, 0.9]])
-    rounding.alpha.data = torch.logit((h + 0.1) / 1.2)     # inverse of h = 1.2 sigmoid(alpha) - 0.1
-    expected = (1 - 0.0 ** beta) + (1 - 0.5 ** beta) + (1 - 0.8 ** beta)
+    rounding.alpha.data = torch.logit((h + 0.1) / 1.2)  # inverse of h = 1.2 sigmoid(alpha) - 0.1
+    expected = (1 - 0.0**beta) + (1 - 0.5**beta) + (1 - 0.8**beta)
     assert float(rounding.penalty(beta).detach()) == pytest.approx(expected, rel=1e-5)

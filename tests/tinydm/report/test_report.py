@@ -1,4 +1,6 @@
-"""The report from synthetic run folders: everything inside one file, nothing outside it, absent files named."""
+"""The report from synthetic run folders: everything inside one file, nothing outside it, absent
+files named."""
+
 import json
 import re
 
@@ -13,7 +15,9 @@ def write_images(folder, num, seed):
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(num):
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i:06d}.png")
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+            folder / f"{i:06d}.png"
+        )
 
 
 def write_lines(path, rows):
@@ -25,42 +29,120 @@ def make_run(folder, fd=3.25, count=256):
     write_images(folder / "float", 9, 1)
     (folder / "config.yaml").write_text(
         "name: cifar10-compact\nbits: {weight: 4, input: 8}\nmethod: '<b>tinydm</b>'\n"
-        "sampling: {sampler: ddim, steps: 20, num: 9, seed: 0}\nprovenance: {versions: {torch: '9.9'}}\n")
-    write_lines(folder / "passes.jsonl", [{"pass": "fit_ranges", "seconds": 1.5}] + [
-        {"pass": "reconstruct", "stage": stage, "unit": f"down.{i}", "error_before": 0.1, "error_after": 0.02,
-         "seconds": 2.0} for stage in ("weight", "input") for i in range(3)])
-    write_lines(folder / "stages.jsonl", [{"stage": stage, "seconds": seconds} for stage, seconds in (
-        ("calibrate", 10.0), ("quantize", 5.0), ("quantize", 7.0))])
-    layer = {"role": "conv1", "kind": "conv2d", "weight_bits": 4, "input_bits": 8, "params": 100, "macs": 1000}
-    product = {"name": "qk", "role": "q+k", "kind": "matmul", "weight_bits": None, "input_bits": [8, 16], "params": 0,
-               "macs": 5}
-    (folder / "map.json").write_text(json.dumps(
-        {"layers": [*({"name": f"down.{i}.conv1", **layer} for i in range(2)), product], "params_share": 0.987,
-         "macs_share": 0.5}))
-    (folder / "metrics.json").write_text(json.dumps(
-        {"protocol": {"asked": {}, "scores": {"count": count, "reference": "cifar10 train", "extractor_sha256": "abc"}},
-         "float": {"scores": {"FD-cifar-resnet": 2.125}}, "quantized": {"scores": {"FD-cifar-resnet": fd}},
-         "paired": {"psnr_db": 31.5, "ssim": 0.912, "count": 9},
-         "sqnr_db_per_step": [{"step": i, "t": 900 - i, "sqnr_db": db} for i, db in enumerate((20.0, 30.0, None))],
-         "sizes": {"float_bytes": 4000, "quantized_bytes": 1000}, "float_samples": "float"}))
+        "sampling: {sampler: ddim, steps: 20, num: 9, seed: 0}\nprovenance: {versions: {torch: "
+        "'9.9'}}\n"
+    )
+    write_lines(
+        folder / "passes.jsonl",
+        [{"pass": "fit_ranges", "seconds": 1.5}]
+        + [
+            {
+                "pass": "reconstruct",
+                "stage": stage,
+                "unit": f"down.{i}",
+                "error_before": 0.1,
+                "error_after": 0.02,
+                "seconds": 2.0,
+            }
+            for stage in ("weight", "input")
+            for i in range(3)
+        ],
+    )
+    write_lines(
+        folder / "stages.jsonl",
+        [
+            {"stage": stage, "seconds": seconds}
+            for stage, seconds in (("calibrate", 10.0), ("quantize", 5.0), ("quantize", 7.0))
+        ],
+    )
+    layer = {
+        "role": "conv1",
+        "kind": "conv2d",
+        "weight_bits": 4,
+        "input_bits": 8,
+        "params": 100,
+        "macs": 1000,
+    }
+    product = {
+        "name": "qk",
+        "role": "q+k",
+        "kind": "matmul",
+        "weight_bits": None,
+        "input_bits": [8, 16],
+        "params": 0,
+        "macs": 5,
+    }
+    (folder / "map.json").write_text(
+        json.dumps(
+            {
+                "layers": [*({"name": f"down.{i}.conv1", **layer} for i in range(2)), product],
+                "params_share": 0.987,
+                "macs_share": 0.5,
+            }
+        )
+    )
+    (folder / "metrics.json").write_text(
+        json.dumps(
+            {
+                "protocol": {
+                    "asked": {},
+                    "scores": {
+                        "count": count,
+                        "reference": "cifar10 train",
+                        "extractor_sha256": "abc",
+                    },
+                },
+                "float": {"scores": {"FD-cifar-resnet": 2.125}},
+                "quantized": {"scores": {"FD-cifar-resnet": fd}},
+                "paired": {"psnr_db": 31.5, "ssim": 0.912, "count": 9},
+                "sqnr_db_per_step": [
+                    {"step": i, "t": 900 - i, "sqnr_db": db}
+                    for i, db in enumerate((20.0, 30.0, None))
+                ],
+                "sizes": {"float_bytes": 4000, "quantized_bytes": 1000},
+                "float_samples": "float",
+            }
+        )
+    )
     return folder
 
 
 def test_a_complete_run_shows_all_it_holds(tmp_path):
     page = write_report([make_run(tmp_path / "w4a8")], tmp_path / "report.html").read_text()
-    for text in ("cifar10-compact", "4/8", "FD-cifar-resnet", "3.250", "float 2.125", "31.500", "0.912", "25.000",
-                 "4.00×", "22.0", "98.7%", "50.0%", "down.1.conv1", "8/16", "protocol.scores.count",
-                 "provenance.versions.torch"):
+    for text in (
+        "cifar10-compact",
+        "4/8",
+        "FD-cifar-resnet",
+        "3.250",
+        "float 2.125",
+        "31.500",
+        "0.912",
+        "25.000",
+        "4.00×",
+        "22.0",
+        "98.7%",
+        "50.0%",
+        "down.1.conv1",
+        "8/16",
+        "protocol.scores.count",
+        "provenance.versions.torch",
+    ):
         assert text in page, text
     assert page.count("data:image/png") == 2 and page.count("data:image/svg+xml") == 2
     assert "not there yet" not in page
 
 
 def test_a_comparison_comes_first_even_without_runs(tmp_path):
-    part = "tiny, 500 images", ["Method", "PSNR dB", "Note"], [["min<max", "30.1 ± 0.2", ""], ["other", "–", "needs a"]]
+    part = (
+        "tiny, 500 images",
+        ["Method", "PSNR dB", "Note"],
+        [["min<max", "30.1 ± 0.2", ""], ["other", "–", "needs a"]],
+    )
     page = write_report([], tmp_path / "report.html", comparison=[part]).read_text()
     assert "Protocol: tiny, 500 images." in page and "min&lt;max" in page and "needs a" in page
-    assert '<td class="number">30.1 ± 0.2</td>' in page and page.index("Comparison") < page.index("What was run")
+    assert '<td class="number">30.1 ± 0.2</td>' in page and page.index("Comparison") < page.index(
+        "What was run"
+    )
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
@@ -82,9 +164,15 @@ def test_an_empty_run_names_every_command(tmp_path):
 
 
 def test_scores_of_different_counts_never_share_a_column(tmp_path):
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b"), make_run(tmp_path / "c", fd=9.5, count=512)]
+    runs = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b"),
+        make_run(tmp_path / "c", fd=9.5, count=512),
+    ]
     page = write_report(runs, tmp_path / "report.html").read_text()
-    assert page.count("FD-cifar-resnet<small>") == 2 and "512 images" in page and "256 images" in page
+    assert (
+        page.count("FD-cifar-resnet<small>") == 2 and "512 images" in page and "256 images" in page
+    )
 
 
 def test_the_same_runs_give_the_same_bytes_and_no_part_is_left(tmp_path):

@@ -1,9 +1,11 @@
-"""What is learned: latents, first stages and their codes, classes with guidance, and weights that load as shipped."""
+"""What is learned: latents, first stages and their codes, classes with guidance, and weights that
+load as shipped."""
+
 import pytest
 import torch
 from conftest import assert_close
+from pipeline import MODELS
 from safetensors.torch import save_file
-from test_latent_pipeline import MODELS
 from test_training import Recipe
 
 from models.diffusion import load_model
@@ -13,7 +15,9 @@ from tinydm.training.tasks import DiffusionTraining, FirstStageTraining, encode_
 
 
 def images(num=12, size=16):
-    return torch.randint(0, 256, (num, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (num, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
 
 
 @pytest.fixture(params=["unconditional", "class"])
@@ -27,12 +31,18 @@ def test_latents_have_unit_variance_and_come_with_their_mirror_images(facts):
     latents, scale_factor = encode_images(first_stage, images(), batch_size=5)
     assert latents.shape == (12, 2, 3, 8, 8) and float(latents.std()) == pytest.approx(1, abs=1e-4)
     x = images()[7:8].float() / 127.5 - 1
-    torch.testing.assert_close(latents[7, 0], scale_factor * first_stage.encode(x)[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(latents[7, 1], scale_factor * first_stage.encode(x.flip(3))[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        latents[7, 0], scale_factor * first_stage.encode(x)[0], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        latents[7, 1], scale_factor * first_stage.encode(x.flip(3))[0], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_first_stage_learns(facts, tmp_path):
-    module = FirstStageTraining(facts, Recipe(num_images=40 * 4, steps_per_epoch=20, lr=3e-3), images(10))
+    module = FirstStageTraining(
+        facts, Recipe(num_images=40 * 4, steps_per_epoch=20, lr=3e-3), images(10)
+    )
     rows = fit(module, images(10), torch.zeros(10, dtype=torch.long), tmp_path)
     assert rows[-1][1] < rows[0][1]
     module.draw_samples(tmp_path / "pairs.png", num=10)
@@ -43,13 +53,13 @@ def test_unused_codes_move_onto_latents():
     module = FirstStageTraining(MODELS["class"], Recipe(), images())
     module.trainer = type("Trainer", (), {"global_step": 0, "current_epoch": 0})()
     codes = module.net.quantize.embedding.weight.detach()
-    codes[5:] = 100.0                                     # nearest to nothing
+    codes[5:] = 100.0  # nearest to nothing
     kept = codes[:5].clone()
     module.on_train_epoch_start()
     z = module.net.encode(images().float() / 127.5 - 1).detach().movedim(1, -1).flatten(0, 2)
     assert all(float((z - code).square().sum(1).min()) < 1e-8 for code in codes[5:])
     used = (codes[:5] == kept).all(1)
-    assert used.any()                                     # what was near to something stays
+    assert used.any()  # what was near to something stays
 
 
 def test_a_trained_latent_model_loads_as_it_is_shipped(facts, tmp_path):
@@ -57,12 +67,17 @@ def test_a_trained_latent_model_loads_as_it_is_shipped(facts, tmp_path):
     latents, scale_factor = encode_images(first_stage, images())
     module = DiffusionTraining(facts, Recipe(num_images=6 * 4), first_stage, scale_factor)
     fit(module, latents, torch.arange(12) % 3, tmp_path)
-    save_file({name: value.contiguous() for name, value in module.weights().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in module.weights().items()},
+        tmp_path / "model.safetensors",
+    )
     config = facts | {"name": "trained", "checkpoint": str(tmp_path / "model.safetensors")}
     model, trained = load_model(config, device="cpu"), module.model()
     assert model.scale_factor == pytest.approx(scale_factor) and model.guidance == trained.guidance
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([1.0, 500.0, 900.0])
-    cond = [None if m.condition is None else m.condition.encode([2, 0, 1]) for m in (model, trained)]
+    cond = [
+        None if m.condition is None else m.condition.encode([2, 0, 1]) for m in (model, trained)
+    ]
     with torch.no_grad():
         assert_close(model.eps(x, t, cond[0]), trained.eps(x, t, cond[1]), 1e-5)
     assert (model.decode(x).int() - trained.decode(x).int()).abs().max() <= 1

@@ -1,4 +1,6 @@
-"""Training: closed forms of its parts, and a killed run that continues to the weights of an uninterrupted one."""
+"""Training: closed forms of its parts, and a killed run that continues to the weights of an
+uninterrupted one."""
+
 import math
 import signal
 from dataclasses import dataclass
@@ -10,12 +12,13 @@ from conftest import TINY, killed_training
 from tinydm.training.loop import ImageBatches, fit
 from tinydm.training.tasks import DiffusionTraining, multiscale
 
-STEPS = 4                                                 # of an epoch
+STEPS = 4  # of an epoch
 
 
 @dataclass
 class Recipe:
     """Eleven optimizer steps on the CPU, in epochs of 4, 4 and 3."""
+
     num_images: int = 11 * 4
     batch_size: int = 4
     steps_per_epoch: int = STEPS
@@ -35,17 +38,21 @@ class Recipe:
 def make(**changes):
     torch.manual_seed(0)
     sampling = {"sampler": "ddpm", "skip": "quad", "steps": 2, "eta": 1.0}
-    return DiffusionTraining({"network": TINY, "schedule": {}, "sampling": sampling}, Recipe(**changes))
+    return DiffusionTraining(
+        {"network": TINY, "schedule": {}, "sampling": sampling}, Recipe(**changes)
+    )
 
 
 def images(num=10):
-    return torch.randint(0, 256, (num, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8), \
-        torch.arange(num)
+    return torch.randint(
+        0, 256, (num, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    ), torch.arange(num)
 
 
 @pytest.fixture
 def quiet(monkeypatch):
-    """Sample grids want a larger image than the tiny network draws usefully; the loss curve is enough."""
+    """Sample grids want a larger image than the tiny network draws usefully; the loss curve is
+    enough."""
     monkeypatch.setattr(DiffusionTraining, "draw_samples", lambda self, path: None)
 
 
@@ -74,13 +81,15 @@ def test_finished_run_stays_as_it_is(tmp_path, quiet):
 def test_interrupt_reaches_the_script(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(DiffusionTraining, "training_step", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(KeyboardInterrupt):
             fit(make(), *images(), tmp_path)
     finally:
-        signal.signal(signal.SIGINT, handler)             # Lightning turns Ctrl-C off while it shuts down
+        # Lightning turns Ctrl-C off while it shuts down
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_average_of_weights_equals_a_loop():
@@ -90,7 +99,7 @@ def test_average_of_weights_equals_a_loop():
     for n in range(20):
         value.data += torch.randn(8)
         module.on_train_batch_end()
-        if n == 0:                                        # the first average is the first value
+        if n == 0:  # the first average is the first value
             mean = value.detach().clone()
             continue
         d = min(decay, (1 + n) / (10 + n))
@@ -116,6 +125,7 @@ def test_epoch_draws_every_image_once_before_any_twice():
         batches = ImageBatches(source, labels, batch_size=4, num_batches=5, seed=seed, epoch=epoch)
         assert len(batches) == 5 and torch.equal(batches[1][0], source[batches[1][1]])
         return torch.cat([batches[i][1] for i in range(5)]).tolist()
+
     drawn = order(0, 0)
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn == order(0, 0) != order(0, 1) != order(1, 0)
