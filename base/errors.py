@@ -3,23 +3,61 @@ library alone."""
 
 import difflib
 import errno
+import logging
 import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
-def unknown_word(complaint, word, known):
-    """'<complaint>; did you mean x?' or the list of what is known."""
+def unknown_word(complaint: str, word: str, known: Iterable[str]) -> str:
+    """Ends a complaint about a word: '<complaint>; did you mean x?', or with what is known."""
     near = difflib.get_close_matches(word, known, 1, 0.5)
     return complaint + (
         f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(map(str, known))}"
     )
 
 
-def main(run):
-    """run(arguments); without arguments or with --help the docstring of its module is printed."""
+def check_options(
+    what: str,
+    options: Iterable[str],
+    known: Iterable[str],
+    needed: Iterable[str] = (),
+    *,
+    kind: str = "option",
+    where: str = "",
+) -> None:
+    """Raises ValueError for the first of `options` that is not `known` ("<what> has no <kind> 'x'",
+    with what it may have meant) and for `needed` ones that are missing ("<what> needs x, y" and
+    `where` they belong)."""
+    known = list(known)
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                unknown_word(f"{what} has no {kind} '{name}'", str(name), known or ["none"])
+            )
+    missing = [name for name in needed if name not in options]
+    if missing:
+        raise ValueError(f"{what} needs {', '.join(missing)}{where}")
+
+
+def main(run: Callable[[list[str]], object]) -> None:
+    """run(arguments) of the command line; without arguments or with --help the docstring of its
+    module is printed."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or asks_for_help(arguments):
         print(sys.modules[run.__module__].__doc__.strip())
-        return
+    else:
+        guard(run, arguments)
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+    return arguments[:1] in (["-h"], ["--help"])
+
+
+def guard(run: Callable[[list[str]], object], arguments: list[str]) -> None:
+    """run(arguments), with what the library logs printed; a mistake of the user's ends the process
+    with one sentence and status 2."""
+    print_log()
     try:
         run(arguments)
     except ValueError as error:
@@ -43,12 +81,29 @@ def main(run):
         )
 
 
-def stop(status, sentence):
+class _Printer(logging.Handler):
+    """Prints the bare message to what is the standard output at that time."""
+
+    def emit(self, record):
+        print(self.format(record), flush=True)
+
+
+def print_log() -> None:
+    """From now on prints what the library says by logging.getLogger("tinydm"), information too;
+    called again, it changes nothing."""
+    logger = logging.getLogger("tinydm")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Printer) for handler in logger.handlers):
+        logger.addHandler(_Printer())
+
+
+def stop(status: int, sentence: str) -> NoReturn:
+    """Ends the process with a sentence on the standard error."""
     print(sentence, file=sys.stderr)
     sys.exit(status)
 
 
-def disk_is_full(error):
-    """Whether `error` comes from a full disk; libraries wrap the system's error in their own and
+def disk_is_full(error: Exception) -> bool:
+    """Tells whether `error` comes from a full disk; libraries wrap the system's error in their own and
     keep its words."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

@@ -1,12 +1,11 @@
-"""The command of tinydm/stages/analyze.py, which explains it: python scripts/analyze.py --help"""
+"""tinydm analyze, which explains itself:  python scripts/analyze.py --help"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.errors import main  # noqa: E402
-from tinydm.stages.analyze import run  # noqa: E402
+from tinydm.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    main(run)
+    main(["analyze", *sys.argv[1:]])

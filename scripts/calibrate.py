@@ -1,13 +1,11 @@
-"""The command of tinydm/stages/calibrate.py, which explains it: python scripts/calibrate.py
---help"""
+"""tinydm calibrate, which explains itself:  python scripts/calibrate.py --help"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.errors import main  # noqa: E402
-from tinydm.stages.calibrate import run  # noqa: E402
+from tinydm.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    main(run)
+    main(["calibrate", *sys.argv[1:]])

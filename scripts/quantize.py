@@ -1,12 +1,11 @@
-"""The command of tinydm/stages/quantize.py, which explains it: python scripts/quantize.py --help"""
+"""tinydm quantize, which explains itself:  python scripts/quantize.py --help"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.errors import main  # noqa: E402
-from tinydm.stages.quantize import run  # noqa: E402
+from tinydm.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    main(run)
+    main(["quantize", *sys.argv[1:]])

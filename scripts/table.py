@@ -1,12 +1,11 @@
-"""The command of tinydm/report/table.py, which explains it: python scripts/table.py --help"""
+"""tinydm table, which explains itself:  python scripts/table.py --help"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.errors import main  # noqa: E402
-from tinydm.report.table import run  # noqa: E402
+from tinydm.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    main(run)
+    main(["table", *sys.argv[1:]])

@@ -1,12 +1,11 @@
-"""The command of tinydm/training/train.py, which explains it: python scripts/train.py --help"""
+"""tinydm train, which explains itself:  python scripts/train.py --help"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.errors import main  # noqa: E402
-from tinydm.training.train import run  # noqa: E402
+from tinydm.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    main(run)
+    main(["train", *sys.argv[1:]])

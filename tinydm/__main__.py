@@ -1,0 +1,5 @@
+"""python -m tinydm COMMAND"""
+
+from tinydm.cli import main
+
+main()
