@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base.errors import unknown_word
+from base.errors import check_options, unknown_word
 from ddim.unet import AttnBlock, Downsample, ResnetBlock, Upsample, conv
 
 # weight of the commitment term (van den Oord et al. 2017, beta of Eq. 3)
@@ -88,14 +88,8 @@ def read_layout(ddconfig, double_z):
     """The Layout of a `ddconfig` dict whose double_z has to be the given one; ValueError for every
     mistake in it."""
     known = inspect.signature(Layout).parameters
-    for name in ddconfig:
-        if name not in known:
-            raise ValueError(
-                unknown_word(f"the ddconfig of an autoencoder has no key '{name}'", name, known)
-            )
-    missing = [name for name, p in known.items() if p.default is p.empty and name not in ddconfig]
-    if missing:
-        raise ValueError(f"the ddconfig of the autoencoder needs {', '.join(missing)}")
+    needed = [name for name, option in known.items() if option.default is option.empty]
+    check_options("the ddconfig of the autoencoder", ddconfig, known, needed, kind="key")
     if ddconfig["double_z"] is not double_z:
         raise ValueError(
             f"the ddconfig says double_z: {ddconfig['double_z']}; expected true for an "

@@ -3,7 +3,7 @@
 import inspect
 from functools import partial
 
-from base.errors import unknown_word
+from base.errors import check_options, unknown_word
 from ddim.unet import UNet
 from ldm.autoencoder import AutoencoderKL, AutoencoderVQ
 from ldm.conditioning import ClassEmbedder, TextEncoder
@@ -28,12 +28,6 @@ def build_network(family, **options):
         raise ValueError(unknown_word(f"network family '{family}' is unknown", family, NETWORKS))
     builder = NETWORKS[family]
     known = inspect.signature(builder).parameters
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                unknown_word(f"network family '{family}' has no option '{name}'", name, known)
-            )
-    missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
-    if missing:
-        raise ValueError(f"network family '{family}' needs {', '.join(missing)} in the model YAML")
+    needed = [name for name, option in known.items() if option.default is option.empty]
+    check_options(f"network family '{family}'", options, known, needed, where=" in the model YAML")
     return builder(**options)

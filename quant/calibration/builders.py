@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from base.errors import unknown_word
+from base.errors import check_options, unknown_word
 from quant.calibration.tdac import tdac
 
 
@@ -153,9 +153,5 @@ def check_builder(name, options):
     if name not in BUILDERS:
         raise ValueError(unknown_word(f"calibration builder '{name}' is unknown", name, BUILDERS))
     parameters = inspect.signature(BUILDERS[name]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] or ["none"]
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                unknown_word(f"calibration builder '{name}' has no option '{key}'", key, known)
-            )
+    known = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
+    check_options(f"calibration builder '{name}'", options, known)

@@ -1,13 +1,14 @@
 """A script ends in one sentence and the right status, whatever goes wrong on the user's side."""
 
 import errno
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from base.errors import main
+from base.errors import check_options, main, print_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,3 +76,31 @@ def test_status_and_sentence_of_a_real_script():
     )
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.startswith("error: checkpoint 'cifar' is unknown; choose from cifar10, ")
+
+
+def test_what_the_library_logs_is_printed_once_and_plain(monkeypatch, capsys):
+    print_log()
+    log = logging.getLogger("tinydm")
+    run_main(monkeypatch, lambda _: (log.info("raw weights"), log.debug("unseen")), "x=1")
+    assert capsys.readouterr().out == "raw weights\n"
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"widht": 1}, "the toy has no key 'widht'; did you mean 'width'?"),
+        ({"colour": 1}, "the toy has no key 'colour'; known: width, depth"),
+        ({"depth": 1}, "the toy needs width in the YAML"),
+    ],
+)
+def test_options_that_are_unknown_or_missing(options, sentence):
+    known = {"width": 0, "depth": 0}
+    with pytest.raises(ValueError) as error:
+        check_options("the toy", options, known, ["width"], kind="key", where=" in the YAML")
+    assert str(error.value) == sentence
+    check_options("the toy", known, known, known)
+
+
+def test_what_takes_no_options_says_so():
+    with pytest.raises(ValueError, match="^builder 'x' has no option 'a'; known: none$"):
+        check_options("builder 'x'", ["a"], ())

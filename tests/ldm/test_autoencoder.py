@@ -271,7 +271,7 @@ def ddconfig(**changes):
     [
         (
             ddconfig(ch_mul=[1]),
-            "the ddconfig of an autoencoder has no key 'ch_mul'; did you mean 'ch_mult'?",
+            "the ddconfig of the autoencoder has no key 'ch_mul'; did you mean 'ch_mult'?",
         ),
         (
             ddconfig(ch=None, z_channels=None),
