@@ -104,6 +104,6 @@ def stop(status: int, sentence: str) -> NoReturn:
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Tells whether `error` comes from a full disk; libraries wrap the system's error in their own and
-    keep its words."""
+    """Tells whether `error` comes from a full disk; libraries wrap the system's error in their own
+    and keep its words."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

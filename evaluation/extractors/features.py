@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from base.files import alone, load_tensors, save_tensors
+from base.hooks import watching
 from evaluation.extractors.cifar_resnet import sha256
 from models.data import read_image
 
@@ -61,15 +62,12 @@ def extract_all(net, name, source, **how):
     """extract, and the features of sFID (Nash et al. 2021, arXiv:2103.03841) as `spatial` (N, H * W
     * 7): the first seven channels of a middle layer's maps, place by place. Of cifar-resnet those
     of the image, not of its mirror image, which it looks at second."""
-    spatial, layer = [], net.get_submodule(SPATIAL[name])
+    spatial = []
 
     def seen(images):
         maps = []
-        hook = layer.register_forward_hook(lambda _layer, _inputs, output: maps.append(output))
-        try:
+        with watching(net, {SPATIAL[name]: lambda _, inputs, output: maps.append(output)}):
             features = net(images)
-        finally:
-            hook.remove()
         spatial.append(maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu())
         return features
 

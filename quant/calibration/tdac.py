@@ -7,6 +7,8 @@ Axes: S steps, n images (twice as many with guidance), C channels, h x w positio
 import torch
 import torch.nn.functional as F
 
+from base.hooks import watching
+
 MIDDLE_ATTENTION = ("mid.attn_1", "middle_block.1")  # of ddim/unet.py and ldm/unet.py
 CHUNK = 2**16  # features that are widened to double precision at a time
 
@@ -16,7 +18,7 @@ def middle_features(model, x, t, cond=None):
     """What the middle attention of model.net reads when `model.eps` runs on x (S, n, C, H, W) at
     the steps t (S,) -> (S, n, C, h, w). Raises ValueError for a network without one."""
     modules = dict(model.net.named_modules())
-    found = [modules[name] for name in MIDDLE_ATTENTION if name in modules]
+    found = [name for name in MIDDLE_ATTENTION if name in modules]
     if not found:
         raise ValueError(
             "builder 'tdac' reads the input of the middle attention, but the network has no "
@@ -24,14 +26,13 @@ def middle_features(model, x, t, cond=None):
             f"{' or '.join(MIDDLE_ATTENTION)}; choose another calibration.builder"
         )
     device, seen = next(model.net.parameters()).device, []
-    hook = found[0].register_forward_pre_hook(
-        lambda _, arguments: seen.append(arguments[0].float().cpu())
-    )
-    try:
+
+    def note(_, inputs):
+        seen.append(inputs[0].float().cpu())
+
+    with watching(model.net, {found[0]: note}, before=True):
         for x_t, step in zip(x, t.float().to(device)):
             model.eps(x_t.to(device), step.expand(len(x_t)), cond)
-    finally:
-        hook.remove()
     return torch.stack(seen)
 
 
