@@ -1,0 +1,81 @@
+"""What `pip install .` brings: every module, configuration, template and weight of the clone."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+
+import pytest
+
+from base.files import PROJECT
+from scripts.dependencies import requirements
+
+PYPROJECT = (PROJECT / "pyproject.toml").read_text()
+
+CONTENTS = """
+from pathlib import Path
+from setuptools.dist import Distribution
+
+distribution = Distribution({"script_name": "setup.py"})
+distribution.parse_config_files(["pyproject.toml"])
+distribution.include_package_data = False
+command = distribution.get_command_obj("build_py")
+command.ensure_finalized()
+for path in command.get_outputs(include_bytecode=False):
+    print(Path(path).relative_to(command.build_lib).as_posix())
+"""
+# folders of the clone that an installed copy has as well
+INSTALLED = ("base", "configs", "ddim", "evaluation", "ldm", "models", "quant", "tinydm")
+
+
+# what an option alone asks for, and says itself that it is missing
+OPTIONAL = {"onnx", "onnxruntime", "openvino"}
+
+
+def output(*words):
+    ended = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return set(ended.stdout.split("\n")) - {""}
+
+
+def test_everything_that_the_code_reads_is_installed_with_it():
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 or newer is needed")
+    if not (PROJECT / ".git").exists():
+        pytest.skip("no clone: git says what belongs to the project")
+    tracked = output("git", "ls-files", "--cached", "--others", "--exclude-standard", *INSTALLED)
+    packed = output(sys.executable, "-c", CONTENTS)
+    assert tracked - packed == set()
+    assert "models/weights/cifar10-compact.safetensors" in packed
+    assert "configs/model/cifar10-compact.yaml" in packed and "scripts/sample.py" in packed
+    foreign = ("tests", "runs", "results", "models/checkpoints", "models/ldm", "docs")
+    assert not [path for path in packed if path.startswith(foreign)]
+
+
+def test_the_console_script_is_the_command_line():
+    from tinydm import cli
+
+    assert 'tinydm = "tinydm.cli:main"' in PYPROJECT and callable(cli.main)
+
+
+def third_party(path):
+    """Packages that a module imports, ours and those of Python left out."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    modules += [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    found = {module.split(".")[0] for module in modules}
+    return found - sys.stdlib_module_names - set(INSTALLED)
+
+
+def test_every_dependency_that_code_imports_is_named():
+    listed = [*requirements(PYPROJECT), *re.findall(r'^text = \["(.*)"\]', PYPROJECT, re.M)]
+    named = {plain(re.match(r"[\w-]+", entry).group()) for entry in listed}
+    distributions = packages_distributions()
+    for path in (path for room in INSTALLED for path in (PROJECT / room).rglob("*.py")):
+        for package in third_party(path) - OPTIONAL:
+            sources = {plain(name) for name in distributions.get(package, [package])}
+            assert sources & named, f"{path} imports {package}, which pyproject.toml does not name"
+
+
+def plain(name):
+    return name.lower().replace("_", "-")
