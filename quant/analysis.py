@@ -13,6 +13,7 @@ from torch import nn
 
 from base.network import Matmul
 from quant.layers import SWAP
+from quant.network import modules_of
 
 # a channel that never gets larger is left out of all ratios
 DEAD = 1e-8
@@ -217,7 +218,7 @@ def layer_errors(net, quantized, batches_by_step):
     -> [{"layer", "step", "t", "mse", "mae", "sqnr_db"}] by layer in execution order, then step:
     means over all images and values, SQNR of their sums. A layer that is not quantized has errors
     of exactly 0."""
-    twins, sums, times = dict(quantized.named_modules()), {}, {}
+    twins, sums, times = modules_of(quantized), {}, {}
 
     def compare(name):
         def hook(module, inputs, out):

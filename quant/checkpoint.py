@@ -10,18 +10,24 @@ from pathlib import Path
 import torch
 
 from base.files import load_tensors, save_tensors
-from quant.convert import convert, quant_layers
-from quant.network import Bypass, Correction
+from quant.convert import convert
+from quant.network import Bypass, Correction, QuantizedNet, quant_layers
 from quant.packing import pack, unpack
 from quant.timeline import Timeline
 
 FORMAT = "tinydm-quantized/1"
 
 
+def stored_names(net: QuantizedNet) -> dict[str, torch.Tensor]:
+    """The state dict of a network under the names of its file, which are those of the float
+    network, `bypass.gain` and `correction.*`."""
+    return {name.removeprefix("net."): value for name, value in net.state_dict().items()}
+
+
 def quantized_state(net):
     """Tensors of a hardened network as they are stored."""
     tensors, layers = {}, quant_layers(net)
-    for name, value in net.state_dict().items():
+    for name, value in stored_names(net).items():
         owner, _, part = name.rpartition(".")
         if part == "weight_int":
             layer = layers[owner]
@@ -47,7 +53,7 @@ def packed_bytes(net):
     for name, layer in layers.items():
         if layer.weight_quantizer is not None:
             packed += bytes_of(layer)
-    for name, value in net.state_dict().items():
+    for name, value in stored_names(net).items():
         owner, _, part = name.rpartition(".")
         if (
             owner in layers
@@ -128,12 +134,12 @@ def load_quantized(path, build_network, *, expected=None):
     times, rows, columns = (
         stored.get(f"correction.{name}") for name in ("times", "rows", "columns")
     )
-    net.correction = None
     if times is not None and rows is not None and columns is not None:
-        net.correction = Correction(times, net.in_channels, *rows.shape[2:3], *columns.shape[3:4])
-    if "bypass.gain" in stored:
-        Bypass(net, stored["bypass.gain"].shape[1])
-    own = net.state_dict()
+        net.correction = Correction(times, rows.shape[1], *rows.shape[2:3], *columns.shape[3:4])
+    gain = stored.get("bypass.gain")
+    if gain is not None:
+        net.bypass = Bypass(net.timeline, *gain.shape[1:])
+    own = stored_names(net)
     wrong = sorted(set(own) ^ set(stored)) + [
         k for k in own if k in stored and own[k].shape != stored[k].shape
     ]
@@ -143,5 +149,7 @@ def load_quantized(path, build_network, *, expected=None):
             f"{', '.join(wrong[:3])}); "
             "it was written by another version, quantize again"
         )
-    net.load_state_dict(stored)
+    full_names = {name.removeprefix("net."): name for name in net.state_dict()}
+    net.load_state_dict({full_names[name]: value for name, value in stored.items()})
+    net.recipe = recipe
     return net.eval()

@@ -9,13 +9,12 @@ a norm (role scale_shift) stays in floating point unless a rule names that role;
 either half unless `split` is false."""
 
 import copy
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from base.errors import unknown_word
 from base.network import Matmul, Operand
 from quant.layers import SWAP, QuantLayer, QuantMatmul, QuantOperand
-from quant.quantizer import Quantizer
+from quant.network import QuantizedNet
 from quant.rules import check_rules, resolve
 from quant.timeline import Timeline
 
@@ -24,7 +23,7 @@ def convert(net, rules, timeline=None):
     """A quantized copy of `net` (the float network is left as it is), unfitted; weights are shared
     until hardened.
 
-    Returns the copy; its `timeline` follows the steps of every forward pass."""
+    The copy reads the time of every forward pass."""
     check_rules(rules)
     names = [name for name, module in net.named_modules() if type(module) in SWAP]
     for rule in rules:
@@ -65,37 +64,4 @@ def convert(net, rules, timeline=None):
                 else module
             )
         net.set_submodule(name, swapped)
-    timeline.follow(net)
-    net.timeline = timeline
-    return net.to(next(net.parameters()).device).eval()
-
-
-def quant_layers(net):
-    return {name: m for name, m in net.named_modules() if isinstance(m, QuantLayer)}
-
-
-def input_quantizers(net):
-    """name -> activation quantizer, in registration order."""
-    return {
-        name: m
-        for name, m in net.named_modules()
-        if isinstance(m, Quantizer) and not name.endswith("weight_quantizer")
-    }
-
-
-@contextmanager
-def in_full_precision(net):
-    """Without any of its quantizers, fitted or not, for a while; what balances channels stays."""
-    quantizers = [module for module in net.modules() if isinstance(module, Quantizer)]
-    for q in quantizers:
-        q.enabled = False
-    try:
-        yield
-    finally:
-        for q in quantizers:
-            q.enabled = True
-
-
-def set_input_quantization(net, enabled):
-    for quantizer in input_quantizers(net).values():
-        quantizer.enabled = enabled
+    return QuantizedNet(net, timeline).to(next(net.parameters()).device).eval()

@@ -3,6 +3,7 @@
 import torch
 
 from base.network import Matmul
+from quant.network import modules_of
 from quant.rules import listed
 
 
@@ -11,7 +12,7 @@ def quantization_map(net, quantized, macs, times=(0,)):
     multiply-adds whose weight (for attention products: both operands) is below 32 bits. Widths of
     an activation that differ by time are given as their mean over `times`, the network times of the
     sampler; `bit_product`, the two widths of a multiply-add multiplied, is a mean likewise."""
-    rows, modules, floats = [], dict(quantized.named_modules()), dict(net.named_modules())
+    rows, modules, floats = [], modules_of(quantized), modules_of(net)
     times = torch.tensor(times, dtype=torch.float32)
     for name, count in macs.items():
         module, source = modules[name], floats[name]

@@ -1,46 +1,71 @@
-"""What surrounds a quantized network: the bypass of its input, the correction of its noise."""
+"""A quantized network: the converted one, the timeline that tells its quantizers the time, and what
+surrounds it: the bypass of its input, the correction of its noise.
+
+Modules are called by the names that they have in the float network, in rules, facts, files and in
+all functions of this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from quant.convert import quant_layers
+from quant.layers import QuantLayer
+from quant.quantizer import Quantizer
+from quant.timeline import Timeline
+
+
+class QuantizedNet(nn.Module):
+    """A converted network `net` whose quantizers read the time from `timeline`.
+
+    `bypass` (or None) adds what the rounding of x does to the answer; `correction` (or None) is
+    applied to the answer by the model that calls the network, behind guidance; `recipe` is the
+    JSON-able dict that is stored with it, empty until it has one.
+    """
+
+    def __init__(self, net: nn.Module, timeline: Timeline):
+        super().__init__()
+        self.net, self.timeline = net, timeline
+        self.bypass: Bypass | None = None
+        self.correction: Correction | None = None
+        self.recipe: dict[str, Any] = {}
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+        """The answer to x (N, C, H, W) at the network times t (N,) under a condition, if it takes
+        one."""
+        self.timeline.set_time(t)
+        answer = self.net(x, t, *cond)
+        return answer if self.bypass is None else answer + self.bypass(self.input_error(x))
+
+    def input_error(self, x: torch.Tensor) -> torch.Tensor:
+        """x minus what the first layer makes of it, at the time that the timeline has been told."""
+        return stem_of(self).input_error(x)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module of the converted network that has this name in the float network."""
+        return self.net.get_submodule(target)
+
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """Replace the module that has this name in the float network."""
+        self.net.set_submodule(target, module, strict)
 
 
 class Bypass(nn.Module):
-    """The table `gain` K (S, outputs, C) of a quantized network, zero until it is fitted; the
-    network, whose module `bypass` it becomes, stores it and adds `forward(x)` to its answer."""
+    """The table `gain` K (S, outputs, C) of a network whose first layer rounds x: for each time
+    segment what a rounding error of x adds to the answer, zero until it is fitted."""
 
-    def __init__(self, net, outputs):
+    def __init__(self, timeline: Timeline, outputs: int, channels: int):
         super().__init__()
-        # the stem is no part of this module
-        self.__dict__["stem"], self.timeline = stem_of(net), net.timeline
-        self.register_buffer(
-            "gain", torch.zeros(self.timeline.num_segments, outputs, self.stem.shape[1])
-        )
-        self.to(next(net.parameters()).device)
-        net.bypass = self
-        net.register_forward_hook(
-            lambda module, arguments, answer: answer + module.bypass(arguments[0])
-        )
+        self.timeline = timeline
+        self.register_buffer("gain", torch.zeros(timeline.num_segments, outputs, channels))
 
-    def forward(self, x):
-        """What x (N, C, H, W) adds to the answer (N, outputs, H, W) at the time that the network
-        has been told."""
-        return (self.gain[self.timeline.segment] @ self.stem.input_error(x).flatten(2)).unflatten(
-            2, x.shape[2:]
-        )
-
-
-def stem_of(net):
-    """The layer that reads x on a grid; None where x is read as it is."""
-    return next(
-        (
-            m
-            for m in quant_layers(net).values()
-            if m.role == "stem" and m.input_quantizer is not None
-        ),
-        None,
-    )
+    def forward(self, error: torch.Tensor) -> torch.Tensor:
+        """What x minus its rounded self (N, C, H, W) adds to the answer (N, outputs, H, W)."""
+        added = self.gain[self.timeline.segment] @ error.flatten(2)
+        return added.unflatten(2, error.shape[2:])
 
 
 class Correction(nn.Module):
@@ -88,3 +113,53 @@ class Correction(nn.Module):
         return float(
             self.variance[self.entries(torch.tensor([float(t)], device=self.times.device))]
         )
+
+
+def core_of(net: nn.Module) -> nn.Module:
+    """The network proper, whose modules have the names of the float network: `net`, or what is
+    inside a QuantizedNet."""
+    return net.net if isinstance(net, QuantizedNet) else net
+
+
+def modules_of(net: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of a network, float or quantized, in registration order."""
+    return dict(core_of(net).named_modules())
+
+
+def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
+    """Name -> quantized layer, in registration order."""
+    return {name: m for name, m in modules_of(net).items() if isinstance(m, QuantLayer)}
+
+
+def input_quantizers(net: nn.Module) -> dict[str, Quantizer]:
+    """Name -> activation quantizer, in registration order."""
+    return {
+        name: m
+        for name, m in modules_of(net).items()
+        if isinstance(m, Quantizer) and not name.endswith("weight_quantizer")
+    }
+
+
+def stem_of(net: nn.Module) -> QuantLayer | None:
+    """The layer that reads x on a grid; None where x is read as it is."""
+    layers = quant_layers(net).values()
+    return next((m for m in layers if m.role == "stem" and m.input_quantizer is not None), None)
+
+
+@contextmanager
+def in_full_precision(net: nn.Module) -> Iterator[None]:
+    """Without any of its quantizers, fitted or not, for a while; what balances channels stays."""
+    quantizers = [module for module in net.modules() if isinstance(module, Quantizer)]
+    for q in quantizers:
+        q.enabled = False
+    try:
+        yield
+    finally:
+        for q in quantizers:
+            q.enabled = True
+
+
+def set_input_quantization(net: nn.Module, enabled: bool) -> None:
+    """Switch the activation quantizers of a network on or off."""
+    for quantizer in input_quantizers(net).values():
+        quantizer.enabled = enabled

@@ -11,7 +11,7 @@ gradients straight through to the weights. The loss is the model's own (models/t
 import torch
 from torch import nn
 
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 from quant.passes.dynamic_scales import DynamicScale, functions_of, retabulated
 from quant.passes.fit_ranges import fit_ranges
 from quant.passes.job import Job
@@ -78,9 +78,8 @@ def scales_of(net):
 
 def finish(net, times):
     """-> (the trained network hardened, with a table of scales at the sampler's network times (S,)
-    if it has functions of time; those functions, named as in quant.tdq.functions_of). Run it from
-    its file: it is on the CPU, and a copy of a network (an average) does not tell its own timeline
-    the step."""
+    if it has functions of time; those functions, named as in quant.tdq.functions_of). It is on
+    the CPU."""
     net = net.cpu()
     # any one: all that has functions gets its table from them below
     set_times(net, torch.zeros(1))

@@ -4,7 +4,7 @@ nothing."""
 
 from torch import nn
 
-from quant.convert import input_quantizers
+from quant.network import input_quantizers
 
 
 class SoftScale(nn.Module):

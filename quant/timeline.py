@@ -101,7 +101,3 @@ class Timeline:
                 )
             times.append(own.mean())
         return torch.stack(times)
-
-    def follow(self, net):
-        """Read t from every forward pass of `net` (called as net(x, t, ...))."""
-        net.register_forward_pre_hook(lambda module, arguments: self.set_time(arguments[1]))

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from quant.calibration.dataset import CalibrationSet
-from quant.convert import convert, input_quantizers
+from quant.convert import convert
 from quant.graph import trace
+from quant.network import input_quantizers
 from quant.passes.job import Job
 from quant.passes.run import run_passes
 from quant.timeline import Timeline

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from quant.convert import in_full_precision, quant_layers
+from quant.network import in_full_precision, quant_layers
 
 # what gets widths out of `choices`
 BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}

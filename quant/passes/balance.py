@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from base.network import Matmul, attention_parts
-from quant.convert import in_full_precision, input_quantizers, quant_layers
+from quant.network import in_full_precision, input_quantizers, quant_layers
 from quant.observer import refit
 from quant.reconstruction.capture import inputs_of
 

@@ -31,7 +31,7 @@ def bypass_input(job, *, num_samples=1024):
     point, of which nothing is lost. Raises ValueError before fit_ranges, if the network has a
     bypass already, and for a time segment without samples."""
     job.need_ranges("bypass_input")
-    if getattr(job.net, "bypass", None) is not None:
+    if job.net.bypass is not None:
         raise ValueError("the network has a bypass of its input already; list bypass_input once")
     stem, timeline = stem_of(job.net), job.net.timeline
     if stem is None:
@@ -64,7 +64,8 @@ def bypass_input(job, *, num_samples=1024):
             )
         )
         explained += float((gains[-1] * products).sum())
-    Bypass(job.net, len(gains[0])).gain.copy_(torch.stack(gains))
+    job.net.bypass = Bypass(timeline, len(gains[0]), stem.shape[1]).to(job.device)
+    job.net.bypass.gain.copy_(torch.stack(gains))
     return [
         {
             "pass": "bypass_input",

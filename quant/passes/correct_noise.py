@@ -16,8 +16,7 @@ from typing import Literal
 import torch
 
 from base.network import batch_of
-from quant.convert import quant_layers
-from quant.network import Correction
+from quant.network import Correction, quant_layers
 
 # Lowest k that is corrected
 SLOPES = {

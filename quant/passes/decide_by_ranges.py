@@ -10,6 +10,7 @@ finds out by the error whether it gains."""
 
 from quant.analysis import decide, describe, observe_ranges
 from quant.layers import QuantLayer, QuantMatmul, QuantOperand
+from quant.network import modules_of
 
 
 def decide_by_ranges(job, *, num_samples=1024, segments_above=0.25, balance_above=4.0):
@@ -55,7 +56,7 @@ def quantized_points(net):
     """Quantized inputs and operands, named as observe_ranges does -> what a rule says to mean this
     one."""
     found = {}
-    for name, module in net.named_modules():
+    for name, module in modules_of(net).items():
         if isinstance(module, QuantMatmul):
             for role, q in zip(module.roles, (module.a_quantizer, module.b_quantizer)):
                 if q is not None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from base.network import timestep_embedding
-from quant.convert import input_quantizers
+from quant.network import input_quantizers
 from quant.scales import SoftScale, attach
 from quant.timeline import PER_STEP, Timeline, segment_boundaries
 
@@ -128,7 +128,7 @@ def retabulated(net, functions, times):
             table = soft()
         q.scale, q.zero_point = nn.Parameter(table, requires_grad=False), q.zero_point[nearest]
         q.bits = [q.bits[i] for i in nearest]
-    if getattr(net, "bypass", None) is not None:
+    if net.bypass is not None:
         net.bypass.gain = net.bypass.gain[nearest]
     return net
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from base.files import load_tensors, save_tensors
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 ERROR_SAMPLES = 256  # on which the error before and after is measured

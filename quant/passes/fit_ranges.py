@@ -2,7 +2,7 @@
 
 import torch
 
-from quant.convert import in_full_precision, input_quantizers, quant_layers
+from quant.network import in_full_precision, input_quantizers, quant_layers
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from quant.convert import input_quantizers
+from quant.network import input_quantizers
 from quant.scales import SoftScale, attach
 
 # a group's initial logit one gap between groups away is lower by this

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from quant.calibration.dataset import CalibrationSet
-from quant.convert import convert, input_quantizers, quant_layers
+from quant.convert import convert
 from quant.graph import Graph
+from quant.network import input_quantizers, quant_layers
 from quant.passes.fit_ranges import fit_ranges
 from quant.quantizer import Quantizer
 from quant.timeline import Timeline

@@ -18,7 +18,7 @@ import torch
 
 from base.config import Share
 from base.seeds import mix
-from quant.convert import input_quantizers, quant_layers, set_input_quantization
+from quant.network import input_quantizers, quant_layers, set_input_quantization
 from quant.reconstruction.capture import Store, Stream
 from quant.reconstruction.frequency import FrequencyFilter
 from quant.reconstruction.learn import learn_jointly, learn_rounding, learn_scales

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from base.seeds import mix
-from quant.convert import quant_layers, set_input_quantization
+from quant.network import core_of, modules_of, quant_layers, set_input_quantization
 from quant.reconstruction.learn import learn_rounding
 from quant.reconstruction.unit import Unit, load_unit, relative_error, save_unit
 
@@ -26,17 +26,17 @@ class TemporalBlock(torch.nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.__dict__["net"] = net
+        self.__dict__["embed_time"] = core_of(net).embed_time
         self.projections = torch.nn.ModuleDict(
             {
                 name.replace(".", "|"): m
-                for name, m in net.named_modules()
+                for name, m in modules_of(net).items()
                 if getattr(m, "role", None) == "emb_proj"
             }
         )
 
     def forward(self, t, *cond):
-        emb = F.silu(self.net.embed_time(t, *cond))
+        emb = F.silu(self.embed_time(t, *cond))
         return torch.cat([projection(emb) for projection in self.projections.values()], dim=1)
 
 

@@ -12,7 +12,7 @@ from typing import get_args
 
 from base.config import Share
 from base.errors import unknown_word
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 from quant.passes.allocate_bits import allocate_bits
 from quant.passes.balance import balance
 from quant.passes.bypass_input import bypass_input

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from quant.convert import convert, input_quantizers, quant_layers
+from quant.convert import convert
+from quant.network import core_of, input_quantizers, quant_layers
 
 
 def segment_models(job, *, passes):
@@ -20,7 +21,7 @@ def segment_models(job, *, passes):
 
     Raises ValueError where a pass changed norms or biases, which the segments share.
     """
-    from quant.passes import run_passes  # this is itself one of the passes
+    from quant.passes.run import run_passes  # this is itself one of the passes
 
     timeline, facts, parts = job.net.timeline, [], []
     if timeline.num_segments < 2:
@@ -88,8 +89,8 @@ def merge(net, parts):
         q.scale.copy_(torch.cat([each[name].scale for each in scales]))
         q.zero_point.copy_(torch.cat([each[name].zero_point for each in scales]))
         own |= {f"{name}.scale", f"{name}.zero_point"}
-    states = [part.state_dict() for part in parts]
-    for name, value in net.state_dict().items():
+    states = [core_of(part).state_dict() for part in parts]
+    for name, value in core_of(net).state_dict().items():
         if name not in own and any(not torch.equal(value, state[name]) for state in states):
             raise ValueError(
                 f"a pass inside segment_models changed {name}, which the segments share; run that "

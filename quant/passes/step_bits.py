@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 from quant.timeline import Timeline
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from quant.network import QuantizedNet, modules_of
+
 
 class Store:
     """Tensors in memory up to `memory_gb`, beyond that in unlinked files under `folder`, mapped
@@ -81,12 +83,7 @@ class Stream:
     one unit ahead."""
 
     def __init__(self, net, units, last_use, calibration, *, batch_size, store):
-        self.net, self.modules, self.units, self.last_use = (
-            net,
-            dict(net.named_modules()),
-            units,
-            last_use,
-        )
+        self.net, self.modules, self.units, self.last_use = (net, modules_of(net), units, last_use)
         self.calibration, self.store, self.device = (
             calibration,
             store,
@@ -147,7 +144,7 @@ class Stream:
         returns the output."""
         whole = None
         for rows in self.rows:
-            if hasattr(self.net, "timeline"):
+            if isinstance(self.net, QuantizedNet):
                 self.net.timeline.set_time(self.calibration.t[rows])
             out = self.modules[unit](*(a[rows].to(self.device) for a in inputs))
             whole = (

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from quant.convert import input_quantizers
+from quant.network import input_quantizers
 from quant.reconstruction.gptq import second_order_codes
 from quant.reconstruction.loss import comparable, lp, output_loss, outputs_of
 from quant.reconstruction.rounding import Rounding

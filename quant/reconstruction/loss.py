@@ -5,7 +5,7 @@ lp(a, b; p) = mean over samples and positions of sum over channels |a - b|^p    
 
 from contextlib import ExitStack, contextmanager
 
-from quant.convert import quant_layers
+from quant.network import quant_layers
 
 BLOCK_ENDS = "conv2", "ff"  # roles
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from base.files import load_tensors, save_tensors
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 
 # share of a unit's input that is full precision in joint mode (QDrop)
 DROPPED_INPUTS = 0.5

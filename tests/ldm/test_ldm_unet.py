@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import FIXTURES, assert_close, below, randomize, read_fixture
 
-from base.network import Matmul, Operand, timestep_embedding
+from base.network import Matmul, Operand
 from ddim.unet import Upsample
 from ldm.attention import AttentionBlock, CrossAttention, QKVAttention, SpatialTransformer
 from ldm.unet import Downsample, ResBlock
@@ -98,13 +98,6 @@ def test_part_gives_the_recorded_values(name):
     with torch.no_grad():
         found = module(*below(f"{name}/in/", tensors).values())
     assert_close(found, tensors[f"{name}/out/y"], meta["tolerance"])
-
-
-@pytest.mark.parametrize("width", [32, 33, 128])
-def test_timestep_embedding(width):
-    meta, _, tensors = read_fixture("primitives")
-    found = timestep_embedding(tensors["embed_cos_first/in/t"], width, cos_first=True)
-    assert_close(found, tensors[f"embed_cos_first/out/dim{width}"], meta["tolerance"])
 
 
 @pytest.mark.parametrize("name", [name for name in LISTINGS if name.split("-")[0] in FAMILIES])

@@ -13,10 +13,11 @@ from base.network import Operand, tag
 from ldm.unet import ResBlock
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, save_quantized
-from quant.convert import convert, input_quantizers
+from quant.convert import convert
 from quant.graph import trace
 from quant.inventory import format_map, quantization_map
 from quant.layers import QuantOperand
+from quant.network import input_quantizers
 from quant.passes.step_bits import input_rules
 from quant.quantizer import Quantizer
 from quant.rules import resolve

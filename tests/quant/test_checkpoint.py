@@ -22,7 +22,8 @@ from quant.checkpoint import (
     read_recipe,
     save_quantized,
 )
-from quant.convert import convert, input_quantizers, quant_layers
+from quant.convert import convert
+from quant.network import input_quantizers, quant_layers
 from quant.packing import pack, unpack
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,10 +7,11 @@ import torch
 from tiny import EXAMPLE, SHAPE, WEIGHT_8, make_job, normal, quantized, rules
 from torch import nn
 
-from quant.convert import convert, input_quantizers, quant_layers, set_input_quantization
+from quant.convert import convert
 from quant.graph import trace
 from quant.inventory import format_map, quantization_map
 from quant.layers import QuantLayer, QuantMatmul
+from quant.network import input_quantizers, quant_layers, set_input_quantization
 from quant.passes.fit_ranges import fit_ranges
 from quant.rules import BITS, check_bits, check_rules, resolve
 from quant.timeline import Timeline

@@ -12,8 +12,8 @@ from torch import nn
 from base.network import Matmul, tag
 from ddim.unet import Downsample
 from models.zoo import build_network
-from quant.convert import quant_layers
 from quant.layers import SWAP, QuantLayer, QuantMatmul
+from quant.network import quant_layers
 from quant.passes.run import run_passes
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
@@ -49,7 +49,7 @@ FUSED = LDM | {"use_spatial_transformer": False, "context_dim": None}
 
 def build(case, weight, inputs, *, splits=None, timeline=None, balanced=False):
     torch.manual_seed(0)
-    layer = tag("x", LAYERS[case][0](), **({"input_splits": splits} if splits else {}))
+    layer = tag("q", LAYERS[case][0](), **({"input_splits": splits} if splits else {}))
     x = normal(*LAYERS[case][1])
     if splits:
         x[:, splits[0] :] *= 5
@@ -412,7 +412,7 @@ def test_unsigned_codes_with_corrections_for_both_zero_points():
 
 
 def test_sums_beyond_the_integers_of_float32_are_right_to_its_rounding():
-    layer, x = tag("x", nn.Conv2d(512, 8, 3, padding=1, bias=False)), 2 + normal(1, 512, 4, 4).abs()
+    layer, x = tag("q", nn.Conv2d(512, 8, 3, padding=1, bias=False)), 2 + normal(1, 512, 4, 4).abs()
     layer.weight.data = 2 + normal(8, 512, 3, 3, seed=1).abs()
     quant = QuantLayer(
         layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False
@@ -431,7 +431,7 @@ def test_sums_beyond_the_integers_of_float32_are_right_to_its_rounding():
 def test_what_cannot_be_quantized_is_refused():
     with pytest.raises(ValueError, match="grouped convolutions"):
         QuantLayer(
-            tag("x", nn.Conv2d(4, 4, 3, groups=2)),
+            tag("q", nn.Conv2d(4, 4, 3, groups=2)),
             QuantSpec(bits=8),
             QuantSpec(),
             Timeline(),

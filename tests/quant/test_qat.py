@@ -18,7 +18,8 @@ from base.files import PROJECT, load_tensors
 from models.weights import PREFIXES
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, save_quantized
-from quant.convert import convert, input_quantizers, quant_layers
+from quant.convert import convert
+from quant.network import input_quantizers, quant_layers
 from quant.qat import finish, prepare, scales_of
 from tinydm.report import command as report
 from tinydm.report.table import row_of

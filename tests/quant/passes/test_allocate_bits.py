@@ -9,8 +9,9 @@ import yaml
 from tiny import make_job, normal, quantized, rules
 
 from evaluation.scores.cost import bit_operations
-from quant.convert import convert, quant_layers
+from quant.convert import convert
 from quant.inventory import quantization_map
+from quant.network import quant_layers
 from quant.passes.allocate_bits import allocate_bits, solve
 from quant.passes.run import run_passes
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from base.network import tag
 from models.zoo import build_network
-from quant.convert import quant_layers, set_input_quantization
 from quant.layers import QuantLayer, QuantMatmul
+from quant.network import quant_layers, set_input_quantization
 from quant.passes.balance import (
     PRODUCT_SAMPLES,
     balance,

@@ -18,15 +18,13 @@ from base.files import PROJECT, load_tensors, save_tensors
 from ddim.sampler import SAMPLERS
 from models.condition import by_class
 from models.diffusion import DiffusionModel
-from models.sampling import sample
+from models.sampling import Sampling, sample, trajectory
 from models.zoo import build_network
 from quant.analysis import step_sqnr
 from quant.checkpoint import load_quantized, save_quantized
-from quant.convert import quant_layers
-from quant.network import Correction
+from quant.network import Correction, quant_layers
 from quant.passes.correct_noise import SUMMED, correct_noise, fit, sums
 from quant.passes.fit_ranges import fit_ranges
-from tinydm.recipe import Sampling
 from tinydm.run_folder import open_run
 from tinydm.stages import calibrate, evaluate, quantize
 from tinydm.stages.sample import draw, model_of
@@ -256,14 +254,9 @@ def test_it_needs_images(tiny_net, tmp_path):
 @pytest.fixture(params=[{}, {"slope": "signed", "per": "line", "variance": False}])
 def corrected(request, tiny_model, tmp_path):
     """A job on the tiny model after the pass, and its facts."""
-    run = SimpleNamespace(
-        model=tiny_model, config=SimpleNamespace(sampling=Sampling(**STEPS, batch_size=3))
-    )
+    sampling = Sampling(**STEPS, batch_size=3)
     job = make_job(
-        tiny_model.net,
-        tmp_path,
-        rules(3, 4),
-        trajectory=lambda *given: quantize.trajectory(run, *given),
+        tiny_model.net, tmp_path, rules(3, 4), trajectory=partial(trajectory, tiny_model, sampling)
     )
     job.model = tiny_model
     fit_ranges(job)
@@ -280,10 +273,8 @@ def test_eps_comes_closer_to_the_full_precision_networks(corrected):
     record, model = [], job.model.with_net(job.net)
     sample(
         job.model,
-        job.model.eps,
         range(8),
-        seed=5,
-        **STEPS,
+        Sampling(**STEPS, seed=5, batch_size=8),
         callback=lambda step, t, x, eps, *_: record.append((step, t, x, None, eps)),
     )
     for fact, (_, t, x, _, eps) in zip(facts, reversed(record)):
@@ -307,10 +298,7 @@ def test_a_second_pass_measures_anew(corrected):
 
 
 def test_trajectories_are_those_of_the_sampler_in_batches(tiny_model):
-    run = SimpleNamespace(
-        model=tiny_model, config=SimpleNamespace(sampling=Sampling(**STEPS, batch_size=3))
-    )
-    rows = list(quantize.trajectory(run, 7, 5))
+    rows = list(trajectory(tiny_model, Sampling(**STEPS, batch_size=3), 7, 5))
     assert [(step, t) for step, t, *_ in rows] == 3 * [(0, 750), (1, 500), (2, 250), (3, 0)]
     assert [len(x) for _, _, x, _, _ in rows] == [3] * 8 + [1] * 4 and all(
         cond is None for *_, cond, _ in rows
@@ -318,10 +306,8 @@ def test_trajectories_are_those_of_the_sampler_in_batches(tiny_model):
     seen = []
     sample(
         tiny_model,
-        tiny_model.eps,
         [6],
-        seed=5,
-        **STEPS,
+        Sampling(**STEPS, seed=5, batch_size=1),
         callback=lambda step, t, x, eps, *_: seen.append((x, eps)),
     )
     for (_, _, x, _, eps), (x_alone, eps_alone) in zip(rows[8:], seen, strict=True):
@@ -356,29 +342,27 @@ def test_guidance_comes_first(tiny_model):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_zero_tables_leave_the_bytes_of_every_sampler(sampler, tiny_model):
-    how = {
-        "sampler": sampler,
-        "steps": 5,
-        "skip": "time_uniform" if sampler.startswith("dpm_") else "uniform",
-        "eta": 0.7 if sampler in ("ddim", "ddpm") else 0.0,
-    }
-    images = sample(tiny_model, tiny_model.eps, range(3), **how)
+    how = Sampling(
+        sampler=sampler,
+        steps=5,
+        skip="time_uniform" if sampler.startswith("dpm_") else "uniform",
+        eta=0.7 if sampler in ("ddim", "ddpm") else 0.0,
+        batch_size=3,
+    )
+    images = sample(tiny_model, range(3), how)
     tiny_model.net.correction = Correction(torch.arange(1000), 3)
-    assert torch.equal(sample(tiny_model, tiny_model.eps, range(3), **how), images)
+    assert torch.equal(sample(tiny_model, range(3), how), images)
     tiny_model.net.correction.rows += 0.5
-    assert not torch.equal(sample(tiny_model, tiny_model.eps, range(3), **how), images)
+    assert not torch.equal(sample(tiny_model, range(3), how), images)
 
 
 def test_only_a_sampler_with_noise_of_its_own_adds_less(tiny_model):
-    images = {
-        eta: sample(tiny_model, tiny_model.eps, range(3), steps=5, eta=eta) for eta in (0.0, 1.0)
-    }
+    how = {eta: Sampling(steps=5, skip="uniform", eta=eta, batch_size=3) for eta in (0.0, 1.0)}
+    images = {eta: sample(tiny_model, range(3), how[eta]) for eta in how}
     tiny_model.net.correction = Correction(torch.arange(0, 1000, 200), 3)
     tiny_model.net.correction.variance += 0.05
-    assert torch.equal(sample(tiny_model, tiny_model.eps, range(3), steps=5), images[0.0])
-    assert not torch.equal(
-        sample(tiny_model, tiny_model.eps, range(3), steps=5, eta=1.0), images[1.0]
-    )
+    assert torch.equal(sample(tiny_model, range(3), how[0.0]), images[0.0])
+    assert not torch.equal(sample(tiny_model, range(3), how[1.0]), images[1.0])
 
 
 def test_the_file_keeps_the_correction_and_the_bytes(corrected, tmp_path):
@@ -402,7 +386,8 @@ def test_the_file_keeps_the_correction_and_the_bytes(corrected, tmp_path):
         job.model.with_net(net)
         for net in (job.net, load_quantized(tmp_path / "q.safetensors", build_network))
     )
-    assert torch.equal(*(sample(m, m.eps, range(3), seed=1, **STEPS) for m in (before, after)))
+    sampling = Sampling(**STEPS, seed=1, batch_size=3)
+    assert torch.equal(*(sample(m, range(3), sampling) for m in (before, after)))
     del tensors["correction.slope"]
     save_tensors(tmp_path / "cut.safetensors", tensors, meta)
     with pytest.raises(
@@ -455,10 +440,7 @@ def test_from_the_method_yaml_to_images(tiny_config, tmp_path):
     assert [fact["t"] for fact in facts] == [0, 250, 500, 750]
     assert all(fact["mse_after"] < fact["mse_before"] for fact in facts)
     draw(run)
-    quantized, s = model_of(run, "simulated"), run.config.sampling
-    images = sample(
-        quantized, quantized.eps, range(4), steps=s.steps, skip=s.skip, eta=1.0, batch_size=4
-    )
+    images = sample(model_of(run, "simulated"), range(4), run.config.sampling)
     assert (
         np.array(Image.open(tmp_path / "run/samples/000003.png"))
         == images[3].permute(1, 2, 0).numpy()

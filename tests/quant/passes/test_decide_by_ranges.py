@@ -6,7 +6,7 @@ import torch
 from tiny import EXAMPLE, make_job, normal, quantized, rules
 
 from quant.analysis import decide, describe, observe_ranges
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 from quant.passes.decide_by_ranges import by_segment, decide_by_ranges, quantized_points
 from quant.passes.run import run_passes
 from quant.quantizer import Quantizer

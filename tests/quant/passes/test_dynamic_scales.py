@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from conftest import assert_close
 from tiny import SHAPE, make_job, normal, rules
 
-from quant.convert import input_quantizers, quant_layers
 from quant.layers import QuantLayer, QuantMatmul
+from quant.network import input_quantizers, quant_layers
 from quant.passes.dynamic_scales import (
     DynamicScale,
     dynamic_scales,

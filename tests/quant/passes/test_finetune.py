@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import make_job, normal, rules
 
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 from quant.passes.finetune import (
     eps_error,
     error,

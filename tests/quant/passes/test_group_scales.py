@@ -10,9 +10,9 @@ from tiny import SHAPE, make_job, normal, rules
 from torch import nn
 
 from base.network import tag
-from quant.convert import input_quantizers
 from quant.groups import activation_groups
 from quant.layers import QuantLayer
+from quant.network import input_quantizers
 from quant.passes import reconstruct
 from quant.passes.fit_ranges import fit_ranges
 from quant.passes.group_scales import GroupedScale, group_scales

@@ -6,8 +6,8 @@ from tiny import capture_whole, make_job, normal, rules
 from torch import nn
 
 from base.network import tag
-from quant.convert import input_quantizers, quant_layers
 from quant.layers import QuantLayer
+from quant.network import input_quantizers, quant_layers
 from quant.passes.run import run_passes
 from quant.reconstruction import learn
 from quant.reconstruction.learn import learn_rounding
@@ -40,7 +40,7 @@ def test_loss_sums_over_axis_1_and_means_over_the_rest():
 def test_learned_rounding_beats_nearest_on_correlated_inputs():
     mixing, weight = normal(4, 24), normal(8, 24, seed=1)
     x = normal(256, 4, seed=2) @ mixing  # 24 inputs, 4 degrees of freedom
-    layer = tag("x", nn.Linear(24, 8))
+    layer = tag("q", nn.Linear(24, 8))
     layer.weight.data = weight
     quant = QuantLayer(
         layer, QuantSpec(bits=3, per="channel"), QuantSpec(), Timeline(), False

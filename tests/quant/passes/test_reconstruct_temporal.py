@@ -9,7 +9,7 @@ from conftest import TINY, randomize
 from tiny import SHAPE, make_job, normal, rules
 
 from models.zoo import build_network
-from quant.convert import quant_layers, set_input_quantization
+from quant.network import quant_layers, set_input_quantization
 from quant.passes import reconstruct_temporal as temporal
 from quant.passes.fit_ranges import fit_ranges
 from quant.passes.reconstruct_temporal import TemporalBlock, reconstruct_temporal

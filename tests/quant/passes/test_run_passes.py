@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_job, rules
 
-from quant.convert import input_quantizers, quant_layers
+from quant.network import input_quantizers, quant_layers
 from quant.passes import run as passes
 from quant.passes.fit_ranges import fit_ranges
 from quant.passes.run import changed_passes, check_passes, run_passes

@@ -8,7 +8,8 @@ from tiny import SHAPE, make_job, normal, quantized, samples
 
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, save_quantized
-from quant.convert import convert, input_quantizers, quant_layers
+from quant.convert import convert
+from quant.network import input_quantizers, quant_layers
 from quant.passes.run import run_passes
 from quant.passes.segment_models import merge
 from quant.timeline import Timeline

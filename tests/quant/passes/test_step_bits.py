@@ -12,8 +12,9 @@ from ddim.schedule import make_schedule
 from models.diffusion import load_model
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, save_quantized
-from quant.convert import convert, input_quantizers
+from quant.convert import convert
 from quant.graph import trace
+from quant.network import input_quantizers
 from quant.passes.job import Job
 from quant.passes.run import run_passes
 from quant.passes.step_bits import forward_snr, input_rules, ranges_of, step_bits

@@ -12,14 +12,12 @@ from tiny import make_job, normal, rules
 from torch import nn
 
 from models.diffusion import load_model
-from models.sampling import denoise, sample
-from quant.convert import quant_layers
+from models.sampling import Sampling, denoise, differentiable, sample
+from quant.network import quant_layers
 from quant.passes.fit_ranges import fit_ranges
 from quant.passes.reconstruct import reconstruct
 from quant.reconstruction.frequency import FrequencyFilter, as_maps, dct, gradient_energies, idct
 from quant.reconstruction.loss import output_loss
-from tinydm.recipe import Sampling
-from tinydm.stages.quantize import differentiable
 
 STEPS = {"steps": 4, "skip": "uniform", "sampler": "ddim", "eta": 0.0}
 
@@ -173,17 +171,9 @@ def test_every_samplers_gradient_is_its_finite_difference(tiny_config, sampler, 
 
         handle = model.net.conv_in.register_forward_hook(hook)
         try:
-            return denoise(
-                model,
-                model.eps,
-                range(1),
-                sampler=sampler,
-                steps=4,
-                eta=eta,
-                seed=0,
-                **options,
-                skip="time_uniform" if sampler.startswith("dpm") else "uniform",
-            ).double()
+            skip = "time_uniform" if sampler.startswith("dpm") else "uniform"
+            sampling = Sampling(sampler=sampler, steps=4, skip=skip, eta=eta)
+            return denoise(model, range(1), sampling, **options).double()
         finally:
             handle.remove()
 
@@ -214,20 +204,18 @@ def test_weighted_loss_by_hand():
 def test_reconstruction_by_frequencies_of_a_pretrained_model(tiny_model, tmp_path):
     """The pass with gradients of the very images that sampling draws, before they are decoded; the
     second time, with one unit learned anew, it ends in the same bytes."""
-    config = SimpleNamespace(sampling=Sampling(**STEPS, batch_size=8), max_batch=3)
-    run = SimpleNamespace(model=tiny_model, config=config)
+    sampling = Sampling(**STEPS, batch_size=8)
+    draw = partial(differentiable, tiny_model, sampling, max_batch=3)
     with torch.enable_grad():
-        x0 = torch.cat(list(differentiable(run, 4, 5)))
+        x0 = torch.cat(list(draw(4, 5)))
     assert x0.requires_grad
-    drawn = sample(tiny_model, tiny_model.eps, range(4), seed=5, batch_size=4, **STEPS).float()
+    drawn = sample(tiny_model, range(4), Sampling(**STEPS, seed=5, batch_size=4)).float()
     assert (tiny_model.decode(x0.detach()).float() - drawn).abs().max() <= 1 and drawn.std() > 20
     learned = []
     for frequency in (0.5, 0.5, 0.0):
         folder = tmp_path / f"{frequency}"
         folder.mkdir(exist_ok=True)
-        job = make_job(
-            tiny_model.net, folder, rules(4, 4), differentiable=partial(differentiable, run)
-        )
+        job = make_job(tiny_model.net, folder, rules(4, 4), differentiable=draw)
         job.model = tiny_model
         fit_ranges(job)
         reconstruct(

@@ -18,7 +18,7 @@ FREE = torch.full((1, 1), 1e6)  # no code is clipped
 
 def quantized(layer, *, balanced=False, bits=4):
     quant = QuantLayer(
-        tag("x", layer),
+        tag("q", layer),
         QuantSpec(bits=bits, per="channel"),
         QuantSpec(),
         Timeline(),

@@ -8,8 +8,8 @@ from tiny import fit, make_job, normal, rules
 from torch import nn
 
 from base.network import tag
-from quant.convert import input_quantizers
 from quant.layers import QuantLayer
+from quant.network import input_quantizers
 from quant.passes.run import run_passes
 from quant.quantizer import Quantizer
 from quant.reconstruction import learn
@@ -56,7 +56,7 @@ class Two(nn.Module):
 
 
 def test_inner_layers_add_their_own_error():
-    plain = Two(tag("x", nn.Linear(3, 5)), tag("x", nn.Linear(5, 2))).requires_grad_(False)
+    plain = Two(tag("q", nn.Linear(3, 5)), tag("q", nn.Linear(5, 2))).requires_grad_(False)
     quant = Two(
         *(
             QuantLayer(layer, QuantSpec(bits=2, per="channel"), QuantSpec(), Timeline(), False)
@@ -106,7 +106,7 @@ def test_saliency_weighs_the_positions_of_the_rows_that_were_drawn(shape):
 
 
 def test_rounding_penalty_is_off_in_the_warm_up_then_sharpens():
-    layer = tag("x", nn.Linear(3, 5))
+    layer = tag("q", nn.Linear(3, 5))
     quant = QuantLayer(layer, QuantSpec(bits=2), QuantSpec(), Timeline(), False).requires_grad_(
         False
     )
@@ -160,7 +160,7 @@ class Noting(SoftScale):
 
 
 def test_soft_scales_know_what_share_of_the_steps_is_done():
-    quant = QuantLayer(tag("x", nn.Linear(3, 5)), QuantSpec(), QuantSpec(bits=4), Timeline(), False)
+    quant = QuantLayer(tag("q", nn.Linear(3, 5)), QuantSpec(), QuantSpec(bits=4), Timeline(), False)
     fit(quant.requires_grad_(False), normal(4, 3)).input_quantizer.__dict__["soft_scale"] = soft = (
         Noting()
     )
@@ -181,7 +181,7 @@ def test_soft_scales_know_what_share_of_the_steps_is_done():
 
 def test_steps_are_not_chosen_while_the_rounding_is_learned():
     """Nothing there learns how undecided a step is."""
-    quant = QuantLayer(tag("x", nn.Linear(3, 5)), QuantSpec(bits=2), QuantSpec(), Timeline(), False)
+    quant = QuantLayer(tag("q", nn.Linear(3, 5)), QuantSpec(bits=2), QuantSpec(), Timeline(), False)
     quant.requires_grad_(False).fit_weight()
     unit = Unit(
         "x",
@@ -264,7 +264,7 @@ def test_only_the_main_input_is_mixed_the_others_are_those_of_the_quantized_netw
 
 
 def test_dropped_elements_are_not_quantized():
-    layer = tag("x", nn.Linear(8, 8))
+    layer = tag("q", nn.Linear(8, 8))
     quant = QuantLayer(layer, QuantSpec(), QuantSpec(bits=2), Timeline(), False).requires_grad_(
         False
     )
@@ -282,7 +282,7 @@ def test_dropped_elements_are_not_quantized():
 def test_the_share_of_dropped_elements_is_the_option(drop, monkeypatch):
     """0 quantizes all of the input, 1 none, anew in every step."""
     quant = QuantLayer(
-        tag("x", nn.Linear(100, 3)), QuantSpec(), QuantSpec(bits=2), Timeline(), False
+        tag("q", nn.Linear(100, 3)), QuantSpec(), QuantSpec(bits=2), Timeline(), False
     )
     x, q, steps = normal(300, 100), quant.requires_grad_(False).input_quantizer, []
     rounded = fit(quant, x).input_quantizer(x)
