@@ -3,11 +3,15 @@ activations as modules, attentions by the names of their parts."""
 
 import math
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from base.errors import unknown_word
+
+Layer = TypeVar("Layer", bound=nn.Module)
 ROLES = (
     "stem",
     "out",
@@ -31,34 +35,42 @@ ROLES = (
 
 
 class Matmul(nn.Module):
-    """Batched matrix product of two activations, a module so that it can be replaced by a quantized
-    one.
+    """A batched matrix product of two activations: a module, so that it can be replaced by a
+    quantized one.
 
-    `roles` names the left and the right operand: ("q", "k") or ("v", "probs") and so on. With
-    several heads they are axis 1 of both operands."""
+    `roles` are those of the left and of the right operand: ("q", "k") or ("v", "probs") and so on.
+    With several heads they are axis 1 of both operands."""
 
-    def __init__(self, *roles, num_heads=1):
+    def __init__(self, *roles: str, num_heads: int = 1) -> None:
         super().__init__()
-        self.roles, self.num_heads = roles, num_heads
+        self.roles, self.num_heads = tuple(map(_known_role, roles)), num_heads
 
-    def forward(self, a, b):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Multiplies a (N, ..., L, D) by b (N, ..., D, M)."""
         return a @ b
 
 
-def tag(role, layer, **facts):
-    """Note a layer's role (and e.g. its `input_splits`) for the quantization rules; returns the
-    layer."""
-    layer.role = role
-    for name, value in facts.items():
+def tag(role: str, layer: Layer, **attributes: Any) -> Layer:
+    """Sets the role of a layer, and further attributes such as its `input_splits`, for the
+    quantization rules to find; returns the layer. Raises ValueError for a role that is none of
+    ROLES."""
+    layer.role = _known_role(role)
+    for name, value in attributes.items():
         setattr(layer, name, value)
     return layer
 
 
-def timestep_embedding(t, width, *, cos_first=False):
-    """Sinusoids of the steps t (N,), fractions allowed -> (N, width).
+def _known_role(role):
+    if role not in ROLES:
+        raise ValueError(unknown_word(f"role '{role}' is unknown", role, ROLES))
+    return role
 
-    Sines, then cosines, at frequencies from 1 to 1/10000 inclusive; with `cos_first` (the U-Nets in
-    ldm/) cosines, then sines, and 1/10000 is left out. An odd width ends in a zero."""
+
+def timestep_embedding(t: torch.Tensor, width: int, *, cos_first: bool = False) -> torch.Tensor:
+    """Computes the sinusoids (N, width) of the steps t (N,), fractions allowed.
+
+    They are sines, then cosines, at frequencies from 1 to 1/10000 inclusive; with `cos_first` (the
+    U-Nets in ldm/) cosines, then sines, and 1/10000 is left out. An odd width ends in a zero."""
     half = width // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     if cos_first:
@@ -71,17 +83,17 @@ def timestep_embedding(t, width, *, cos_first=False):
 
 
 class Operand(nn.Identity):
-    """An activation (N, C), passed on as it is: a module so that it can be replaced by a quantized
+    """An activation (N, C), passed on as it is: a module, so that it can be replaced by a quantized
     one. `input_splits` are the channels of its parts."""
 
 
 @dataclass
 class AttentionPart:
-    """Names of the modules of one attention, and the rows (output channels) that are q, k and v, by
-    head, then channel. `norm` feeds the `readers` and nothing else."""
+    """One attention: the names of its modules, and the rows (output channels) of them that are q, k
+    and v, by head, then channel. `norm` feeds the `readers` and nothing else."""
 
     norm: str
-    readers: list
+    readers: list[str]
     q: str
     k: str
     v: str
@@ -93,22 +105,24 @@ class AttentionPart:
     v_rows: torch.Tensor
 
     @property
-    def layers(self):
+    def layers(self) -> set[str]:
+        """The names of all its layers."""
         return {*self.readers, self.q, self.k, self.v, self.proj}
 
     @property
-    def is_to_itself(self):
+    def is_to_itself(self) -> bool:
         """Whether keys come from the same positions as queries, and not from a context."""
         return self.k in self.readers
 
 
-def batch_of(t, x):
+def batch_of(t: float, x: torch.Tensor) -> torch.Tensor:
+    """Repeats the network time t for every sample of x (N, ...): (N,) float on its device."""
     return torch.full((x.shape[0],), float(t), device=x.device)
 
 
-def attention_parts(net):
-    """Every attention of a (quantized) network, in registration order: what its blocks say by
-    `attention_parts(name)`."""
+def attention_parts(net: nn.Module) -> list[AttentionPart]:
+    """Lists every attention of a (quantized) network in the order of registration, as its blocks
+    describe themselves by their method `attention_parts(name)`."""
     return [
         part
         for name, module in net.named_modules()

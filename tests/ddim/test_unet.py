@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from conftest import CHECKPOINTS, assert_close, below, read_fixture
 
-from base.network import timestep_embedding
 from ddim.unet import AttnBlock, Downsample, ResnetBlock, UNet, Upsample
 
 
@@ -46,16 +45,6 @@ def test_part_gives_the_recorded_values(name):
     inputs = below(f"{name}/in/", tensors)
     with torch.no_grad():
         assert_close(module(*inputs.values()), tensors[f"{name}/out/y"], meta["tolerance"])
-
-
-@pytest.mark.parametrize("width", [32, 33, 128])
-def test_timestep_embedding(width):
-    meta, _, tensors = read_fixture("primitives")
-    assert_close(
-        timestep_embedding(tensors["embed_sin_first/in/t"], width),
-        tensors[f"embed_sin_first/out/dim{width}"],
-        meta["tolerance"],
-    )
 
 
 def test_attention_equals_the_fused_one():
