@@ -1,4 +1,6 @@
-"""Fetch public checkpoints:  bash scripts/download_models.sh NAME ... [--mirror URL] [--to FOLDER] | --all | --list
+"""Fetch public checkpoints:
+
+    bash scripts/download_models.sh NAME ... [--mirror URL] [--to FOLDER] | --all | --list
 
 A download that was cut off goes on where it stopped, and a file is put in its place only when it is
 whole: its hash is the published one, or, where none is published, its size is the announced one and
@@ -20,7 +22,9 @@ from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
+PROJECT = Path(__file__).resolve().parents[1]
+# models of the clone; an installed copy leaves its own folder alone and takes the current one
+FOLDER = PROJECT / "models" if (PROJECT / "pyproject.toml").exists() else Path("models")
 PIECE = 1 << 20  # bytes read at a time
 # connections that may break in one call before it gives up
 ATTEMPTS = 5

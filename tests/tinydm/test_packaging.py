@@ -2,13 +2,16 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pytest
 
 from base.files import PROJECT
+from models.diffusion import find_checkpoint
 from scripts.dependencies import requirements
 
 PYPROJECT = (PROJECT / "pyproject.toml").read_text()
@@ -79,3 +82,18 @@ def test_every_dependency_that_code_imports_is_named():
 
 def plain(name):
     return name.lower().replace("_", "-")
+
+
+def test_an_installed_copy_keeps_checkpoints_in_the_current_folder(tmp_path, monkeypatch):
+    """It may stand where nobody can write, and an update would take them away."""
+    source = PROJECT / "models/download.py"
+    copy = tmp_path / "site-packages/models/download.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(source.read_bytes())
+    folders = [runpy.run_path(str(path))["FOLDER"] for path in (source, copy)]
+    assert folders == [PROJECT / "models", Path("models")]
+    monkeypatch.chdir(tmp_path)
+    place = Path("models/checkpoints/x.ckpt")
+    place.parent.mkdir(parents=True)
+    place.touch()
+    assert find_checkpoint({"name": "x", "checkpoint": str(place)}) == tmp_path / place
