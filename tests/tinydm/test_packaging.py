@@ -32,10 +32,6 @@ for path in command.get_outputs(include_bytecode=False):
 INSTALLED = ("base", "configs", "ddim", "evaluation", "ldm", "models", "quant", "tinydm")
 
 
-# what an option alone asks for, and says itself that it is missing
-OPTIONAL = {"onnx", "onnxruntime", "openvino"}
-
-
 def output(*words):
     ended = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -75,7 +71,7 @@ def test_every_dependency_that_code_imports_is_named():
     named = {plain(re.match(r"[\w-]+", entry).group()) for entry in listed}
     distributions = packages_distributions()
     for path in (path for room in INSTALLED for path in (PROJECT / room).rglob("*.py")):
-        for package in third_party(path) - OPTIONAL:
+        for package in third_party(path):
             sources = {plain(name) for name in distributions.get(package, [package])}
             assert sources & named, f"{path} imports {package}, which pyproject.toml does not name"
 
