@@ -1,13 +1,32 @@
 """Which device computes, and what it computes itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
-def resolve_device(word):
-    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1" -> torch.device. GPUs then compute
-    float32 as float32, convolutions too, and the same bytes every time."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
+@contextmanager
+def exact_arithmetic(threads: int = 0) -> Iterator[None]:
+    """While inside, GPUs compute float32 as float32, convolutions too, and the same bytes every
+    time, and the processor computes with `threads` threads (0: as many as before). All is as before
+    in the end."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic, torch.get_num_threads()
+    try:
+        cudnn.allow_tf32, cudnn.deterministic = False, True
+        if threads:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.deterministic = before[:2]
+        if threads:
+            torch.set_num_threads(before[2])
+
+
+def resolve_device(word: str) -> torch.device:
+    """Finds the device that a word means: "auto" (a GPU if there is one), "cpu", "cuda" or
+    "cuda:1". Raises ValueError for another word and for a GPU that is not there."""
     if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -19,14 +38,13 @@ def resolve_device(word):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device '{word}' was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "
-            "devices; "
-            "choose device=auto or device=cpu"
+            "devices; choose device=auto or device=cpu"
         )
     return device
 
 
-def computes_bfloat16(device):
-    """Whether a torch.device multiplies bfloat16 itself. A processor with AVX2 alone emulates it,
+def computes_bfloat16(device: torch.device) -> bool:
+    """Tells whether a device multiplies bfloat16 itself. A processor with AVX2 alone emulates it,
     several times slower than float32; ONEDNN_MAX_CPU_ISA is minded."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -3,7 +3,6 @@ words."""
 
 import gzip
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ from safetensors.torch import save_file
 
 from models.diffusion import load_model
 from models.zoo import build_network
-from tinydm.training.tasks import DiffusionTraining
 
+pytest_plugins = ["pipeline"]  # the fixtures of whole runs
 FIXTURES = Path(__file__).parent / "fixtures"
 # public ones: shapes
 CHECKPOINTS = json.loads(gzip.decompress((FIXTURES / "ddim_checkpoints.json.gz").read_bytes()))
@@ -27,27 +26,6 @@ TINY = {
     "attn_resolutions": [4],
     "norm_groups": 4,
 }
-
-
-class Killed(Exception):
-    pass
-
-
-@contextmanager
-def killed_training(after):
-    """While inside, a diffusion training dies when `after` optimizer steps are done; that it does
-    is checked."""
-    count, step = [0], DiffusionTraining.training_step
-
-    def dying_step(self, *arguments):
-        if count[0] == after:
-            raise Killed
-        count[0] += 1
-        return step(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(DiffusionTraining, "training_step", dying_step)
-        yield
 
 
 def read_fixture(name):

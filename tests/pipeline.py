@@ -1,12 +1,20 @@
-"""What the tests of whole runs share: tiny models, the words that keep them short, stages in turn,
-a process to kill."""
+"""What the tests of whole runs share: tiny models and finished runs of them as fixtures, the words
+that keep runs short, stages in turn, a process to kill."""
 
 import signal
 import subprocess
 import sys
 import time
 
+import pytest
+import torch
+import yaml
+from conftest import randomize
+from safetensors.torch import save_file
+
 from base.files import PROJECT
+from models.weights import PREFIXES
+from models.zoo import build_network
 from tinydm.report import command as report
 from tinydm.stages import calibrate, evaluate, quantize, sample
 
@@ -145,3 +153,65 @@ MODELS = {
         "sampling": {"sampler": "ddpm", "skip": "respaced", "eta": 1.0},
     },
 }
+
+
+def write_model(folder, name, content, state):
+    """Writes a model YAML and its weights beside it; returns the path of the YAML."""
+    save_file(state, folder / f"{name}.safetensors")
+    content = content | {"name": name, "checkpoint": str(folder / f"{name}.safetensors")}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder / f"{name}.yaml"
+
+
+def write_latent_model(folder, kind):
+    """One of MODELS with random weights in the layout of public checkpoints."""
+    content = MODELS[kind]
+    torch.manual_seed(0)
+    parts = {"unet": randomize(build_network(**content["network"]))}
+    for part in ("first_stage", "cond_stage"):
+        if part in content:
+            parts[part] = build_network(**content[part])
+    is_prefixed = len(parts) > 1
+    state = {
+        (PREFIXES[part] if is_prefixed else "") + name: value
+        for part, net in parts.items()
+        for name, value in net.state_dict().items()
+    }
+    if is_prefixed:
+        state["scale_factor"] = torch.tensor(0.7)
+    return write_model(folder, kind, content | {"weights": "raw"}, state)
+
+
+@pytest.fixture(scope="session")
+def pixel_model(tmp_path_factory):
+    """The YAML of a model of pixels with random weights beside it."""
+    torch.manual_seed(0)
+    content = {
+        "network": NETWORK,
+        "schedule": {"kind": "linear", "timesteps": 1000},
+        "sampling": {"skip": "uniform"},
+    }
+    state = build_network(**NETWORK).state_dict()
+    return write_model(tmp_path_factory.mktemp("model"), "tiny", content, state)
+
+
+@pytest.fixture(scope="session")
+def pixel_run(pixel_model, tmp_path_factory):
+    """A run folder in which every stage is done; nobody may change it."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    everything(pixel_model, out)
+    return out
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def latent_model(request, tmp_path_factory):
+    """The YAML of each of MODELS with random weights beside it."""
+    return write_latent_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def latent_run(latent_model, tmp_path_factory):
+    """A run folder in which every stage is done; nobody may change it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    everything(latent_model, out)
+    return out

@@ -1,22 +1,24 @@
-"""The recipe of a run: all keys, what is refused before any work begins, and what tells two recipes
-apart."""
+"""The recipe of a run: all keys, and what is refused before any work begins."""
 
 import inspect
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from base.config import flatten, load
+from base.config import load
 from base.devices import computes_bfloat16, resolve_device
-from base.errors import unknown_word
+from base.errors import check_options, unknown_word
 from ddim.sampler import SAMPLERS, STOCHASTIC
-from ddim.schedule import make_schedule, step_sequence
+from ddim.schedule import make_schedule
+from models.sampling import Sampling
 from quant.calibration.builders import check_builder
 from quant.passes.order import check_needs
 from quant.passes.run import changed_passes, check_passes, find_pass
 from quant.rules import check_bits, check_rules
 from quant.timeline import segment_boundaries
+from tinydm.stages.trajectories import STARTS
 
 
 @dataclass
@@ -28,13 +30,10 @@ class Bits:
     softmax: int = 8  # of attention maps; a model may want more
 
 
-STARTS = ("normal", "i2n", "di2n")
-
-
 @dataclass
 class Calibration:
     """Where calibration data come from: `steps` * `images` samples of `images` trajectories, or a
-    `file`."""
+    file."""
 
     # which steps of which images: a word of quant.calibration.BUILDERS
     builder: str = "uniform"
@@ -49,20 +48,6 @@ class Calibration:
     data: str = ""  # images for start: i2n, a folder or cifar10[:FOLDER]
     # ready-made set: our safetensors or a torch file {"xs", "ts"}
     file: str = ""
-
-
-@dataclass
-class Sampling:
-    sampler: str = "ddim"
-    steps: int = 100
-    skip: str = "quad"
-    eta: float = 0.0
-    seed: int = 0
-    batch_size: int = 64
-    num: int = 256  # images 0 .. num-1 of the seed
-    classes: list[int] = field(default_factory=list)  # in turn; [] draws one for each image
-    # file of prompts, in turn: one a line, or COCO captions .json
-    prompts: str = ""
 
 
 @dataclass
@@ -90,8 +75,8 @@ class Effort:
 
 @dataclass
 class Evaluation:
-    """Arguments of evaluation.metrics.distribution_scores, and the images on which SQNR per step is
-    measured."""
+    """Arguments of evaluation.scores.distribution.distribution_scores, and the number of images on
+    which SQNR per step is measured."""
 
     extractor: str = "auto"
     inception_path: str = ""
@@ -145,20 +130,21 @@ class RunConfig:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def all_rules(self):
-        """Of the method, then exceptions; 32 bits for inputs leave those in floating point that a
-        method's rules hold at other widths too."""
+    def all_rules(self) -> list[dict[str, Any]]:
+        """The rules of the method, then the exceptions. 32 bits for inputs leave those in floating
+        point that a method's rules hold at other widths too."""
         weights_only = [{"match": "*", "input": {"bits": 32}}] if self.bits.input == 32 else []
         return [*self.rules, *weights_only, *self.exceptions]
 
     @property
-    def all_passes(self):
+    def all_passes(self) -> list[dict[str, Any]]:
+        """The passes of the method with pass_options on top."""
         return changed_passes(self.passes, self.pass_options)
 
 
-def load_recipe(files, words=()):
-    """The RunConfig of `files` and key=value words, effort.bfloat16: auto decided: as the run
-    folder says that is there already, else by what the device computes."""
+def load_recipe(files: Iterable[Path | str], words: Iterable[str] = ()) -> RunConfig:
+    """Merges `files` and key=value words. effort.bfloat16: auto is decided: as the run folder says
+    that is there already, else by what the device computes."""
     config = load(RunConfig, files, words)
     if isinstance(config.effort.bfloat16, bool):
         return config
@@ -174,21 +160,7 @@ def load_recipe(files, words=()):
     return load(RunConfig, files, [*words, f"effort.bfloat16={str(chosen).lower()}"])
 
 
-# These change no artefact.
-FREE = {
-    "num",
-    "out",
-    "variant",
-    "device",
-    "threads",
-    "memory_gb",
-    "force",
-    "provenance",
-    "evaluation",
-}
-
-
-def check(config):
+def check(config: RunConfig) -> None:
     """Raises ValueError for what types alone do not catch, before any work begins."""
     if not config.out:
         raise ValueError("say where the run lives: out=FOLDER")
@@ -198,9 +170,8 @@ def check(config):
     check_bits(config.bits.input, "input")
     check_bits(config.bits.softmax, "input")
     known = inspect.signature(make_schedule).parameters
+    check_options("schedule", config.schedule, known, kind="key")
     for key, value in config.schedule.items():
-        if key not in known:
-            raise ValueError(unknown_word(f"schedule has no key '{key}'", key, known))
         kind = type(known[key].default)
         if kind in (int, float) and (type(value) not in (int, kind) or value <= 0):
             raise ValueError(
@@ -220,17 +191,13 @@ def check(config):
     if config.sampling.eta and config.sampling.sampler not in STOCHASTIC:
         raise ValueError(
             f"{config.sampling.sampler} is deterministic, but sampling.eta is "
-            f"{config.sampling.eta}; set "
-            f"it to 0, or choose {' or '.join(STOCHASTIC)}"
+            f"{config.sampling.eta}; set it to 0, or choose {' or '.join(STOCHASTIC)}"
         )
-    num_steps = len(
-        step_sequence(config.sampling.skip, config.sampling.steps, make_schedule(**config.schedule))
-    )
+    num_steps = len(network_times(config))
     if config.calibration.steps > num_steps and not config.calibration.file:
         raise ValueError(
             f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} "
-            "steps; "
-            "choose at most that many"
+            "steps; choose at most that many"
         )
     for key in (
         "sampling.num",
@@ -246,7 +213,7 @@ def check(config):
             raise ValueError(f"{key} is {value}; it must be at least 1")
 
 
-def check_seeds(config):
+def check_seeds(config: RunConfig) -> None:
     """Raises ValueError where the images to be scored are those that the network would be fitted
     to."""
     fitted = {} if config.calibration.file else {"calibration.seed": config.calibration.seed}
@@ -258,20 +225,19 @@ def check_seeds(config):
         if seed == config.sampling.seed:
             raise ValueError(
                 f"sampling.seed and the {key} are both {seed}: the network would be fitted to the "
-                "images "
-                "that it is scored on; choose another sampling.seed"
+                "images that it is scored on; choose another sampling.seed"
             )
 
 
-def check_start(c):
+def check_start(c: Calibration) -> None:
     """Raises ValueError where the trajectories of a Calibration cannot begin."""
     if c.start not in STARTS:
         raise ValueError(unknown_word(f"calibration.start '{c.start}' is unknown", c.start, STARTS))
     if not 0 < c.start_step <= 1 or c.start == "normal" and c.start_step != 1:
         raise ValueError(
             f"calibration.start_step is {c.start_step} with start '{c.start}'; it must lie above "
-            "0 and at "
-            "most at 1, and at 1 with start normal (pure noise is right at the noisiest step only)"
+            "0 and at most at 1, and at 1 with start normal (pure noise is right at the noisiest "
+            "step only)"
         )
     if c.start == "i2n" and not c.data:
         raise ValueError(
@@ -280,30 +246,12 @@ def check_start(c):
         )
 
 
-def network_times(config):
-    """The times at which the sampler runs the network, ascending."""
-    schedule, s = make_schedule(**config.schedule), config.sampling
-    return [step * schedule.time_scale for step in step_sequence(s.skip, s.steps, schedule)]
+def network_times(config: RunConfig) -> list[float]:
+    """Returns the times at which the sampler runs the network, ascending."""
+    schedule = make_schedule(**config.schedule)
+    return [step * schedule.time_scale for step in config.sampling.sequence(schedule)]
 
 
-def boundaries(config):
-    """Of the time segments that `segments` asks for."""
+def boundaries(config: RunConfig) -> list[float]:
+    """Returns the boundaries of the time segments that `segments` asks for."""
     return segment_boundaries(network_times(config), config.segments)
-
-
-def differences(a, b):
-    """Keys on which two configurations disagree, those that change no artefact left out."""
-    a, b = (flatten(without_free(asdict(c))) for c in (a, b))
-    return [
-        f"{key} ({a.get(key)} there, {b.get(key)} here)"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
-    ]
-
-
-def without_free(tree):
-    if isinstance(tree, list):
-        return [without_free(item) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    return {k: without_free(v) for k, v in tree.items() if k not in FREE}

@@ -1,67 +1,63 @@
 """The run folder: what is done in it, and how a stage refuses a folder that belongs to another
 recipe."""
 
-import hashlib
 import importlib.metadata
 import json
 import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from base.config import load
-from base.devices import resolve_device
+from base.devices import exact_arithmetic, resolve_device
 from base.files import PROJECT, alone, write_text
-from ddim.sampler import num_evaluations
-from ddim.schedule import make_schedule, step_sequence
-from models.diffusion import load_model
-from tinydm.recipe import RunConfig, check, differences, load_recipe
+from ddim.schedule import make_schedule
+from models.diffusion import DiffusionModel, load_model
+from tinydm.identity import differences, recipe_of
+from tinydm.recipe import RunConfig, check, load_recipe
 
 
 class Run:
-    """An open run folder: `config` (RunConfig) and paths; the model is loaded when first asked
-    for."""
+    """An open run folder: its recipe and paths; the model is loaded when first asked for."""
 
-    def __init__(self, config):
+    def __init__(self, config: RunConfig) -> None:
         self.config, self.folder = config, Path(config.out)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         self._model = None
 
     @property
-    def model(self):
+    def model(self) -> DiffusionModel:
+        """The full-precision model. Raises ValueError where its weights are not those that the
+        folder was made with."""
         if self._model is None:
             self._model = load_model(asdict(self.config), device=resolve_device(self.config.device))
             known = self.config.provenance.get("weights_hash")
             if known and known != self._model.weights_hash:
                 raise ValueError(
                     f"{self.folder} was made with other weights of {self.config.name} (hash "
-                    f"{known[:12]}, "
-                    f"the checkpoint now has {self._model.weights_hash[:12]}); use another out= "
-                    "folder"
+                    f"{known[:12]}, the checkpoint now has {self._model.weights_hash[:12]}); use "
+                    "another out= folder"
                 )
         return self._model
 
     @property
-    def num_evaluations(self):
+    def num_evaluations(self) -> int:
         """How often the sampler runs the network for a batch."""
-        s = self.config.sampling
-        return num_evaluations(
-            s.sampler, step_sequence(s.skip, s.steps, make_schedule(**self.config.schedule))
-        )
+        return self.config.sampling.num_evaluations(make_schedule(**self.config.schedule))
 
-    def path(self, name):
+    def path(self, name: str) -> Path:
         return self.folder / name
 
-    def need(self, name, maker):
-        """Path of an artefact that another stage makes; ValueError that names the command if it is
-        absent. A recipe without passes is that of a training."""
+    def need(self, name: str, maker: str) -> Path:
+        """Returns the path of an artefact that another stage makes. Raises ValueError that names
+        the command if it is absent. A recipe without passes is that of a training."""
         if not self.path(name).exists():
             trained = maker in ("calibrate", "quantize") and not self.config.passes
             command = "train.py (as before) out=" if trained else f"{maker}.py "
@@ -72,19 +68,22 @@ class Run:
         return self.path(name)
 
     @contextmanager
-    def stage(self, name):
-        """Time a stage, with the most memory it held. Unless forced it goes on from earlier calls,
-        whose seconds are added to its own."""
+    def stage(self, name: str) -> Iterator[None]:
+        """Computes exactly while inside, with `threads` threads, and times the stage, with the most
+        memory it held. Unless forced it goes on from earlier calls, whose seconds are added to its
+        own."""
         started = time.monotonic()
         try:
-            yield
+            with exact_arithmetic(self.config.threads):
+                yield
         # interrupted or not; only a kill goes uncounted
         finally:
             spent = {"seconds": round(time.monotonic() - started, 2), **peak_memory()}
             with alone(self.folder):
                 self.note(name, spent)
 
-    def note(self, name, spent):
+    def note(self, name: str, spent: dict[str, Any]) -> None:
+        """Adds what a stage spent to stages.jsonl."""
         path = self.path("stages.jsonl")
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for earlier in (row for row in rows if row["stage"] == name and not self.config.force):
@@ -97,70 +96,30 @@ class Run:
         rows = [*(row for row in rows if row["stage"] != name), {"stage": name, **spent}]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def begin(self):
-        """Note versions and commit anew where numbers are made, as a run may be continued with
-        later ones; drop what an earlier quantized network left, which `force` replaces."""
+    def begin(self) -> None:
+        """Notes versions and commit anew where numbers are made, as a run may be continued with
+        later ones; drops what an earlier quantized network left, which `force` replaces."""
         files = {"files": self.config.provenance.get("files", [])}
-        self.config.provenance = provenance(self.model, []) | files
+        self.config.provenance = provenance(self.model, [], self.config.threads) | files
         write_config(self)
         shutil.rmtree(self.path("samples"), ignore_errors=True)
         for name in ("quantized.safetensors", "dynamic.safetensors", "samples.npz", "metrics.json"):
             self.path(name).unlink(missing_ok=True)
 
-    def finish(self, name):
-        """Drop what a finished stage kept in order to continue."""
+    def finish(self, name: str) -> None:
+        """Drops what a finished stage kept in order to continue."""
         shutil.rmtree(self.path(f"resume/{name}"), ignore_errors=True)
         with suppress(OSError):
             self.path("resume").rmdir()
 
-    def recipe(self):
-        """What identifies a quantized network: everything that changes its numbers, without what
-        only moves it."""
-        keep = (
-            "name",
-            "network",
-            "schedule",
-            "guidance",
-            "bits",
-            "method",
-            "segments",
-            "rules",
-            "preset",
-            "effort",
-            "calibration",
-            "seed",
-        )
-        everything = asdict(self.config)
-        return {k: everything[k] for k in keep} | {
-            "passes": self.config.all_passes,
-            "weights_hash": self.model.weights_hash,
-        }
+    def recipe(self, rules: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns what a network that was converted by `rules` is stored with."""
+        return recipe_of(self.config, self.model.weights_hash, rules)
 
 
-def facts_of_images(run):
-    """What decides the bytes of full-precision images and trajectories, beside seeds and counts."""
-    c = run.config
-    prompts = Path(c.sampling.prompts)
-    return {k: v for k, v in asdict(c.sampling).items() if k not in ("num", "seed", "prompts")} | {
-        "weights": run.model.weights_hash,
-        "device": run.model.device.type,
-        "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts.is_file() else "",
-        **{
-            key: asdict(c)[key]
-            for key in (
-                "network",
-                "first_stage",
-                "cond_stage",
-                "scale_factor",
-                "schedule",
-                "guidance",
-            )
-        },
-    }
-
-
-def create(files, overrides):
-    """A new run folder for these files, or the one that is there if it has the same recipe."""
+def create(files: Iterable[Path | str], overrides: Iterable[str]) -> Run:
+    """Makes a new run folder for these files, or opens the one that is there if it has the same
+    recipe; raises ValueError if it has another."""
     config = load_recipe(files, overrides)
     check(config)
     saved = Path(config.out) / "config.yaml"
@@ -173,20 +132,19 @@ def create(files, overrides):
     if run.path("metrics.json").exists():
         # scores alone: nothing to go on from, but to refuse
         _reopen(saved, config)
-    config.provenance = provenance(run.model, files)
+    config.provenance = provenance(run.model, files, config.threads)
     write_config(run)
     return run
 
 
-def open_run(folder, overrides=()):
-    """An existing run folder; `overrides` may change only what changes no artefact."""
+def open_run(folder: Path | str, overrides: Iterable[str] = ()) -> Run:
+    """Opens an existing run folder; `overrides` may change only what decides nothing."""
     saved = Path(folder) / "config.yaml"
     if not saved.exists():
         raise ValueError(
             f"{folder} is no run folder (it has no config.yaml); begin with: python "
-            "scripts/calibrate.py "
-            "configs/model/MODEL.yaml configs/bits/BITS.yaml configs/method/METHOD.yaml "
-            f"out={folder}"
+            "scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml "
+            f"configs/method/METHOD.yaml out={folder}"
         )
     return _reopen(saved, load(RunConfig, [saved], [*overrides, f"out={folder}"]))
 
@@ -208,16 +166,18 @@ def _reopen(saved, config):
     return run
 
 
-def write_config(run):
+def write_config(run: Run) -> None:
+    """Writes the recipe into the folder."""
+    text = OmegaConf.to_yaml(OmegaConf.create(asdict(run.config) | {"force": False}))
     with alone(run.folder):
-        write_text(
-            run.path("config.yaml"),
-            OmegaConf.to_yaml(OmegaConf.create(asdict(run.config) | {"force": False})),
-        )
+        write_text(run.path("config.yaml"), text)
 
 
-def provenance(model, files):
-    """Versions, commit and hashes that a number depends on."""
+def provenance(
+    model: DiffusionModel, files: Iterable[Path | str], threads: int = 0
+) -> dict[str, Any]:
+    """Returns versions, commit and hashes that a number depends on; `threads` is the recipe's
+    number, 0 that of the process."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -230,24 +190,23 @@ def provenance(model, files):
         commit = "unknown"
     packages = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity", "torchmetrics")
     paths = [Path(file).resolve() for file in files]
-    own = [
-        str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path) for path in paths
-    ]
+    is_cuda = model.device.type == "cuda"
     return {
         "weights_hash": model.weights_hash,
         "commit": commit,
-        "files": own,
+        "files": [
+            str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
+            for path in paths
+        ],
         "versions": {package: importlib.metadata.version(package) for package in packages},
-        "device": torch.cuda.get_device_name(model.device)
-        if model.device.type == "cuda"
-        else "cpu",
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
+        "threads": threads or torch.get_num_threads(),
     }
 
 
-def peak_memory():
-    """The most memory that this process held so far, in bytes: resident, and of the GPU where one
-    was used."""
+def peak_memory() -> dict[str, int]:
+    """Returns the most memory that this process held so far, in bytes: resident, and of the GPU
+    where one was used."""
     # Linux counts KiB
     peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_initialized():

@@ -1,9 +1,7 @@
-"""A model from its YAML; images that depend on seed and index alone."""
+"""A model from its YAML: what it holds, where its checkpoint is found, and its own sampling."""
 
-import os
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +10,10 @@ from conftest import CHECKPOINTS, TINY, deviation
 from omegaconf import OmegaConf
 
 from base.config import read_yaml
-from base.devices import resolve_device
-from ddim.sampler import ddim
-from ddim.schedule import step_sequence
+from ddim.sampler import SAMPLERS
 from models import diffusion
 from models.diffusion import find_checkpoint, load_model
-from models.sampling import sample
+from models.sampling import Sampling, sample
 from models.weights import state_hash
 
 MODELS = Path(diffusion.PROJECT) / "configs/model"
@@ -56,7 +52,7 @@ def test_model_yaml_builds_its_network(path):
     with torch.device("meta"):
         net = diffusion.build_network(**config["network"])
     diffusion.make_schedule(**config["schedule"])
-    assert config["sampling"]["sampler"] in diffusion.SAMPLERS
+    assert config["sampling"]["sampler"] in SAMPLERS
     if path.stem in CHECKPOINTS:
         assert {name: list(value.shape) for name, value in net.state_dict().items()} == CHECKPOINTS[
             path.stem
@@ -101,81 +97,6 @@ def test_checkpoint_of_another_network(tiny_config):
         load_model(tiny_config, device="cpu")
 
 
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="'cuda' was asked for, but PyTorch sees 0 CUDA devices"):
-        resolve_device("cuda")
-    with pytest.raises(ValueError, match="'gpu' is unknown; choose auto, cpu"):
-        resolve_device("gpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="'cuda:2' was asked for"):
-        resolve_device("cuda:2")
-
-
-def draw(model, indices, **options):
-    return sample(model, model.eps, indices, **{"steps": 5, "seed": 3, **options})
-
-
-def test_sample_is_the_sampler_on_the_noise_of_the_images(tiny_model):
-    steps = step_sequence("quad", 5, tiny_model.schedule)
-    x = ddim(
-        tiny_model.net,
-        tiny_model.noise(3, [4, 9]).draw(),
-        steps,
-        tiny_model.schedule,
-        noise=lambda: 0.0,
-    )
-    assert torch.equal(draw(tiny_model, [4, 9], skip="quad"), tiny_model.decode(x))
-
-
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 1.0)])
-def test_an_image_has_the_same_bytes_whatever_is_drawn_with_it(tiny_model, sampler, eta):
-    options = {"sampler": sampler, "eta": eta, "batch_size": 7}
-    whole = draw(tiny_model, range(7, 14), **options)
-    for indices in ([7], [13], [9, 12], [12, 9], range(10, 14)):
-        assert torch.equal(draw(tiny_model, indices, **options), whole[[i - 7 for i in indices]])
-    assert not torch.equal(whole[0], whole[1])
-    assert not torch.equal(whole, draw(tiny_model, range(7, 14), **options | {"seed": 4}))
-
-
-def test_batch_size_changes_at_most_one_grey_level(tiny_model):
-    whole = draw(tiny_model, range(8), batch_size=8).int()
-    for batch_size in (1, 2, 3, 5):
-        parts = [draw(tiny_model, [i], batch_size=batch_size) for i in range(8)]
-        assert (torch.cat(parts).int() - whole).abs().max() <= 1
-
-
-def test_callback_sees_every_step_and_cond_reaches_eps(tiny_model, monkeypatch):
-    monkeypatch.setattr(
-        tiny_model, "labels", lambda seed, indices: torch.tensor([seed + i for i in indices])
-    )
-    conds, steps = [], []
-
-    def eps(x, t, cond):
-        conds.append(cond.tolist())
-        return tiny_model.net(x, t)
-
-    sample(
-        tiny_model,
-        eps,
-        [1, 2],
-        steps=4,
-        seed=10,
-        callback=lambda step, t, *_: steps.append((step, t)),
-    )
-    assert steps == [(0, 750), (1, 500), (2, 250), (3, 0)] and conds == [[11, 12]] * 4
-
-
-def test_nan_and_unknown_sampler_end_in_a_sentence(tiny_model):
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        sample(tiny_model, lambda x, t, cond: x * torch.nan, [0], steps=2)
-    with pytest.raises(ValueError, match="'ddimm' is unknown; did you mean 'ddim'"):
-        draw(tiny_model, [0], sampler="ddimm")
-
-
 def test_a_copied_checkpoint_gives_the_same_model(tiny_config, tmp_path, tiny_model):
     copy = shutil.copy(tiny_config["checkpoint"], tmp_path / "copy.safetensors")
     again = load_model({**tiny_config, "checkpoint": str(copy)}, device="cpu")
@@ -186,20 +107,14 @@ def test_a_copied_checkpoint_gives_the_same_model(tiny_config, tmp_path, tiny_mo
     )
 
 
-@pytest.mark.parametrize("isa, native", [("AVX2", False), ("AVX512_CORE_BF16", None)])
-def test_bfloat16_is_computed_where_the_processor_has_it(isa, native):
-    """In a process of its own: oneDNN reads the variable once. What the machine has itself limits
-    the second case."""
-    code = (
-        "import torch; from models.diffusion import computes_bfloat16 as f; "
-        "print(f(torch.device('cpu')), torch.cpu._is_avx512_bf16_supported())"
+def test_a_model_draws_by_its_own_sampling_with_changes_on_top(tiny_model):
+    """The sampling of its configuration: 5 uniform steps."""
+    own = Sampling(steps=5, skip="uniform")
+    assert tiny_model.sampling == own
+    assert torch.equal(tiny_model.sample([1, 2]), sample(tiny_model, [1, 2], own))
+    changed = replace(own, seed=3, batch_size=2)
+    assert torch.equal(
+        tiny_model.sample([1, 2], seed=3, batch_size=2), sample(tiny_model, [1, 2], changed)
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa},
-    )
-    found, machine = (word == "True" for word in ended.stdout.split())
-    assert ended.returncode == 0 and found == (machine if native is None else native)
+    with pytest.raises(ValueError, match="load it again with sampling.classes"):
+        tiny_model.sample([1], classes=[3])

@@ -8,7 +8,7 @@ import torch
 from base.config import load
 from base.files import PROJECT
 from models.diffusion import load_model
-from models.sampling import sample
+from models.sampling import Sampling, sample
 from quant.calibration.dataset import CalibrationSet
 from quant.convert import convert
 from quant.graph import trace
@@ -30,9 +30,8 @@ def trained():
     with torch.no_grad():
         sample(
             model,
-            model.eps,
             range(4),
-            steps=8,
+            Sampling(steps=8, skip="uniform", batch_size=4),
             callback=lambda step, t, x, eps, *_: record.append((x, t, eps)),
         )
     x, eps = (torch.cat([row[i] for row in record]) for i in (0, 2))

@@ -26,11 +26,11 @@ def few_pictures():
 
 
 @pytest.fixture(scope="module")
-def started(model, tmp_path_factory):  # noqa: F811
+def started(pixel_model, tmp_path_factory):
     """A run folder in which nothing was done, and what analyze leaves there."""
     out = tmp_path_factory.mktemp("runs") / "started"
     run_folder.create(
-        files(model, method="minmax"),
+        files(pixel_model, method="minmax"),
         [*WORDS, "sampling.batch_size=2", "evaluation.sqnr_images=3", f"out={out}"],
     )
     analyze.run([str(out)])
@@ -38,9 +38,9 @@ def started(model, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def quantized(model, tmp_path_factory):  # noqa: F811
+def quantized(pixel_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "quantized"
-    calibrate.run([*files(model, method="minmax"), *WORDS, f"out={out}"])
+    calibrate.run([*files(pixel_model, method="minmax"), *WORDS, f"out={out}"])
     quantize.run([str(out)])
     analyze.run([str(out)])
     return out
@@ -68,9 +68,9 @@ def test_ranges_before_anything_is_quantized(started, capsys):
     )
 
 
-def test_ranges_are_those_of_the_trajectory_whatever_the_batches(started, model):  # noqa: F811
+def test_ranges_are_those_of_the_trajectory_whatever_the_batches(started, pixel_model):
     """Images 0 to 2 in batches of 2 and 1; here as one batch, by a DDIM written out."""
-    loaded = load_model(yaml.safe_load(model.read_text()), device="cpu")
+    loaded = load_model(yaml.safe_load(pixel_model.read_text()), device="cpu")
     x, steps, abar = loaded.noise(0, range(3)).draw(), [], loaded.schedule.abar
     for t, t_next in ((750, 500), (500, 250), (250, 0), (0, None)):
         steps.append((750 - t, (x, torch.full((3,), float(t)))))
@@ -147,7 +147,7 @@ def test_wrong_words_get_one_sentence(started, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_conditions_and_guidance_are_part_of_what_is_seen(latent_model, tmp_path):  # noqa: F811
+def test_conditions_and_guidance_are_part_of_what_is_seen(latent_model, tmp_path):
     run_folder.create(files(latent_model, method="minmax"), [*WORDS, f"out={tmp_path}/run"])
     analyze.run([f"{tmp_path}/run", "points=input_blocks.0.0"])
     tensors, meta = load_tensors(tmp_path / "run/ranges.safetensors")

@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import randomize
-from pipeline import MODELS, WORDS, everything, files
-from safetensors.torch import save_file
+from pipeline import WORDS, everything, files
 from tiny import capture_whole
 
 from models.diffusion import load_model
-from models.sampling import sample
-from models.weights import PREFIXES
-from models.zoo import build_network
+from models.sampling import Sampling, sample
 from quant.calibration.files import load_calibration
 from quant.graph import trace
 from quant.reconstruction.capture import Store, Stream
@@ -23,49 +19,12 @@ from tinydm.recipe import load_recipe
 from tinydm.stages.quantize import plan
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request, tmp_path_factory):
-    """A model YAML and its weights, random, in the layout of public checkpoints."""
-    folder, facts = tmp_path_factory.mktemp(request.param), dict(MODELS[request.param])
-    torch.manual_seed(0)
-    parts = {"unet": randomize(build_network(**facts["network"]))}
-    parts |= {
-        part: build_network(**facts[part])
-        for part in ("first_stage", "cond_stage")
-        if part in facts
-    }
-    prefixed = len(parts) > 1
-    state = {
-        (PREFIXES[part] if prefixed else "") + name: value
-        for part, net in parts.items()
-        for name, value in net.state_dict().items()
-    }
-    save_file(
-        state | ({"scale_factor": torch.tensor(0.7)} if prefixed else {}),
-        folder / "model.safetensors",
-    )
-    facts |= {
-        "name": request.param,
-        "checkpoint": str(folder / "model.safetensors"),
-        "weights": "raw",
-    }
-    (folder / "model.yaml").write_text(yaml.safe_dump(facts))
-    return folder / "model.yaml"
-
-
-@pytest.fixture(scope="module")
-def done(model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    everything(model, out)
-    return out
-
-
-def test_all_stages(model, done):
-    archive = np.load(done / "samples.npz")["arr_0"]
+def test_all_stages(latent_model, latent_run):
+    archive = np.load(latent_run / "samples.npz")["arr_0"]
     assert archive.shape == (6, 16, 16, 3) and len({image.tobytes() for image in archive}) == 6
-    metrics = json.loads((done / "metrics.json").read_text())
+    metrics = json.loads((latent_run / "metrics.json").read_text())
     assert all(np.isfinite(row["sqnr_db"]) for row in metrics["sqnr_db_per_step"])
-    steps = [json.loads(line) for line in (done / "passes.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (latent_run / "passes.jsonl").read_text().splitlines()]
     blocks = [
         s
         for s in steps
@@ -74,15 +33,15 @@ def test_all_stages(model, done):
     assert blocks and all(np.isfinite(s["error_after"]) for s in blocks)
 
 
-def test_same_bytes_again(model, done, tmp_path):
-    everything(model, tmp_path / "again")
+def test_same_bytes_again(latent_model, latent_run, tmp_path):
+    everything(latent_model, tmp_path / "again")
     for name in ("calibration.safetensors", "quantized.safetensors", "samples/000005.png"):
-        assert (tmp_path / "again" / name).read_bytes() == (done / name).read_bytes(), name
+        assert (tmp_path / "again" / name).read_bytes() == (latent_run / name).read_bytes(), name
 
 
-def test_calibration_sees_what_the_network_sees(model, done):
-    calibration = load_calibration(done / "calibration.safetensors")
-    loaded = load_model(yaml.safe_load(model.read_text()), device="cpu")
+def test_calibration_sees_what_the_network_sees(latent_model, latent_run):
+    calibration = load_calibration(latent_run / "calibration.safetensors")
+    loaded = load_model(yaml.safe_load(latent_model.read_text()), device="cpu")
     count = 6 * 4
     if loaded.condition is None:
         assert len(calibration) == count and calibration.cond is None
@@ -99,8 +58,8 @@ def test_calibration_sees_what_the_network_sees(model, done):
     assert torch.equal(asked[2], own) and torch.equal(null[2], loaded.null_label().expand(6, 1, 5))
 
 
-def test_guidance_is_the_formula(model):
-    loaded = load_model(yaml.safe_load(model.read_text()), device="cpu")
+def test_guidance_is_the_formula(latent_model):
+    loaded = load_model(yaml.safe_load(latent_model.read_text()), device="cpu")
     x, t, cond = torch.randn(2, *loaded.shape), torch.tensor([3.0, 300.0]), loaded.labels(0, [4, 9])
     found = loaded.eps(x, t, cond)
     if cond is None:
@@ -112,9 +71,9 @@ def test_guidance_is_the_formula(model):
         torch.testing.assert_close(found, null + 2.5 * (loaded.net(x, t, cond) - null))
 
 
-def test_stream_with_a_condition_equals_whole_capture(model, done, tmp_path):
-    calibration = load_calibration(done / "calibration.safetensors")
-    net = load_model(yaml.safe_load(model.read_text()), device="cpu").net
+def test_stream_with_a_condition_equals_whole_capture(latent_model, latent_run, tmp_path):
+    calibration = load_calibration(latent_run / "calibration.safetensors")
+    net = load_model(yaml.safe_load(latent_model.read_text()), device="cpu").net
     graph, store = trace(net, calibration.arguments(slice(0, 1))), Store(1.0, tmp_path)
     stream = Stream(net, graph.units, graph.last_use, calibration, batch_size=9, store=store)
     for unit in graph.units:
@@ -130,21 +89,21 @@ def test_stream_with_a_condition_equals_whole_capture(model, done, tmp_path):
         stream.drop_dead(unit)
 
 
-def test_images_do_not_depend_on_what_is_drawn_with_them(model):
-    loaded = load_model(yaml.safe_load(model.read_text()), device="cpu")
-    how = {"sampler": "ddim", "steps": 2, "eta": 1.0, "batch_size": 4}
-    whole = sample(loaded, loaded.eps, range(4, 8), **how)
-    assert torch.equal(sample(loaded, loaded.eps, [6], **how)[0], whole[2])
+def test_images_do_not_depend_on_what_is_drawn_with_them(latent_model):
+    loaded = load_model(yaml.safe_load(latent_model.read_text()), device="cpu")
+    how = Sampling(steps=2, skip="uniform", eta=1.0, batch_size=4)
+    whole = sample(loaded, range(4, 8), how)
+    assert torch.equal(sample(loaded, [6], how)[0], whole[2])
 
 
-def test_dry_run_needs_no_weights(model):
-    config = load_recipe(files(model), [*WORDS, "checkpoint=nowhere", "out=none"])
+def test_dry_run_needs_no_weights(latent_model):
+    config = load_recipe(files(latent_model), [*WORDS, "checkpoint=nowhere", "out=none"])
     text = plan(config)
     assert "reconstruction units" in text and "x smaller" in text and "GiB of activations" in text
 
 
-def test_guidance_without_a_null_class(model):
-    config = yaml.safe_load(model.read_text()) | {"guidance": {"scale": 3.0}}
+def test_guidance_without_a_null_class(latent_model):
+    config = yaml.safe_load(latent_model.read_text()) | {"guidance": {"scale": 3.0}}
     with pytest.raises(
         ValueError, match="has no null condition to be guided away from; set guidance.scale=1"
     ):

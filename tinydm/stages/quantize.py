@@ -7,153 +7,189 @@ What would be done, by shapes alone, without weights:
 
 Reads RUN/calibration.safetensors, writes RUN/quantized.safetensors, RUN/passes.jsonl (error before
 and after of each unit), RUN/map.json and RUN/map.txt (what is quantized). Started again it goes on
-after the last finished unit. """
+after the last finished unit."""
+
+from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from torch import nn
 
-from base.config import one_folder, split_arguments
+from base.config import load, one_folder, split_arguments
+from base.devices import resolve_device
 from base.files import save_tensors, write_text
-from models.diffusion import example_arguments
-from models.sampling import denoise, sample
+from models.diffusion import DiffusionModel, example_arguments, load_model
+from models.sampling import differentiable, trajectory
 from models.zoo import build_network
+from quant.calibration.dataset import CalibrationSet
 from quant.calibration.files import load_calibration
-from quant.checkpoint import packed_bytes, save_quantized
+from quant.checkpoint import load_quantized, packed_bytes, read_recipe, save_quantized
 from quant.convert import convert
-from quant.graph import captured_bytes, trace
+from quant.graph import Graph, captured_bytes, trace
 from quant.inventory import format_map, quantization_map
 from quant.passes.dynamic_scales import functions_of
 from quant.passes.job import Job
 from quant.passes.run import run_passes
 from quant.timeline import Timeline
-from tinydm.recipe import boundaries, check, load_recipe, network_times
-from tinydm.run_folder import open_run
+from tinydm.identity import recipe_of
+from tinydm.recipe import RunConfig, boundaries, check, load_recipe, network_times
+from tinydm.run_folder import Run, open_run
 
 DRY_RUN = "dry_run=true"
+Log = Callable[[str], Any]  # takes one line of progress
+log_line = logging.getLogger("tinydm").info
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
+    """Runs the stage, or its dry run, by a command line."""
     if DRY_RUN in arguments:
         files, words = split_arguments([a for a in arguments if a != DRY_RUN])
         print(plan(load_recipe(files, ["out=none", *words])))
     else:
-        quantize(open_run(*one_folder(arguments)))
+        print(quantize(open_run(*one_folder(arguments)), partial(print, flush=True)))
 
 
-def plan(config):
-    """What quantizing this configuration comes to, as text; no weights are needed or made."""
+def plan(config: RunConfig) -> str:
+    """Tells what quantizing by this recipe comes to; no weights are needed or made."""
     check(config)
     with torch.device("meta"):
         net = build_network(**config.network)
-    quantized, graph = (
-        convert(net, config.all_rules, Timeline(boundaries(config))),
-        trace(net, example_arguments(asdict(config), net)),
-    )
-    c, facts = config.calibration, quantization_map(net, quantized, graph.macs)
+    quantized = convert(net, config.all_rules, Timeline(boundaries(config)))
+    graph = trace(net, example_arguments(asdict(config), net))
+    c, layers = config.calibration, quantization_map(net, quantized, graph.macs)
     samples = c.steps * c.images * (2 if config.guidance.scale != 1 else 1)
     floats = sum(p.numel() * p.element_size() for p in net.parameters())
-    packed, captured = packed_bytes(quantized), captured_bytes(graph, samples)
+    packed, captured = packed_bytes(quantized), captured_bytes(graph, samples) / 2**30
     return (
-        f"{format_map(facts)}\n{config.name}: {len(graph.units)} reconstruction units, "
+        f"{format_map(layers)}\n{config.name}: {len(graph.units)} reconstruction units, "
         f"{sum(graph.macs.values()) / 1e9:.3f} G multiply-adds per image and run of the network\n"
         f"weights: {floats:,} bytes in FP32, {packed:,} quantized, {floats / packed:.2f} x "
         "smaller\n"
-        f"calibration: {samples:,} samples; {captured / 2**30:.2f} GiB of activations at the "
-        "largest unit, of "
-        f"which {min(captured / 2**30, config.memory_gb):.2f} in memory (memory_gb), the rest on "
-        "disk"
+        f"calibration: {samples:,} samples; {captured:.2f} GiB of activations at the largest unit, "
+        f"of which {min(captured, config.memory_gb):.2f} in memory (memory_gb), the rest on disk"
     )
 
 
-def quantize(run):
+def quantize(run: Run, log: Log = log_line) -> str:
+    """Quantizes the model of a run folder; returns what was done as a sentence."""
     path = run.path("quantized.safetensors")
     if path.exists() and not run.config.force:
-        print(f"quantize: done already, {path}")
-        return
+        return f"quantize: done already, {path}"
     calibration = load_calibration(run.need("calibration.safetensors", "calibrate"))
-    model = run.model
     run.begin()
+
+    def note(rows):
+        write_text(run.path("passes.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
     with run.stage("quantize"):
-        net = convert(model.net, run.config.all_rules, Timeline(boundaries(run.config)))
-        graph = trace(model.net, calibration.arguments(slice(0, 1)))
-        print(write_map(run, net, graph))
-        job = Job(
-            model=model,
-            net=net,
-            calibration=calibration,
-            graph=graph,
-            resume_folder=run.path("resume/quantize"),
-            rules=run.config.all_rules,
-            seed=run.config.seed,
-            max_batch=run.config.max_batch,
-            memory_gb=run.config.memory_gb,
-            trajectory=partial(trajectory, run),
-            differentiable=partial(differentiable, run),
-            log=lambda line: print(line, flush=True),
-            note=lambda rows: write_text(
-                run.path("passes.jsonl"), "".join(json.dumps(r) + "\n" for r in rows)
-            ),
-        )
+        folder = run.path("resume/quantize")
+        job = prepare(run.model, run.config, calibration, folder, log=log, note=note)
+        log(write_map(run, job.net, job.graph))
         run_passes(job, run.config.all_passes)
-        write_map(run, job.net, graph)  # passes may have changed widths
-        functions = functions_of(job.net)
-        if functions:
-            save_tensors(run.path("dynamic.safetensors"), functions, {})
-        save_quantized(path, job.net, run.recipe() | {"rules": job.rules})
+        write_map(run, job.net, job.graph)  # passes may have changed widths
+        save(run, job.net, functions_of(job.net), job.rules)
     run.finish("quantize")
-    ratio = model.float_bytes / path.stat().st_size
-    print(
-        f"quantize: {path}, {path.stat().st_size:,} bytes, {ratio:.2f} x smaller than "
-        f"{model.float_bytes:,} of FP32"
+    size, floats = path.stat().st_size, run.model.float_bytes
+    return (
+        f"quantize: {path}, {size:,} bytes, {floats / size:.2f} x smaller than {floats:,} of FP32"
     )
 
 
-def write_map(run, net, graph):
-    """Save what is quantized; returns it as text."""
-    facts = quantization_map(run.model.net, net, graph.macs, network_times(run.config))
-    write_text(run.path("map.json"), json.dumps(facts, indent=1))
-    write_text(run.path("map.txt"), format_map(facts) + "\n")
-    return format_map(facts)
+def save(
+    run: Run, net: nn.Module, functions: dict[str, torch.Tensor], rules: list[dict[str, Any]]
+) -> None:
+    """Writes a hardened network that was converted by `rules`, and the functions of time that gave
+    it its scales, if any, into the run folder."""
+    if functions:
+        save_tensors(run.path("dynamic.safetensors"), functions, {})
+    save_quantized(run.path("quantized.safetensors"), net, run.recipe(rules))
 
 
-def trajectory(run, num_images, seed):
-    """Full-precision sampling of images 0 .. num_images-1 of `seed`, batch by batch: (step, t, x,
-    cond, eps) of every network evaluation. What a batch leaves waits outside of the accelerator."""
-    s, device = run.config.sampling, run.model.device
-    for start in range(0, num_images, s.batch_size):
-        indices, seen = range(start, min(start + s.batch_size, num_images)), []
-        sample(
-            run.model,
-            run.model.eps,
-            indices,
-            sampler=s.sampler,
-            steps=s.steps,
-            skip=s.skip,
-            eta=s.eta,
-            seed=seed,
-            callback=lambda step, t, x, eps, *_: seen.append((step, t, x.cpu(), eps.cpu())),
-        )
-        cond = run.model.labels(seed, indices)
-        for step, t, x, eps in seen:
-            yield step, t, x.to(device), cond, eps.to(device)
+def prepare(
+    model: DiffusionModel,
+    config: RunConfig,
+    calibration: CalibrationSet,
+    resume_folder: Path,
+    *,
+    log: Log,
+    note: Log,
+) -> Job:
+    """Makes what the passes of a recipe work on: the model's network, converted by the rules, and
+    all that they may ask for."""
+    return Job(
+        model=model,
+        net=convert(model.net, config.all_rules, Timeline(boundaries(config))),
+        calibration=calibration,
+        graph=trace(model.net, calibration.arguments(slice(0, 1))),
+        resume_folder=resume_folder,
+        rules=config.all_rules,
+        seed=config.seed,
+        max_batch=config.max_batch,
+        memory_gb=config.memory_gb,
+        trajectory=partial(trajectory, model, config.sampling),
+        differentiable=partial(differentiable, model, config.sampling, max_batch=config.max_batch),
+        log=log,
+        note=note,
+    )
 
 
-def differentiable(run, num_images, seed):
-    """x_0 of images 0 .. num_images-1 of `seed`, batch by batch, with the gradient by all that the
-    float network computes."""
-    s, size = run.config.sampling, min(run.config.sampling.batch_size, run.config.max_batch)
-    for start in range(0, num_images, size):
-        yield denoise(
-            run.model,
-            run.model.eps,
-            range(start, min(start + size, num_images)),
-            sampler=s.sampler,
-            steps=s.steps,
-            skip=s.skip,
-            eta=s.eta,
-            seed=seed,
-            differentiable=True,
-        )
+def quantize_model(
+    model: DiffusionModel,
+    config: RunConfig,
+    calibration: CalibrationSet,
+    resume_folder: Path | None = None,
+    *,
+    log: Log = log_line,
+    note: Log = lambda rows: None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Quantizes a model by a recipe, without a run folder.
+
+    Returns the hardened network and the recipe that quant.checkpoint.save_quantized stores with it.
+    Finished parts are kept in `resume_folder`, where one is given, and taken up again; `log` takes
+    a line of progress, `note` all rows of results so far."""
+    if resume_folder is None:
+        with TemporaryDirectory() as scratch:
+            return quantize_model(model, config, calibration, Path(scratch), log=log, note=note)
+    job = prepare(model, config, calibration, resume_folder, log=log, note=note)
+    run_passes(job, config.all_passes)
+    return job.net, recipe_of(config, model.weights_hash, job.rules)
+
+
+def load_quantized_model(
+    path: Path | str, device: str = "auto", checkpoint: str = ""
+) -> DiffusionModel:
+    """Loads the model that a quantized file belongs to, around the quantized network.
+
+    All but the network comes from the checkpoint that the file names, or from `checkpoint`. Raises
+    ValueError where the checkpoint has other weights than the file was made from, and for a file of
+    an earlier version, which does not name one and is not in its run folder."""
+    path = Path(path)
+    recipe, saved = read_recipe(path)[0], path.with_name("config.yaml")
+    if "checkpoint" not in recipe:
+        if not saved.exists():
+            raise ValueError(
+                f"{path} is of an earlier version and does not say how its model is built; keep it "
+                "in its run folder, or quantize again"
+            )
+        recipe = asdict(load(RunConfig, [saved])) | recipe
+    if checkpoint:
+        recipe["checkpoint"] = checkpoint
+    model = load_model(recipe, device=resolve_device(device))
+    net = load_quantized(path, build_network, expected=model.weights_hash)
+    return model.with_net(net.to(model.device))
+
+
+def write_map(run: Run, net: nn.Module, graph: Graph) -> str:
+    """Writes what is quantized into the run folder; returns it as text."""
+    layers = quantization_map(run.model.net, net, graph.macs, network_times(run.config))
+    write_text(run.path("map.json"), json.dumps(layers, indent=1))
+    write_text(run.path("map.txt"), format_map(layers) + "\n")
+    return format_map(layers)

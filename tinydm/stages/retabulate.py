@@ -7,6 +7,8 @@ Reads RUN/quantized.safetensors and RUN/dynamic.safetensors (the functions), wri
 OTHER with the same integers and the table of scales at the new steps; sample.py, evaluate.py and
 report.py go on from there."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 
 import torch
@@ -24,19 +26,24 @@ from tinydm.run_folder import Run, open_run, write_config
 from tinydm.stages.quantize import write_map
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
+    """Runs the stage by a command line."""
     folder, words = one_folder(arguments)
     if not any(word.startswith("out=") for word in words):
         raise ValueError("say where the run with the other steps lives: out=FOLDER")
     if any(not word.startswith(("out=", "sampling.")) for word in words):
         raise ValueError(f"only sampling.* can change here, found {' '.join(words)}")
     before = open_run(folder)
-    after = Run(load(RunConfig, [before.path("config.yaml")], words))
+    print(retabulate(before, load(RunConfig, [before.path("config.yaml")], words)))
+
+
+def retabulate(before: Run, config: RunConfig) -> str:
+    """Makes the run folder of `config`, the recipe of the run `before` but for its sampling and
+    folder; returns what was done as a sentence."""
     # Nothing is calibrated here; the recipe in the quantized file says how it was.
-    after.config.calibration.steps = min(
-        after.config.calibration.steps, after.config.sampling.steps
-    )
-    check(after.config)
+    config.calibration.steps = min(config.calibration.steps, config.sampling.steps)
+    check(config)
+    after = Run(config)
     if after.path("quantized.safetensors").exists():
         raise ValueError(
             f"{after.folder} holds a quantized model already; choose another out= folder"
@@ -44,33 +51,24 @@ def run(arguments):
     path = before.need("quantized.safetensors", "quantize")
     if not before.path("dynamic.safetensors").exists():
         raise ValueError(
-            f"{folder} is of the method {before.config.method}, whose scales are no functions of "
-            "time; "
-            "only a run of tdq or of training with dynamic=true has tables for other steps"
+            f"{before.folder} is of the method {before.config.method}, whose scales are no "
+            "functions of time; only a run of tdq or of training with dynamic=true has tables for "
+            "other steps"
         )
-    tensors, _ = load_tensors(before.path("dynamic.safetensors"))
-    times = sorted(network_times(after.config))
+    functions, _ = load_tensors(before.path("dynamic.safetensors"))
+    times = sorted(network_times(config))
     recipe, boundaries = read_recipe(path)
     nearest = Timeline(boundaries).segments_of(torch.tensor(times)).tolist()
     write_config(after)
     with after.stage("quantize"):
-        net = retabulated(load_quantized(path, build_network), tensors, times)
-        write_map(
-            after,
-            net,
-            trace(after.model.net, example_arguments(asdict(after.config), after.model.net)),
-        )
-        save_quantized(
-            after.path("quantized.safetensors"),
-            net,
-            recipe
-            | {
-                "retabulated": asdict(after.config)["sampling"],
-                "rules": retimed(recipe["rules"], nearest),
-            },
-        )
-    print(
-        f"retabulate: {after.path('quantized.safetensors')}, {net.timeline.num_segments} steps; "
-        "go on with: python "
-        f"scripts/sample.py {after.folder}"
+        net = retabulated(load_quantized(path, build_network), functions, times)
+        graph = trace(after.model.net, example_arguments(asdict(config), after.model.net))
+        write_map(after, net, graph)
+        rules = retimed(recipe["rules"], nearest)
+        sampling = asdict(config.sampling)
+        changes = {"sampling": sampling, "retabulated": sampling, "rules": rules}
+        save_quantized(after.path("quantized.safetensors"), net, recipe | changes)
+    return (
+        f"retabulate: {after.path('quantized.safetensors')}, {net.timeline.num_segments} steps; go "
+        f"on with: python scripts/sample.py {after.folder}"
     )

@@ -7,35 +7,41 @@ full-precision images of the same seeds to a folder float-* beside RUN, shared b
 same model, weights and sampler. Images that are there already are kept. `shard=i/n` does every n-th
 batch, for n processes side by side; the image bytes do not depend on it."""
 
-import hashlib
-import json
 import os
 import shutil
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from base.config import one_folder
 from base.files import write_atomically
+from models.diffusion import DiffusionModel
 from models.sampling import sample
 from models.zoo import build_network
 from quant.checkpoint import load_quantized
-from tinydm.run_folder import facts_of_images, open_run
+from tinydm.identity import folder_name, images_of
+from tinydm.run_folder import Run, open_run
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
+    """Runs the stage by a command line."""
     folder, words = one_folder(arguments)
-    own = {"precision": "simulated", "shard": "0/1"}
+    choice = {"precision": "simulated", "shard": "0/1"}
     for word in list(words):
         key, _, value = word.partition("=")
-        if key in own:
-            own[key] = value
+        if key in choice:
+            choice[key] = value
             words.remove(word)
-    draw(open_run(folder, words), **own)
+    print(draw(open_run(folder, words), **choice))
 
 
-def draw(run, precision="simulated", shard="0/1"):
+def draw(run: Run, precision: str = "simulated", shard: str = "0/1") -> str:
+    """Draws the images that are missing; returns what was done as a sentence. `precision` is
+    simulated or float, `shard` i/n does every n-th batch."""
     if precision not in ("simulated", "float"):
         raise ValueError(f"precision '{precision}' is unknown; choose simulated or float")
     part, parts = read_shard(shard)
@@ -49,67 +55,50 @@ def draw(run, precision="simulated", shard="0/1"):
         )
     if run.config.force:
         shutil.rmtree(folder, ignore_errors=True)
-    starts = [
-        k
-        for k in range(0, s.num, s.batch_size)
-        if k // s.batch_size % parts == part
-        and not all(p.exists() for p in paths[k : k + s.batch_size])
-    ]
-    if starts:
+    blocks = [range(k, min(k + s.batch_size, s.num)) for k in range(0, s.num, s.batch_size)]
+    todo = [block for block in blocks[part::parts] if not all(paths[i].exists() for i in block)]
+    if todo:
         model = model_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
         bar = tqdm(
-            total=len(starts) * run.num_evaluations,
+            total=len(todo) * run.num_evaluations,
             unit="step",
             desc=f"sample: {precision}, batches of {s.batch_size}",
         )
         with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
-            for start in starts:
-                indices = range(start, min(start + s.batch_size, s.num))
-                images = sample(
-                    model,
-                    model.eps,
-                    indices,
-                    sampler=s.sampler,
-                    steps=s.steps,
-                    skip=s.skip,
-                    eta=s.eta,
-                    seed=s.seed,
-                    batch_size=s.batch_size,
-                    callback=lambda *_: bar.update(),
-                )
-                for i, image in zip(indices, images.cpu()):
+            for block in todo:
+                images = sample(model, block, s, callback=lambda *_: bar.update())
+                for i, image in zip(block, images.cpu()):
                     save_png(paths[i], image)
-    else:
-        print(f"sample: done already, {s.num} images in {folder}")
-    if all(p.exists() for p in paths) and (starts or images_in(archive) != s.num):
-        save_archive(archive, paths)
-        print(f"sample: {s.num} images in {folder} and {archive}")
+    count = sum(path.exists() for path in paths)
+    if count < s.num:
+        return f"sample: {count} of {s.num} images in {folder}; the other shards draw the rest"
+    if not todo and count_images(archive) == s.num:
+        return f"sample: done already, {s.num} images in {folder}"
+    save_archive(archive, paths)
+    return f"sample: {s.num} images in {folder} and {archive}"
 
 
-def model_of(run, precision):
-    """The model to sample with: as it is, or around the quantized network."""
+def model_of(run: Run, precision: str) -> DiffusionModel:
+    """Returns the model to sample with: as it is, or around the quantized network."""
     if precision == "float":
         return run.model
-    net = load_quantized(
-        run.need("quantized.safetensors", "quantize"),
-        build_network,
-        expected=run.model.weights_hash,
-    ).to(run.model.device)
-    return run.model.with_net(net)
+    path = run.need("quantized.safetensors", "quantize")
+    net = load_quantized(path, build_network, expected=run.model.weights_hash)
+    return run.model.with_net(net.to(run.model.device))
 
 
-def sample_folder(run, precision):
-    """RUN/samples, or the shared folder of the full-precision images, named by what decides their
-    bytes."""
+def sample_folder(run: Run, precision: str) -> Path:
+    """Returns RUN/samples, or the shared folder of the full-precision images, named by what decides
+    their bytes."""
     if precision == "simulated":
         return run.path("samples")
-    facts = facts_of_images(run) | {"seed": run.config.sampling.seed}
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    return run.folder.parent / f"float-{key}"
+    content = images_of(run.config, run.model, run.config.sampling.seed)
+    return run.folder.parent / folder_name("float", content)
 
 
-def read_shard(text):
+def read_shard(text: str) -> tuple[int, int]:
+    """Reads "i/n" as (i, n). Raises ValueError unless 0 <= i < n."""
     try:
         part, parts = map(int, text.split("/"))
         if 0 <= part < parts:
@@ -119,22 +108,22 @@ def read_shard(text):
     raise ValueError(f"shard '{text}' is not i/n with 0 <= i < n, for example shard=0/2")
 
 
-def save_png(path, image):
-    """image (3, H, W) uint8; written whole or not at all."""
+def save_png(path: Path, image: torch.Tensor) -> None:
+    """Writes an image (3, H, W) uint8, whole or not at all."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     write_atomically(path, lambda part: picture.save(part, format="PNG"))
 
 
-def images_in(path):
-    """How many an archive holds; 0 where there is none."""
+def count_images(path: Path) -> int:
+    """Counts the images of an archive; 0 where there is none."""
     if not path.exists():
         return 0
     with np.load(path) as archive:
         return len(archive["arr_0"])
 
 
-def save_archive(path, paths):
-    """samples.npz as guided-diffusion's evaluator reads it: arr_0 (N, H, W, 3) uint8."""
+def save_archive(path: Path, paths: Iterable[Path]) -> None:
+    """Writes samples.npz as guided-diffusion's evaluator reads it: arr_0 (N, H, W, 3) uint8."""
     images = np.stack([np.array(Image.open(p)) for p in paths])
 
     def write(part):
