@@ -17,7 +17,7 @@ from quant.convert import convert
 from quant.graph import trace
 from quant.inventory import format_map, quantization_map
 from quant.layers import QuantOperand
-from quant.network import input_quantizers
+from quant.network import input_quantizers, modules_of
 from quant.passes.step_bits import input_rules
 from quant.quantizer import Quantizer
 from quant.rules import resolve
@@ -61,7 +61,7 @@ def asked_for(bits, **more):
 
 
 def operands(net):
-    return {name: m for name, m in net.named_modules() if isinstance(m, QuantOperand)}
+    return {name: m for name, m in modules_of(net).items() if isinstance(m, QuantOperand)}
 
 
 def operand(spec, half=4, split=True, timeline=None):
@@ -100,7 +100,7 @@ def test_split_is_two_quantizers_side_by_side(bits, symmetric):
 
 
 def test_dequantized_halves_scale_and_shift_the_norm(net):
-    block = convert(net, [asked_for(3)]).middle_block[0]
+    block = convert(net, [asked_for(3)]).net.middle_block[0]
     assert isinstance(block, ResBlock) and block.emb_layers[2].input_quantizer.scale.shape == (1, 2)
     x, emb = normal(2, 32, 8, 8), normal(2, 128, seed=1)
     fit(block.emb_layers[2], block.emb_layers[1](block.emb_layers[0](emb)))

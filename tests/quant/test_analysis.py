@@ -325,7 +325,7 @@ def test_32_bits_have_no_error_at_all(tiny_net):
 
 def test_planted_error_stays_in_its_layer(tiny_net):
     twin = convert(tiny_net, rules(32, 32))
-    twin.conv_in.bias = nn.Parameter(tiny_net.conv_in.bias + 0.5)
+    twin.net.conv_in.bias = nn.Parameter(tiny_net.conv_in.bias + 0.5)
     rows = layer_errors(tiny_net, twin, trajectory())
     assert {row["layer"] for row in rows if row["mse"]} == {"conv_in"}
     for row in (row for row in rows if row["layer"] == "conv_in"):
@@ -355,7 +355,7 @@ def test_error_is_that_of_the_segment_of_the_step(tiny_net, tmp_path):
             x = torch.cat(inputs[row["step"]])
             job.net.timeline.segment = int(row["t"] >= 450)
             with torch.no_grad():
-                error = job.net.conv_in(x) - tiny_net.conv_in(x)
+                error = job.net.net.conv_in(x) - tiny_net.conv_in(x)
             assert row["mse"] == pytest.approx(float(error.square().mean()), rel=1e-4)
             assert row["mae"] == pytest.approx(float(error.abs().mean()), rel=1e-4)
 

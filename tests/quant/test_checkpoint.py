@@ -14,7 +14,7 @@ from tiny import SHAPE, WEIGHT_8, normal, quantized, rules
 
 from base.files import load_tensors, save_tensors
 from models.zoo import build_network
-from quant import checkpoint
+from quant import packing
 from quant.checkpoint import (
     load_quantized,
     packed_bytes,
@@ -60,7 +60,7 @@ def test_four_bits_are_two_per_byte_low_nibble_first():
 def test_packing_in_pieces_changes_nothing(bits, monkeypatch):
     codes = torch.from_numpy(np.random.default_rng(0).integers(0, 2**bits, (5, 7, 3)))
     whole = pack(codes, bits)
-    monkeypatch.setattr(checkpoint, "CHUNK", 16)
+    monkeypatch.setattr(packing, "CHUNK", 16)
     assert torch.equal(pack(codes, bits), whole)
     assert torch.equal(unpack(whole, bits, (5, 7, 3)), codes.to(torch.uint8))
 

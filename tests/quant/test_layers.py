@@ -13,7 +13,7 @@ from base.network import Matmul, tag
 from ddim.unet import Downsample
 from models.zoo import build_network
 from quant.layers import SWAP, QuantLayer, QuantMatmul
-from quant.network import quant_layers
+from quant.network import modules_of, quant_layers
 from quant.passes.run import run_passes
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
@@ -340,7 +340,7 @@ def test_every_layer_of_a_network_is_integer_arithmetic_bit_for_bit(network, tmp
     run_passes(job, ["fit_ranges"])
     quant = job.net
     modules = {
-        name: m for name, m in quant.named_modules() if isinstance(m, (QuantLayer, QuantMatmul))
+        name: m for name, m in modules_of(quant).items() if isinstance(m, (QuantLayer, QuantMatmul))
     }
     assert modules.keys() == {name for name, m in net.named_modules() if type(m) in SWAP}
     assert any(len(getattr(m, "parts", ())) > 1 for m in modules.values())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from quant.network import QuantizedNet
 from quant.timeline import Timeline, segment_boundaries
 
 
@@ -53,8 +54,8 @@ def test_time_is_read_from_every_forward_pass_whatever_came_before():
         def forward(self, x, t):
             return x
 
-    net, timeline = Net(), Timeline([10])
-    timeline.follow(net)
+    timeline = Timeline([10])
+    net = QuantizedNet(Net(), timeline)
     for t in (20, 0, 20, 20, 9):
         net(torch.zeros(1), torch.tensor([t]))
         assert timeline.segment == int(t >= 10)
