@@ -1,27 +1,34 @@
 """Atomic writing: a file is either the old one or the complete new one, whatever happens in
 between; and safetensors with metadata of ours."""
 
-import fcntl
 import json
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def write_atomically(path, write):
-    """write(temporary path), flush to disk, rename to `path`; a failed write leaves nothing
-    behind."""
+def write_atomically(path: Path | str, write: Callable[[Path], Any]) -> None:
+    """Call write(temporary path), flush to disk, and rename to `path`; a failed write leaves
+    nothing behind. The file gets the mode that the umask gives to new files, whatever mode
+    `write` chose (safetensors writes files that only their owner can read)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # left by a kill, it is overwritten by the next write
     part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)  # left by a kill
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -30,32 +37,39 @@ def write_atomically(path, write):
 
 
 @contextmanager
-def alone(folder):
-    """One process at a time inside: several may write the same files of a folder, which is made if
-    need be."""
+def alone(folder: Path | str) -> Iterator[None]:
+    """Let one process at a time inside, since several may write the same files of `folder`, which
+    is made if need be."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    lock = FileLock(folder / ".writing.lock")
+    with lock:
+        try:
+            yield
+        finally:
+            # While the lock is held, so that those who wait find the file gone and make a new one.
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def write_text(path, text):
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file, whole or not at all."""
     write_atomically(path, lambda part: part.write_text(text))
 
 
-def save_tensors(path, tensors, metadata):
-    """Contiguous CPU copies of `tensors` and a JSON-able dict as safetensors; equal contents give
-    equal bytes (the library writes several metadata keys in any order, so there is one)."""
+def save_tensors(
+    path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write contiguous CPU copies of `tensors` and a JSON-able dict as safetensors. Equal contents
+    give equal bytes: the library writes several metadata keys in any order, so there is one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = {"tinydm": json.dumps(metadata, sort_keys=True)}
     write_atomically(path, lambda part: save_file(tensors, part, text))
 
 
-def load_tensors(path, *, only_metadata=False):
-    """-> ({name: tensor}, metadata) of a safetensors file; metadata is {} in a file that
+def load_tensors(
+    path: Path | str, *, only_metadata: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a safetensors file -> ({name: tensor}, metadata). The metadata is {} in a file that
     `save_tensors` did not write. Raises ValueError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
