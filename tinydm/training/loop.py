@@ -1,52 +1,65 @@
-"""The training machinery behind the models that ship with the project; what is learned stands in
-models/tasks.py.
+"""The training machinery behind the models that ship with the project; what is learned stands
+beside it, one task a file.
 
 An "epoch" is a fixed number of optimizer steps whose images, noise and augmentation follow from
 (seed, epoch) alone, and checkpoints are written between epochs: a run that is killed and started
 again ends in the same weights."""
 
 import copy
+import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import pytorch_lightning as pl
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-matplotlib.use("Agg")
+from tinydm.training.config import TrainConfig
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # images (N, ...) and their labels (N,)
 
 
 class ImageBatches(Dataset):
-    """Item i is the i-th batch (images, labels) of one epoch: a random draw without replacement
-    within the epoch as long as the images last, fixed by (seed, epoch)."""
+    """The batches (images, labels) of one epoch: a random draw without replacement within the epoch
+    as long as the images last, fixed by (seed, epoch)."""
 
-    def __init__(self, images, labels, *, batch_size, num_batches, seed, epoch):
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        epoch: int,
+    ) -> None:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         rounds = math.ceil(batch_size * num_batches / len(images))
         order = torch.cat([torch.randperm(len(images), generator=rng) for _ in range(rounds)])
         self.batches = order[: batch_size * num_batches].view(num_batches, batch_size)
         self.images, self.labels = images, labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Batch:
         rows = self.batches[i]
         return self.images[rows], self.labels[rows]
 
 
 class Data(pl.LightningDataModule):
-    """Feeds a fresh `ImageBatches` to every epoch."""
+    """Feeds fresh `ImageBatches` to every epoch."""
 
-    def __init__(self, images, labels, config):
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, config: TrainConfig) -> None:
         super().__init__()
         self.source, self.config = (images, labels), config
 
-    def train_dataloader(self):
+    def train_dataloader(self) -> DataLoader:
         c, epoch = self.config, self.trainer.current_epoch
         # the last epoch may be shorter
         left = self.trainer.lightning_module.num_steps - epoch * c.steps_per_epoch
@@ -63,12 +76,12 @@ class Data(pl.LightningDataModule):
 
 class Training(pl.LightningModule):
     """What all trainings share: linear warm-up, cosine to zero, an exponential moving average of
-    weights.
+    the weights.
 
     The average starts short and grows to `ema_decay`: min(decay, (1 + n)/(10 + n)) after n updates.
     """
 
-    def __init__(self, net, config):
+    def __init__(self, net: nn.Module, config: TrainConfig) -> None:
         super().__init__()
         self.net, self.config = net, config
         self.num_steps = config.num_images // config.batch_size
@@ -76,8 +89,8 @@ class Training(pl.LightningModule):
         # Not a submodule: a checkpoint holds the weights once, and does not depend on `compile`.
         self.__dict__["forward_net"] = torch.compile(net) if config.compile else net
 
-    def restart_average(self):
-        """Begin the average at the network as it is now."""
+    def restart_average(self) -> None:
+        """Begins the average at the network as it is now."""
 
         def average(mean, value, n):
             decay = min(self.config.ema_decay, (1 + float(n)) / (10 + float(n)))
@@ -85,61 +98,61 @@ class Training(pl.LightningModule):
 
         self.ema = AveragedModel(self.net, avg_fn=average, use_buffers=True)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.build_optimizer()
 
         def factor(step):
             done = min(step / self.num_steps, 1.0)
-            return (
-                min(1.0, (step + 1) / self.config.warmup_steps)
-                * 0.5
-                * (1 + math.cos(math.pi * done))
-            )
+            warm_up = min(1.0, (step + 1) / self.config.warmup_steps)
+            return warm_up * 0.5 * (1 + math.cos(math.pi * done))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_train_epoch_start(self):
+    def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
 
-    def on_train_batch_end(self, *_):
+    def on_train_batch_end(self, *_: Any) -> None:
         self.ema.update_parameters(self.net)
 
-    def build_optimizer(self):
+    def build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
             self.net.parameters(), lr=self.config.lr, betas=(0.9, self.config.beta2)
         )
 
-    def draw_samples(self, path):
-        """A picture of what has been learned so far, where there is one to draw."""
+    def draw_samples(self, path: Path) -> None:
+        """Draws a picture of what has been learned so far, where there is one to draw."""
 
-    def weights(self):
-        """Name -> tensor of the averaged weights, as they are shipped."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Returns the averaged weights by the names that they are shipped under."""
         return self.ema.module.state_dict()
 
 
+def random_flip(x: torch.Tensor) -> torch.Tensor:
+    """Mirrors every second image of x (N, C, H, W), on average."""
+    flip = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+    return torch.where(flip, x.flip(3), x).contiguous(memory_format=torch.channels_last)
+
+
 class Progress(pl.Callback):
-    """One line an epoch with an estimate of what remains; every `sample_every` epochs the loss
-    curve and samples."""
+    """Logs one line an epoch with an estimate of what remains; draws the loss curve and samples
+    every `sample_every` epochs."""
 
-    def __init__(self, folder, sample_every):
-        self.folder, self.sample_every, self.rows, self.started = (
-            Path(folder),
-            sample_every,
-            [],
-            None,
-        )
+    def __init__(self, folder: Path, sample_every: int) -> None:
+        self.folder, self.sample_every = folder, sample_every
+        self.rows: list[tuple[int, float]] = []  # images seen, loss
+        self.started: float | None = None
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"rows": copy.copy(self.rows)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
 
-    def on_train_epoch_start(self, trainer, module):
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Training) -> None:
         self.started = time.monotonic()
 
-    def on_train_epoch_end(self, trainer, module):
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Training) -> None:
         # Lightning ends the saved epoch once more when it resumes
         if self.started is None:
             return
@@ -149,28 +162,29 @@ class Progress(pl.Callback):
         self.rows.append((images, loss))
         left = (module.num_steps - trainer.global_step) / module.config.steps_per_epoch * seconds
         rate = module.config.steps_per_epoch * module.config.batch_size / seconds
-        print(
-            f"images {images:>9,}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.0f} min left",
-            flush=True,
+        logging.getLogger("tinydm").info(
+            f"images {images:>9,}  loss {loss:.4f}  {rate:.0f} images/s  {left / 60:.0f} min left"
         )
         if trainer.current_epoch % self.sample_every == self.sample_every - 1 or left <= 0:
             self.plot()
             module.draw_samples(self.folder / f"samples_{images:09d}.png")
 
-    def plot(self):
-        figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    def plot(self) -> None:
+        """Draws the loss curve so far."""
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
         axes.plot(*zip(*self.rows))
-        axes.set(
-            xlabel="images seen", ylabel="training loss", ylim=(0, min(1.0, 1.2 * self.rows[0][1]))
-        )
+        highest = min(1.0, 1.2 * self.rows[0][1])
+        axes.set(xlabel="images seen", ylabel="training loss", ylim=(0, highest))
         axes.grid(alpha=0.3)
         figure.savefig(self.folder / "loss.png", dpi=100)
-        pyplot.close(figure)
 
 
-def fit(module, images, labels, folder):
-    """Train to the end of the recipe in `folder`, from its last checkpoint if there is one; returns
-    the loss rows."""
+def fit(
+    module: Training, images: torch.Tensor, labels: torch.Tensor, folder: Path | str
+) -> list[tuple[int, float]]:
+    """Trains to the end of the recipe in `folder`, from its last checkpoint if there is one;
+    returns (images seen, loss) of every epoch."""
     folder, config = Path(folder), module.config
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder, config.sample_every)

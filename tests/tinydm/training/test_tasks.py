@@ -6,12 +6,13 @@ import torch
 from conftest import assert_close
 from pipeline import MODELS
 from safetensors.torch import save_file
-from test_training import Recipe
+from trainings import Recipe
 
 from models.diffusion import load_model
 from models.zoo import build_network
+from tinydm.training.diffusion import DiffusionTraining
+from tinydm.training.first_stage import FirstStageTraining, encode_images
 from tinydm.training.loop import fit
-from tinydm.training.tasks import DiffusionTraining, FirstStageTraining, encode_images
 
 
 def images(num=12, size=16):

@@ -1,0 +1,48 @@
+"""All keys of a training recipe."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinydm.recipe import Bits
+
+
+@dataclass
+class TrainConfig:
+    """A recipe of training. Counts are images and optimizer steps; `data` is as in
+    models.data.load_images."""
+
+    task: str = "diffusion"  # first_stage | diffusion | classifier | qat
+    model: str = ""  # model YAML of what is trained
+    # weights of the first stage, for the diffusion of a latent model
+    first_stage: str = ""
+    classifier: dict[str, Any] = field(default_factory=dict)  # options of the network
+    # of qat: the method YAML whose rules say what is quantized
+    rules: str = ""
+    bits: Bits = field(default_factory=Bits)  # of qat: widths that those rules refer to
+    # of qat: scales of activations are functions of time (TDQ); else LSQ
+    dynamic: bool = False
+    # of qat: weights to start from, in place of those of the model YAML
+    checkpoint: str = ""
+    # weights to start from instead of random ones, e.g. the shipped file
+    init: str = ""
+    data: str = "cifar10"
+    out: str = ""
+    num_images: int = 1_000_000
+    batch_size: int = 64
+    steps_per_epoch: int = 200  # optimizer steps between checkpoints
+    lr: float = 1e-3
+    beta2: float = 0.99  # of Adam (diffusion, qat)
+    weight_decay: float = 0.0  # of SGD (classifier), of AdamW (qat)
+    warmup_steps: int = 500
+    grad_clip: float = 1.0  # norm of the gradient; 0 = no limit
+    ema_decay: float = 0.999
+    precision: str = "bf16-mixed"
+    compile: bool = False
+    sample_every: int = 10  # epochs between loss curves and sample grids
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0  # CPU threads; 0 = PyTorch's choice
+
+
+# They do not change what is learned.
+KEYS_WITHOUT_EFFECT = ("out", "device", "threads", "sample_every")

@@ -1,0 +1,137 @@
+"""Quantization-aware training in a run folder like that of any method."""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.config import load, read_yaml
+from base.files import write_text
+from models.data import load_images
+from models.diffusion import DiffusionModel, example_arguments
+from quant.graph import trace
+from quant.qat import finish
+from quant.timeline import PER_STEP
+from tinydm.identity import differences
+from tinydm.recipe import Calibration, RunConfig, check, network_times
+from tinydm.run_folder import Run, provenance, write_config
+from tinydm.stages.quantize import save, write_map
+from tinydm.training.config import KEYS_WITHOUT_EFFECT, TrainConfig
+from tinydm.training.first_stage import encode_images
+from tinydm.training.quantized import QuantizedTraining
+from tinydm.training.tasks import train_and_record
+
+
+def train_quantized(config: TrainConfig) -> str:
+    """Fills a run folder; returns a sentence about it. Raises ValueError for a folder of another
+    recipe, and for models and data that do not fit."""
+    run, model_config = open_folder(config), read_yaml(config.model)
+    num_classes = _count_classes(model_config, run.model, config)
+    rules = run.config.all_rules
+    if any(rule.get("weight", {}).get("per_segment") for rule in rules):
+        raise ValueError(
+            f"the rules of {config.rules} give every time segment its own weights; training "
+            "learns one network, name another method's rules"
+        )
+    images, labels = _load_batches(config, run.model, num_classes)
+    rows = torch.randperm(len(images))[: config.batch_size]
+    batch = images[rows], labels[rows]
+    module = QuantizedTraining(model_config, config, run.model, rules, config.dynamic, batch)
+    with run.stage("quantize"):
+        record = train_and_record(config, module, images, labels)
+        row = {"pass": "qat", "images": record["images_seen"], "loss": record["final_loss"]}
+        write_text(run.path("passes.jsonl"), json.dumps(row) + "\n")
+        net, functions = finish(module.model().net, network_times(run.config))
+        # whose network is as it was: the other one has learned
+        original = open_folder(config)
+        graph = trace(original.model.net, example_arguments(asdict(run.config), original.model.net))
+        logging.getLogger("tinydm").info(write_map(original, net, graph))
+        save(run, net, functions, rules)
+    return (
+        f"averaged network, quantized, in {run.path('quantized.safetensors')}; go on with: python "
+        f"scripts/sample.py {run.folder}"
+    )
+
+
+def _count_classes(
+    model_config: dict[str, Any], model: DiffusionModel, config: TrainConfig
+) -> int | None:
+    """Of a model that takes classes. Raises ValueError for one that cannot be trained here."""
+    cond_stage = model_config.get("cond_stage") or {}
+    num_classes = cond_stage.get("n_classes") or model_config["network"].get("num_classes")
+    asked_by_prompts = model.condition is not None and not num_classes
+    if model.schedule.variance == "learned" or asked_by_prompts:
+        raise ValueError(
+            f"{config.model} answers its variance too, or is asked by prompts; only networks that "
+            "answer eps alone, without a condition or by classes, can be trained here"
+        )
+    return num_classes
+
+
+def _load_batches(
+    config: TrainConfig, model: DiffusionModel, num_classes: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images or latents and their labels. Raises ValueError for classes that the model lacks."""
+    first_stage = model.first_stage
+    size = model.shape[-1] * (first_stage.downsampling if first_stage else 1)
+    images, labels = load_images(config.data, size=size)
+    if num_classes and int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"{config.data} has {int(labels.max()) + 1} class folders, {config.model} knows "
+            f"{num_classes} classes; give the images it was trained on"
+        )
+    if first_stage:
+        images = encode_images(first_stage, images, scale_factor=model.scale_factor)[0]
+    return images, labels
+
+
+def open_folder(config: TrainConfig) -> Run:
+    """Opens the run folder of a recipe, begun or as it is: its own recipe is the model YAML with
+    the rules and bits of the training. What sets trainings apart stands in the name of the preset.
+    Raises ValueError where the folder has another recipe, or no rules are named."""
+    bits = [f"bits.{part}={width}" for part, width in asdict(config.bits).items()]
+    recipe = load(RunConfig, [config.model, *([config.rules] if config.rules else [])], bits)
+    recipe = replace(
+        recipe,
+        method="tdq-qat" if config.dynamic else "lsq-qat",
+        segments=PER_STEP if config.dynamic else 1,
+        passes=[],
+        calibration=Calibration(steps=1),
+        checkpoint=config.checkpoint or recipe.checkpoint,
+        preset=f"{config.num_images} images, batches of {config.batch_size}, lr {config.lr:g} "
+        f"({_digest(config)})",
+        seed=config.seed,
+        out=config.out,
+        device=config.device,
+        threads=config.threads,
+    )
+    check(recipe)
+    if not recipe.rules:
+        raise ValueError(
+            "nothing says what is quantized; give the method YAML whose rules do, for example "
+            "rules=configs/method/tdq.yaml"
+        )
+    run, saved = Run(recipe), Path(config.out) / "config.yaml"
+    if not saved.exists():
+        recipe.provenance = provenance(run.model, [config.model, config.rules])
+        write_config(run)
+        return run
+    before = load(RunConfig, [saved])
+    changed = differences(before, recipe)
+    if changed:
+        raise ValueError(
+            f"{config.out} belongs to another recipe: {'; '.join(changed[:3])}; choose another "
+            "out= folder"
+        )
+    recipe.provenance = before.provenance
+    return run
+
+
+def _digest(config: TrainConfig) -> str:
+    """Of all keys that change what is learned."""
+    keys = {key: value for key, value in asdict(config).items() if key not in KEYS_WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8]
