@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.errors import unknown_word
 from base.files import PROJECT
 from base.seeds import SeededNoise
 from ddim.schedule import Schedule, make_schedule
@@ -48,8 +49,10 @@ class DiffusionModel:
 
     def sample(self, indices: Iterable[int], **changes: Any) -> torch.Tensor:
         """Draws the images number `indices` by the model's own sampling, with changes such as
-        `seed=1` or `steps=20` on top; returns them as (N, 3, H, W) uint8. Raises ValueError for
-        classes or prompts, which are chosen when a model is loaded."""
+        `seed=1` or `steps=20` on top; returns them as (N, 3, H, W) uint8. Raises ValueError for an
+        unknown key, and for classes or prompts, which are chosen when a model is loaded."""
+        for key in changes.keys() - vars(self.sampling).keys():
+            raise ValueError(unknown_word(f"sampling has no '{key}'", key, vars(self.sampling)))
         if {"classes", "prompts"} & changes.keys():
             raise ValueError(
                 "classes and prompts belong to a loaded model; load it again with sampling.classes "

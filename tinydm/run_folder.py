@@ -28,9 +28,9 @@ from tinydm.recipe import RunConfig, check, load_recipe
 class Run:
     """An open run folder: its recipe and paths; the model is loaded when first asked for."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, model: DiffusionModel | None = None) -> None:
         self.config, self.folder = config, Path(config.out)
-        self._model = None
+        self._model = model
 
     @property
     def model(self) -> DiffusionModel:
@@ -38,13 +38,13 @@ class Run:
         folder was made with."""
         if self._model is None:
             self._model = load_model(asdict(self.config), device=resolve_device(self.config.device))
-            known = self.config.provenance.get("weights_hash")
-            if known and known != self._model.weights_hash:
-                raise ValueError(
-                    f"{self.folder} was made with other weights of {self.config.name} (hash "
-                    f"{known[:12]}, the checkpoint now has {self._model.weights_hash[:12]}); use "
-                    "another out= folder"
-                )
+        known = self.config.provenance.get("weights_hash")
+        if known and known != self._model.weights_hash:
+            raise ValueError(
+                f"{self.folder} was made with other weights of {self.config.name} (hash "
+                f"{known[:12]}, the checkpoint now has {self._model.weights_hash[:12]}); use "
+                "another out= folder"
+            )
         return self._model
 
     @property
@@ -120,18 +120,25 @@ class Run:
 def create(files: Iterable[Path | str], overrides: Iterable[str]) -> Run:
     """Makes a new run folder for these files, or opens the one that is there if it has the same
     recipe; raises ValueError if it has another."""
-    config = load_recipe(files, overrides)
+    return claim(load_recipe(files, overrides), files)
+
+
+def claim(
+    config: RunConfig, files: Iterable[Path | str], model: DiffusionModel | None = None
+) -> Run:
+    """Does the same for a recipe that was read from `files`, and for a model that is loaded
+    already."""
     check(config)
     saved = Path(config.out) / "config.yaml"
-    run = Run(config)
+    run = Run(config, model)
     if any(
         run.path(name).exists()
         for name in ("calibration.safetensors", "resume", "quantized.safetensors")
     ):
-        return _reopen(saved, config)
+        return _reopen(saved, config, model)
     if run.path("metrics.json").exists():
         # scores alone: nothing to go on from, but to refuse
-        _reopen(saved, config)
+        _reopen(saved, config, model)
     config.provenance = provenance(run.model, files, config.threads)
     write_config(run)
     return run
@@ -149,7 +156,7 @@ def open_run(folder: Path | str, overrides: Iterable[str] = ()) -> Run:
     return _reopen(saved, load(RunConfig, [saved], [*overrides, f"out={folder}"]))
 
 
-def _reopen(saved, config):
+def _reopen(saved, config, model=None):
     check(config)
     before = load(RunConfig, [saved])
     changed = differences(before, config)
@@ -160,7 +167,7 @@ def _reopen(saved, config):
             "delete that one"
         )
     config.provenance = before.provenance
-    run = Run(config)
+    run = Run(config, model)
     if asdict(before) | {"force": False} != asdict(config) | {"force": False}:
         write_config(run)
     return run

@@ -61,19 +61,25 @@ def collect(model: DiffusionModel, config: RunConfig, folder: Path | None = None
             calibration = _pick_samples(model, config, Path(scratch))
     else:
         calibration = _pick_samples(model, config, folder)
+    check_fits(calibration, model)
+    return calibration
+
+
+def check_fits(calibration: CalibrationSet, model: DiffusionModel) -> None:
+    """Raises ValueError for a set of another model: of other shapes, or with conditions where the
+    model takes none."""
     shape = tuple(calibration.x.shape[1:])
     if shape != model.shape:
         raise ValueError(
-            f"calibration samples are {shape}, {config.name} takes {model.shape}; make the set "
+            f"calibration samples are {shape}, {model.name} takes {model.shape}; make the set "
             "with this model"
         )
     if (calibration.cond is None) != (model.condition is None):
         there, wanted = ("without", "with") if calibration.cond is None else ("with", "without")
         raise ValueError(
-            f"calibration samples come {there} conditions, {config.name} is a model {wanted}; make "
+            f"calibration samples come {there} conditions, {model.name} is a model {wanted}; make "
             "the set with this model"
         )
-    return calibration
 
 
 def _pick_samples(model, config, folder):
