@@ -11,6 +11,8 @@ alone, which only the training of new latent models needs."""
 
 import hashlib
 import http.client
+import json
+import logging
 import shutil
 import ssl
 import sys
@@ -36,6 +38,8 @@ BROKEN = (
     ssl.SSLError,
     http.client.HTTPException,
 )
+# what reading a zip ends in that is damaged, or none
+NOT_INTACT = (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, NotImplementedError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -51,138 +55,33 @@ class Checkpoint:
     member: str = ""  # what to take out of a zip
 
 
-HEIBOX = "https://heibox.uni-heidelberg.de/f"
-LATENT = "https://ommer-lab.com/files/latent-diffusion"
-OPENAI = "https://openaipublic.blob.core.windows.net/diffusion"
-HUB = "https://huggingface.co/CompVis/stable-diffusion-v-1-4-original/resolve/main"
+def read_table(kind: str) -> dict[str, Checkpoint]:
+    """Reads the rows of one kind, "checkpoints" (named as in configs/model) or "first_stages", of
+    checkpoints.json, by name."""
+    rows = json.loads(Path(__file__).with_name("checkpoints.json").read_text())[kind]
+    return {name: Checkpoint(**row) for name, row in rows.items()}
 
 
-def ddim(about, code, folder, file, md5):
-    return Checkpoint(
-        f"{HEIBOX}/{code}/?dl=1",
-        f"checkpoints/diffusion_models_converted/ema_diffusion_{folder}_model/model-{file}.ckpt",
-        f"{about}, averaged weights",
-        f"md5 {md5}",
-    )
+CHECKPOINTS, FIRST_STAGES = read_table("checkpoints"), read_table("first_stages")
 
 
-def zipped(about, archive, folder):
-    return Checkpoint(f"{LATENT}/{archive}.zip", f"{folder}/model.ckpt", about, member="model.ckpt")
-
-
-def openai(about, date, file, sha256=""):
-    return Checkpoint(f"{OPENAI}/{date}/{file}", file, about, sha256 and f"sha256 {sha256}")
-
-
-FIRST_STAGES = {
-    name: zipped(f"first stage {name} of latent diffusion", name, f"first_stage_models/{name}")
-    for name in (
-        "kl-f4",
-        "kl-f8",
-        "kl-f16",
-        "kl-f32",
-        "vq-f4",
-        "vq-f4-noattn",
-        "vq-f8",
-        "vq-f8-n256",
-        "vq-f16",
-    )
-}
-CHECKPOINTS = {  # the names are those of configs/model
-    "cifar10": ddim(
-        "DDPM CIFAR-10 32x32, 143 MB",
-        "2e4f01e2d9ee49bab1d5",
-        "cifar10",
-        790000,
-        "1fa350b952534ae442b1d5235cce5cd3",
-    ),
-    "ddim-lsun-bedroom": ddim(
-        "DDPM LSUN bedroom 256x256, 455 MB",
-        "b95206528f384185889b",
-        "lsun_bedroom",
-        2388000,
-        "1921fa46b66a3665e450e42f36c2720f",
-    ),
-    "ddim-lsun-church": ddim(
-        "DDPM LSUN church 256x256, 455 MB",
-        "44ccb50ef3c6436db52e",
-        "lsun_church",
-        4432000,
-        "fdc68a23938c2397caba4a260bc2445f",
-    ),
-    "bedroom": zipped("LDM-4 LSUN bedroom 256x256, 2.4 GB", "lsun_bedrooms", "ldm/lsun_beds256"),
-    "church": zipped("LDM-8 LSUN church 256x256, 2.7 GB", "lsun_churches", "ldm/lsun_churches256"),
-    "celeba": zipped("LDM-4 CelebA-HQ 256x256, 2.4 GB", "celeba", "ldm/celeba256"),
-    "ffhq": zipped("LDM-4 FFHQ 256x256, 2.4 GB", "ffhq", "ldm/ffhq256"),
-    "imagenet": Checkpoint(
-        f"{LATENT}/nitro/cin/model.ckpt",
-        "ldm/cin256-v2/model.ckpt",
-        "LDM-4 ImageNet 256x256 by class, 1.8 GB",
-    ),
-    "sd-v1-4": Checkpoint(
-        f"{HUB}/sd-v1-4.ckpt",
-        "ldm/stable-diffusion-v1/model.ckpt",
-        "Stable Diffusion 1.4 (its publisher may ask for a login), 4.3 GB",
-        "sha256 fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556",
-    ),
-    "imagenet64": openai(
-        "improved diffusion, ImageNet 64x64, 0.5 GB",
-        "march-2021",
-        "imagenet64_uncond_100M_1500K.pt",
-    ),
-    "imagenet64-cond": openai(
-        "improved diffusion, ImageNet 64x64 by class, 1.1 GB",
-        "march-2021",
-        "imagenet64_cond_270M_250K.pt",
-    ),
-    "improved-cifar10": openai(
-        "improved diffusion, CIFAR-10 32x32, 0.2 GB", "march-2021", "cifar10_uncond_50M_500K.pt"
-    ),
-    "improved-lsun-bedroom": openai(
-        "improved diffusion, LSUN bedroom 256x256, 0.5 GB",
-        "march-2021",
-        "lsun_uncond_100M_1200K_bs128.pt",
-    ),
-    "guided-imagenet64": openai(
-        "guided diffusion, ImageNet 64x64 by class, 1.2 GB", "jul-2021", "64x64_diffusion.pt"
-    ),
-    "guided-imagenet128": openai(
-        "guided diffusion, ImageNet 128x128 by class, 1.7 GB", "jul-2021", "128x128_diffusion.pt"
-    ),
-    "guided-imagenet256": openai(
-        "guided diffusion, ImageNet 256x256 by class, 2.2 GB", "jul-2021", "256x256_diffusion.pt"
-    ),
-    "guided-imagenet256-uncond": openai(
-        "guided diffusion, ImageNet 256x256, 2.2 GB",
-        "jul-2021",
-        "256x256_diffusion_uncond.pt",
-        "a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
-    ),
-    "guided-imagenet512": openai(
-        "guided diffusion, ImageNet 512x512 by class, 2.2 GB", "jul-2021", "512x512_diffusion.pt"
-    ),
-}
-
-
-def fault(path, wanted):
-    """What is wrong with a downloaded file, "" if nothing is; `wanted` is the hash of its row."""
+def fault(path: Path, wanted: str) -> str:
+    """Says what is wrong with a downloaded file, "" if nothing is; `wanted` is the hash of its
+    row."""
     algorithm, _, digest = wanted.partition(" ")
     with open(path, "rb") as file:
         if not wanted:
             return "is empty or a web page" if file.read(1) in (b"", b"<") else ""
-        found = hashlib.new(algorithm, usedforsecurity=False)
+        state = hashlib.new(algorithm, usedforsecurity=False)
         while piece := file.read(PIECE):
-            found.update(piece)
-    return (
-        ""
-        if found.hexdigest() == digest
-        else f"has {algorithm.upper()} {found.hexdigest()}, expected {digest}"
-    )
+            state.update(piece)
+    found = state.hexdigest()
+    return "" if found == digest else f"has {algorithm.upper()} {found}, expected {digest}"
 
 
-def fetch(address, path, *, wanted="", member=""):
-    """Download `address` to `path` by way of `path`.part; `wanted` and `member` are those of a
-    Checkpoint. Raises ValueError if it cannot."""
+def fetch(address: str, path: Path, *, wanted: str = "", member: str = "") -> None:
+    """Downloads `address` to `path` by way of `path`.part; `wanted` and `member` are the hash and
+    member of a Checkpoint. Raises ValueError if it cannot."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(ATTEMPTS):
@@ -193,18 +92,15 @@ def fetch(address, path, *, wanted="", member=""):
         except urllib.error.HTTPError as error:
             raise ValueError(
                 f"{address} answered {error.code} {error.reason}; give another address with "
-                "--mirror URL, "
-                f"or put the file at {path} yourself"
+                f"--mirror URL, or put the file at {path} yourself"
             ) from None
         except BROKEN as error:
             reason = getattr(error, "reason", error)
     else:
         raise ValueError(
             f"the connection to {address} failed {ATTEMPTS} times ({reason}) and {_size(part)} "
-            "bytes are "
-            "there so far; run the same command again to go on from there, give another address "
-            "with "
-            f"--mirror URL, or put the file at {path} yourself"
+            "bytes are there so far; run the same command again to go on from there, give another "
+            f"address with --mirror URL, or put the file at {path} yourself"
         )
     whole = _unpack(part, member, address) if member else part
     if wrong := fault(whole, wanted):
@@ -219,23 +115,14 @@ def fetch(address, path, *, wanted="", member=""):
 
 
 def _unpack(part, member, address):
-    """Path of `member` of a zip, checked by the zip's checksum; nothing else in it is touched."""
+    """Takes `member` out of a zip, checked by the zip's checksum, and touches nothing else in it;
+    returns where it is."""
     target = part.with_name(part.name + ".unpacked")
     try:
-        with (
-            zipfile.ZipFile(part) as archive,
-            archive.open(member) as source,
-            open(target, "wb") as file,
-        ):
-            shutil.copyfileobj(source, file, PIECE)
-    except (
-        zipfile.BadZipFile,
-        KeyError,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-        zlib.error,
-    ) as error:
+        with zipfile.ZipFile(part) as archive, archive.open(member) as source:
+            with open(target, "wb") as file:
+                shutil.copyfileobj(source, file, PIECE)
+    except NOT_INTACT as error:
         target.unlink(missing_ok=True)
         part.unlink()
         raise ValueError(
@@ -250,7 +137,7 @@ def _size(path):
 
 
 def _append(address, part):
-    """Add to `part` what it lacks; True when the server has sent all it announced."""
+    """Adds to `part` what it lacks; returns whether the server has sent all that it announced."""
     start = _size(part)
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
     try:
@@ -281,29 +168,33 @@ def _show(done, size):
         print(f"\r{done / 1e6:.0f} of {size / 1e6:.0f} MB", end=end, file=sys.stderr, flush=True)
 
 
-def download(name, folder, mirror=None, rows=None):
-    """Bring one checkpoint below `folder`, checked; returns a sentence about what was done."""
+def download(
+    name: str,
+    folder: Path | str,
+    mirror: str | None = None,
+    rows: dict[str, Checkpoint] | None = None,
+) -> str:
+    """Brings one checkpoint of `rows` (all unless given) below `folder`, checked; returns a
+    sentence about what was done. Raises ValueError if it cannot."""
     rows = rows or CHECKPOINTS | FIRST_STAGES
     if name not in rows:
         raise ValueError(f"checkpoint '{name}' is unknown; choose from {', '.join(rows)}")
     checkpoint = rows[name]
     path = Path(folder).expanduser() / checkpoint.path
-    check = (
-        f"{checkpoint.hash.split()[0].upper()} verified"
-        if checkpoint.hash
-        else "no hash of it is published"
-    )
+    algorithm = checkpoint.hash.partition(" ")[0].upper()
+    check = f"{algorithm} verified" if algorithm else "no hash of it is published"
     if path.exists():
         if wrong := fault(path, checkpoint.hash):
             raise ValueError(f"{path} is there but {wrong}; delete it and run the command again")
         return f"{name}: already at {path}, {check}"
     address = f"{mirror.rstrip('/')}/{checkpoint.path}" if mirror else checkpoint.address
-    print(f"{name}: {checkpoint.about}, from {address}", flush=True)
+    logging.getLogger("tinydm").info(f"{name}: {checkpoint.about}, from {address}")
     fetch(address, path, wanted=checkpoint.hash, member="" if mirror else checkpoint.member)
     return f"{name}: now at {path}, {check}"
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
+    """Fetches, or lists, by a command line."""
     parser = ArgumentParser(prog="download_models.sh", add_help=False)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--all", action="store_true")
@@ -314,11 +205,8 @@ def run(arguments):
     options = parser.parse_intermixed_args(arguments)
     rows = FIRST_STAGES if options.first_stages else CHECKPOINTS | FIRST_STAGES
     if options.list:
-        for name, checkpoint in rows.items():
-            print(
-                f"{name}  {checkpoint.about}\n    {checkpoint.path}\n    {checkpoint.address}  "
-                f"{checkpoint.hash}"
-            )
+        for name, row in rows.items():
+            print(f"{name}  {row.about}\n    {row.path}\n    {row.address}  {row.hash}")
         return
     names = list(rows) if options.all else options.names
     if not names:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import subprocess
+import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -238,6 +239,14 @@ def test_the_script_of_the_first_stages():
         listed.stdout.count("\n") == 3 * len(download.FIRST_STAGES)
         and "first_stage_models/vq-f4/" in listed.stdout
     )
+
+
+def test_the_command_needs_no_package():
+    """-S leaves out what is installed: the standard library does."""
+    command = [sys.executable, "-S", PROJECT / "scripts/download.py", "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout.startswith("cifar10  DDPM CIFAR-10 32x32, 143 MB\n")
 
 
 def test_names(capsys):
