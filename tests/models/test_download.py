@@ -246,7 +246,7 @@ def test_the_command_needs_no_package():
     command = [sys.executable, "-S", PROJECT / "scripts/download.py", "--list"]
     listed = subprocess.run(command, capture_output=True, text=True)
     assert listed.returncode == 0, listed.stderr
-    assert listed.stdout.startswith("cifar10  DDPM CIFAR-10 32x32, 143 MB\n")
+    assert listed.stdout.startswith("cifar10  DDPM CIFAR-10 32x32, 143 MB")
 
 
 def test_names(capsys):
