@@ -80,12 +80,12 @@ def select(
 
 
 def _select(tree, what, table, above):
-    listed = [key for key in table if key.startswith(above)]
     kept = {}
     for key, value in tree.items():
         name = f"{above}{key}"
-        if isinstance(value, dict) and any(entry.startswith(f"{name}.") for entry in listed):
-            kept[key] = _select(value, what, table, f"{name}.")
+        if isinstance(value, dict) and any(entry.startswith(f"{name}.") for entry in table):
+            below = _select(value, what, table, f"{name}.")
+            kept |= {key: below} if below else {}
         elif decides(name, table) in what:
             kept[key] = value
     return kept
