@@ -8,7 +8,8 @@ from torch import nn
 from quant.calibration.dataset import CalibrationSet
 from quant.convert import convert
 from quant.graph import trace
-from quant.network import input_quantizers
+from quant.network import modules_of
+from quant.observer import refit
 from quant.passes.job import Job
 from quant.passes.run import run_passes
 from quant.timeline import Timeline
@@ -64,12 +65,7 @@ def fit(module, *inputs):
     """Ranges of a lone quantized layer or product from one batch of its inputs."""
     if getattr(module, "weight_quantizer", None) is not None:
         module.fit_weight()
-    quantizers = input_quantizers(module).values()
-    for q in quantizers:
-        q.begin_observing(len(inputs[0]))
-    module(*inputs)
-    for q in quantizers:
-        q.fit_observed()
+    refit(module, *inputs)
     return module
 
 
@@ -93,7 +89,7 @@ class Wired(nn.Module):
 def capture_whole(net, unit, calibration, batch_size):
     """Arguments and output of one unit from complete forward passes: what a stream must reproduce
     bit for bit."""
-    module, calls = dict(net.named_modules())[unit], []
+    module, calls = modules_of(net)[unit], []
     hook = module.register_forward_hook(lambda _, arguments, out: calls.append((arguments, out)))
     try:
         for batch in calibration.batches(batch_size):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from base.network import Matmul, attention_parts
-from quant.network import in_full_precision, input_quantizers, quant_layers
+from quant.network import core_of, in_full_precision, input_quantizers, quant_layers
 from quant.observer import refit
 from quant.reconstruction.capture import inputs_of
 
@@ -64,7 +64,7 @@ def balance(job, *, num_samples=64, num_alphas=11):
         and m.weight_quantizer is not None
         and m.input_quantizer is not None
     }
-    parts = [p for p in attention_parts(job.net) if p.layers <= layers.keys()]
+    parts = [p for p in attention_parts(core_of(job.net)) if p.layers <= layers.keys()]
     shared = {name: part for part in parts for name in part.readers}
     check_folds(job.model.net, parts, sample.arguments(slice(0, 1)))
     groups = [part.readers for part in parts] + [[name] for name in layers if name not in shared]
@@ -172,7 +172,7 @@ def error_with(layer, s, x, target, segments, timeline):
     trial.balance(s)
     trial.fit_weight()
     timeline.segment = segments if timeline.num_segments > 1 else 0
-    refit([trial.input_quantizer], lambda: trial(x), len(x))
+    refit(trial, x)
     return float((trial(x) - target).double().square().mean())
 
 
@@ -271,7 +271,7 @@ def quantized_product(net, name, a, b, sample):
     trial = copy.deepcopy(product, {id(timeline): few})
     for name, q in input_quantizers(trial).items():
         trial.set_submodule(name, q.unfitted(few))
-    refit(list(input_quantizers(trial).values()), lambda: trial(a, b), len(a))
+    refit(trial, a, b)
     return trial(a, b)
 
 

@@ -299,7 +299,7 @@ def test_balance_by_ones_is_bit_identical_to_none(enabled, tiny_net, tmp_path):
     )
     for layer in quant_layers(job.net).values():
         layer.balance(torch.ones(layer.shape[1]))
-    parts = attention_parts(job.net)
+    parts = attention_parts(job.net.net)
     for part in parts:
         fold_into_norm(job.net, part, [job.net.get_submodule(name) for name in part.readers])
         for name, rows in ((part.q, part.q_rows), (part.k, part.k_rows), (part.v, part.v_rows)):
@@ -319,9 +319,9 @@ def test_what_a_norm_feeds_is_folded_and_what_silu_feeds_is_not(tiny_net, tmp_pa
     layers = quant_layers(job.net)
     for name in ("q", "k", "v"):
         assert torch.equal(layers[f"mid.attn_1.{name}"].inverse_balance, torch.ones(16))
-    assert not torch.equal(job.net.mid.attn_1.norm.weight, tiny_net.mid.attn_1.norm.weight)
+    assert not torch.equal(job.net.net.mid.attn_1.norm.weight, tiny_net.mid.attn_1.norm.weight)
     assert not torch.equal(layers["mid.block_1.conv1"].inverse_balance, torch.ones(16))
-    assert torch.equal(job.net.mid.block_1.norm1.weight, tiny_net.mid.block_1.norm1.weight)
+    assert torch.equal(job.net.net.mid.block_1.norm1.weight, tiny_net.mid.block_1.norm1.weight)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -334,7 +334,7 @@ def test_any_fold_leaves_the_networks_output(network, tmp_path):
     def factors(count, seed):
         return 4 ** (2 * torch.rand(count, generator=torch.Generator().manual_seed(seed)) - 1)
 
-    parts = attention_parts(job.net)
+    parts = attention_parts(job.net.net)
     assert parts
     for i, part in enumerate(parts):
         readers, q, k, v, proj = [
@@ -371,8 +371,8 @@ def test_an_uneven_channel_of_v_is_folded_into_its_rows(tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, RULES)
     facts = balance(job, num_samples=6, num_alphas=3)
     assert next(f for f in facts if f["layers"] == ["mid.attn_1.proj_out"])["alpha"] is not None
-    assert torch.equal(job.net.mid.attn_1.proj_out.inverse_balance, torch.ones(16))
-    ratio = (job.net.mid.attn_1.v.weight / tiny_net.mid.attn_1.v.weight)[:, :, 0, 0].mean(1)
+    assert torch.equal(job.net.net.mid.attn_1.proj_out.inverse_balance, torch.ones(16))
+    ratio = (job.net.net.mid.attn_1.v.weight / tiny_net.mid.attn_1.v.weight)[:, :, 0, 0].mean(1)
     assert ratio.argmin() == 5 and float(ratio[5]) < 0.1
 
 
@@ -381,7 +381,7 @@ def test_values_take_the_balance_only_where_their_product_loses_nothing(
     tiny_net, tmp_path, monkeypatch, error_folded, folds
 ):
     job = make_job(tiny_net.requires_grad_(False), tmp_path, RULES)
-    part, errors = attention_parts(job.net)[0], iter([0.0, error_folded])
+    part, errors = attention_parts(job.net.net)[0], iter([0.0, error_folded])
     proj, v = job.net.get_submodule(part.proj), job.net.get_submodule(part.v)
     # powers of two: no error but the planted one
     s = 2.0 ** (torch.arange(16) % 3 - 1)

@@ -42,7 +42,7 @@ def linear_job(folder, boundaries=(500,), balance=None):
         Timeline(boundaries),
     )
     if balance is not None:
-        net.conv.balance(balance)
+        net.net.conv.balance(balance)
     job = Job(model=model, net=net, calibration=samples(40), graph=None, resume_folder=folder)
     fit_ranges(job)
     return job
@@ -76,8 +76,9 @@ def test_an_input_that_is_not_quantized_adds_nothing(tmp_path):
     job = linear_job(tmp_path)
     bypass_input(job)
     x, t = normal(2, 3, 8, 8), torch.tensor([900.0, 10])
-    job.net.conv.input_quantizer.enabled = False
-    assert torch.equal(job.net.bypass(x), torch.zeros(2, 2, 8, 8))
+    job.net.net.conv.input_quantizer.enabled = False
+    error = job.net.input_error(x)
+    assert torch.equal(job.net.bypass(error), torch.zeros(2, 2, 8, 8))
     assert torch.allclose(job.net(x, t), job.model.net(x, t), atol=1e-6)
 
 
@@ -106,7 +107,7 @@ def test_an_input_in_floating_point_needs_none(tiny_net, tmp_path):
     assert [fact["pass"] for fact in run_passes(job, ["fit_ranges", "bypass_input"])] == [
         "fit_ranges"
     ]
-    assert "nothing needs to go around it" in said[-1] and not hasattr(job.net, "bypass")
+    assert "nothing needs to go around it" in said[-1] and job.net.bypass is None
 
 
 def test_what_cannot_be_is_refused_in_words(tiny_net, tmp_path):

@@ -7,6 +7,7 @@ from tiny import EXAMPLE, make_job, normal, quantized, rules
 
 from quant.analysis import decide, describe, observe_ranges
 from quant.network import input_quantizers, quant_layers
+from quant.observer import Observer
 from quant.passes.decide_by_ranges import by_segment, decide_by_ranges, quantized_points
 from quant.passes.run import run_passes
 from quant.quantizer import Quantizer
@@ -80,11 +81,11 @@ def test_segments_are_observed_apart(tiny_net, tmp_path):
 def test_a_static_scale_is_fitted_to_all_segments():
     timeline = Timeline([500.0])
     q = Quantizer(QuantSpec(bits=8, static=True), torch.tensor(0), timeline)
-    q.begin_observing(2)
+    observer = Observer(q, 2)
     for t, value in ((100.0, 1.0), (900.0, 3.0)):
         timeline.set_time(torch.tensor([t]))
-        q.observe(torch.full((1, 5), value))
-    q.fit_observed()
+        observer.note(torch.full((1, 5), value))
+    observer.fit()
     assert q.scale.shape == (1, 1) and float(q.scale) == pytest.approx(3 / 255)
     timeline.set_time(torch.tensor([100.0, 900.0]))  # a batch across segments
     assert torch.equal(q(torch.tensor([[3.0], [1.0]])), torch.tensor([[255.0], [85.0]]) * q.scale)

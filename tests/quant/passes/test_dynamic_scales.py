@@ -8,6 +8,7 @@ from tiny import SHAPE, make_job, normal, rules
 
 from quant.layers import QuantLayer, QuantMatmul
 from quant.network import input_quantizers, quant_layers
+from quant.observer import fit_scales
 from quant.passes.dynamic_scales import (
     DynamicScale,
     dynamic_scales,
@@ -54,8 +55,8 @@ def test_every_code_is_used_and_none_beyond(bits, symmetric):
     )
     x = torch.linspace(-2, 2, 4096) if symmetric else torch.linspace(-1, 2, 4096)
     for s in range(4):
-        q.fit([x[None]], s)
-    q.__dict__["soft_scale"] = soft = DynamicScale(TIMES, q.scale[0])
+        fit_scales(q, [x[None]], s)
+    q.soft_scale = soft = DynamicScale(TIMES, q.scale[0])
     top = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     for s in range(4):
         q.timeline.segment = s

@@ -48,7 +48,7 @@ def test_shares_sum_to_one_and_entropy_is_at_most_ln_of_the_groups():
 
 def test_entropy_is_added_to_the_loss_of_the_scales():
     q, free = quantizer(), quantizer()
-    q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
+    q.soft_scale = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     soft.logits.data.zero_()
     assert math.isclose(
         float(scale_penalty([free, q], {"smooth": 0.0}).detach()), 0.8 * math.log(3), rel_tol=1e-5
@@ -73,7 +73,7 @@ def test_mixture_is_the_formula_and_a_decided_one_is_a_plain_quantizer():
     q, x = quantizer(), normal(6, 4)
     q.timeline.segment = 2
     soft = GroupedScale(TABLE, 3, "timestep", 0.8)
-    q.__dict__["soft_scale"] = soft
+    q.soft_scale = soft
     scales, shares = (part[2, 0] for part in soft.options())
     expected = sum(
         share * scale * (x / scale).round().clamp(-7, 8) for scale, share in zip(scales, shares)
@@ -88,7 +88,7 @@ def test_mixture_is_the_formula_and_a_decided_one_is_a_plain_quantizer():
 def test_in_the_second_half_scales_are_tuned_as_they_will_run():
     q, x = quantizer(), normal(6, 4)
     q.timeline.segment = 2
-    q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
+    q.soft_scale = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     soft.done = 0.5
     found, scale = q(x), soft.log_scales[0, 0, int(soft.logits[2, 0].argmax())].exp()
     assert torch.equal(found, (x / scale).round().clamp(-7, 8) * scale)
@@ -107,7 +107,7 @@ def test_in_the_second_half_scales_are_tuned_as_they_will_run():
 
 def test_gradients_reach_assignments_and_scales_through_rounding():
     q = quantizer()
-    q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
+    q.soft_scale = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     q.timeline.segment = torch.tensor([0, 2, 4])
     q(normal(3, 8)).square().sum().backward()
     assert soft.logits.grad[[0, 2, 4]].abs().sum() > 0 and soft.logits.grad[[1, 3]].abs().sum() == 0
@@ -131,7 +131,7 @@ def mixture(x, soft, segment, straight):
 def test_gradient_of_the_lone_mixture_is_the_share_of_the_groups_it_does_not_clip():
     q, x = quantizer(), torch.tensor([0.3, -0.3, 1.9, 5.0, 9.0], requires_grad=True)
     q.timeline.segment = 2
-    q.__dict__["soft_scale"] = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
+    q.soft_scale = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     q(x).sum().backward()
     scales, shares = (part[2, 0].tolist() for part in soft.options())
     inside = [[-7 <= value / scale <= 8 for scale in scales] for value in x.tolist()]
@@ -158,7 +158,7 @@ def test_loss_reaches_the_first_convolutions_groups_through_the_seconds_rounding
         layer.input_quantizer = quantizer()
         layer.input_quantizer.timeline = timeline
         softs.append(GroupedScale(TABLE, 3, "timestep", 0.8))
-        layer.input_quantizer.__dict__["soft_scale"] = softs[-1]
+        layer.input_quantizer.soft_scale = softs[-1]
         layers.append(layer)
     timeline.segment, x, weights = 2, normal(2, 3, 5, 5), normal(2, 2, 5, 5, seed=1)
 
@@ -210,7 +210,7 @@ def channel_quantizer(groups):
         Timeline([1.5, 2.5, 3.5, 4.5]),
     )
     q.scale.data, q.zero_point = normal(5, 6, seed=3).exp(), torch.full((5, 6), 7.0)
-    q.__dict__["soft_scale"] = GroupedScale(q.scale.detach(), groups, "channel", 0.0)
+    q.soft_scale = GroupedScale(q.scale.detach(), groups, "channel", 0.0)
     return q, q.soft_scale
 
 
@@ -249,8 +249,9 @@ def test_mixture_over_the_groups_of_each_channel_is_the_formula():
 
 
 def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first():
-    class Soft:
+    class Soft(torch.nn.Module):
         def __init__(self, entropy):
+            super().__init__()
             self.value = torch.tensor(entropy)
 
         def entropy(self):
@@ -259,7 +260,7 @@ def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first
     def visits(entropy, rounds, active, segments=torch.arange(3).repeat(4), visit_cost=0.0):
         module = torch.nn.Module()
         module.q = quantizer(TABLE[:3])
-        module.q.__dict__["soft_scale"] = Soft(entropy)
+        module.q.soft_scale = Soft(entropy)
         unit = Unit(
             "x", module, torch.device("cpu"), None, segments=segments, visits=torch.zeros(3)
         )

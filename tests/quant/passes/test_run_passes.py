@@ -205,7 +205,7 @@ def test_ranges_that_cannot_be_fitted_leave_the_switches_on(tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, rules(4, 8), num=2, boundaries=[300, 700])
     with pytest.raises(ValueError, match="hold no sample in time segment 1 of 3"):
         fit_ranges(job)
-    assert all(q.enabled and q.observed is None for q in input_quantizers(job.net).values())
+    assert all(q.enabled for q in input_quantizers(job.net).values()) and not job.net.observers
     assert all(layer.weight_quantizer.enabled for layer in quant_layers(job.net).values())
 
 
@@ -226,7 +226,7 @@ def test_ranges_are_those_of_the_full_precision_network(tiny_net, tmp_path, batc
             (float(p.max().clamp(min=0)) - float(p.min().clamp(max=0))) / 255 for p in parts
         ]
         assert layer.input_quantizer.scale[0].tolist() == pytest.approx(expected, rel=1e-4), name
-    assert all(q.enabled and q.observed is None for q in input_quantizers(job.net).values())
+    assert all(q.enabled for q in input_quantizers(job.net).values()) and not job.net.observers
 
 
 def test_only_so_many_samples_are_used(tiny_net, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from tiny import make_job, normal, rules
 
 from quant.grid import LOG2_TOP, log2_codes
+from quant.network import modules_of
 from quant.passes.run import run_passes
 from quant.passes.softmax_grid import grid_error, softmax_grid
 from quant.quantizer import Quantizer
@@ -99,7 +100,7 @@ def test_the_pass_adds_a_rule_for_each_log2_map(tiny_net, tmp_path):
     )
     grids = {
         name: m.b_quantizer.spec.grid
-        for name, m in job.net.named_modules()
+        for name, m in modules_of(job.net).items()
         if name.endswith("av_matmul")
     }
     assert {name for name, grid in grids.items() if grid == "log2"} == chosen

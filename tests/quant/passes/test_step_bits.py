@@ -15,6 +15,7 @@ from quant.checkpoint import load_quantized, save_quantized
 from quant.convert import convert
 from quant.graph import trace
 from quant.network import input_quantizers
+from quant.observer import fit_scales
 from quant.passes.job import Job
 from quant.passes.run import run_passes
 from quant.passes.step_bits import forward_snr, input_rules, ranges_of, step_bits
@@ -42,9 +43,9 @@ def test_quantizer_of_several_widths_is_one_for_each_segment():
     q = Quantizer(QuantSpec(bits=8, segment_bits=(3, 6)), torch.tensor(0), timeline)
     x = normal(4, 50)
     for s, bits in enumerate((3, 6)):
-        q.fit([x.flatten()[None]], s)
+        fit_scales(q, [x.flatten()[None]], s)
         alone = Quantizer(QuantSpec(bits=bits), torch.tensor(0))
-        alone.fit([x.flatten()[None]])
+        fit_scales(alone, [x.flatten()[None]])
         timeline.segment = s
         assert torch.equal(q(x), alone(x)) and len(q(x).unique()) <= 2**bits
     timeline.segment = torch.tensor([0, 1, 1, 0])

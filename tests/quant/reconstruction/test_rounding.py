@@ -5,6 +5,7 @@ import torch
 from tiny import normal
 
 from quant.groups import weight_groups
+from quant.observer import fit_scales
 from quant.quantizer import Quantizer
 from quant.reconstruction.rounding import Rounding
 from quant.spec import QuantSpec
@@ -15,7 +16,7 @@ def start(weight, bits, *, per="channel", name="minmax", symmetric=False):
         QuantSpec(bits=bits, per=per, range=name, symmetric=symmetric),
         weight_groups(per, weight.shape),
     )
-    q.fit([weight.flatten(1) if per == "channel" else weight.reshape(1, -1)])
+    fit_scales(q, [weight.flatten(1) if per == "channel" else weight.reshape(1, -1)])
     return Rounding(weight, q), q
 
 

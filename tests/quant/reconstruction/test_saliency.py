@@ -9,7 +9,7 @@ from ddim.unet import AttnBlock
 from ldm.attention import AttentionBlock, BasicTransformerBlock
 from models.zoo import build_network
 from quant.passes.run import run_passes
-from quant.reconstruction import learn
+from quant.reconstruction import learn, loss
 from quant.reconstruction.loss import lp
 from quant.reconstruction.saliency import Saliency, attention_parts, received_attention, record_maps
 
@@ -175,7 +175,7 @@ def test_reconstruction_weighs_every_error_by_the_full_precision_maps_of_its_sam
     job, rows, found = make_job(tiny_net, tmp_path, rules(4, 32)), torch.tensor([7, 2, 5]), []
     monkeypatch.setattr(learn, "draw_rows", lambda *_: rows)
     monkeypatch.setattr(
-        learn,
+        loss,
         "lp",
         lambda a, b, norm, weights: found.append((a, weights)) or lp(a, b, norm, weights),
     )
