@@ -1,6 +1,7 @@
 """Training images: torchvision's CIFAR-10 or any folder of images, as one uint8 tensor in
 memory."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
-def image_files(folder):
-    """Image files under `folder`, in the order of their relative names. Raises ValueError if there
+def image_files(folder: Path | str) -> list[Path]:
+    """Lists the image files under `folder` in the order of their names. Raises ValueError if there
     are none."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -25,9 +26,9 @@ def image_files(folder):
     return files
 
 
-def read_image(path, size=None):
-    """One RGB image (3, H, W) uint8; a larger one is cropped to its central square and resized to
-    `size`."""
+def read_image(path: Path | str, size: int | None = None) -> torch.Tensor:
+    """Reads an RGB image (3, H, W) uint8; with `size` it is cropped to its central square and
+    resized to that many pixels a side. Raises ValueError for a file that is none."""
     try:
         image = Image.open(path).convert("RGB")
     except (UnidentifiedImageError, OSError):
@@ -39,17 +40,21 @@ def read_image(path, size=None):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def load_images(data, split="train", size=32, choose=None):
-    """-> images (N, 3, size, size) uint8, labels (N,) int64.
+def load_images(
+    data: str,
+    split: str = "train",
+    size: int = 32,
+    choose: Callable[[int], Sequence[int]] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loads images (N, 3, size, size) uint8 and their labels (N,) int64.
 
     `data` is a folder with `train`/`test` class folders, a folder of class folders or of images
     (labels then 0), or "cifar10" / "cifar10:FOLDER": torchvision's download, checked by its MD5.
     Labels number the sorted class folders. `choose`, a function of how many there are, says which
     of them are wanted, by their indices; no others are read."""
     if str(data).split(":")[0] == "cifar10":
-        from torchvision.datasets import (
-            CIFAR10,  # takes seconds to import, and most have no use for it
-        )
+        # takes seconds to import, and most have no use for it
+        from torchvision.datasets import CIFAR10
 
         root = str(data).partition(":")[2] or "data"
         try:
@@ -60,10 +65,8 @@ def load_images(data, split="train", size=32, choose=None):
                 "give data=FOLDER with train/ and test/ class folders of images"
             ) from None
         rows = choose(len(source.data)) if choose else slice(None)
-        return (
-            torch.from_numpy(source.data[rows]).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(source.targets)[rows],
-        )
+        images = torch.from_numpy(source.data[rows]).permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor(source.targets)[rows]
     folder = Path(data)
     folder = folder / split if (folder / split).is_dir() else folder
     files = image_files(folder)

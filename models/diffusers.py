@@ -9,9 +9,12 @@ This was tested on folders made by the tests from the library's naming rules, ne
 one."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+State = dict[str, torch.Tensor]
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # names before version 0.17
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -20,7 +23,7 @@ PLACE = re.compile(
     r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)\.(weight|bias)"
 )
 
-# Facts that no shape shows. Where config.json is silent, the library's defaults hold: those of
+# Settings that no shape shows. Where config.json is silent, the library's defaults hold: those of
 # latent diffusion.
 LATENT = {
     "flip_sin_to_cos": True,
@@ -42,42 +45,43 @@ PIXEL = LATENT | {
     "downsample_padding": 0,
     "attention_head_dim": None,
 }
-# of latent diffusion: any, and the model YAML has to say the same
-FREE = {"attention_head_dim"}
+# may have any value in latent diffusion, and the model YAML has to say the same
+ANY_VALUE = {"attention_head_dim"}
 
 
 class Unfit(ValueError):
     """A sentence about a folder, to which the reader adds which folder."""
 
 
-def published(state, config):
-    """Weights of one diffusers model and its config.json -> the same under the original names and
-    shapes."""
+def to_published(state: State, config: Any) -> State:
+    """Puts the weights of one diffusers model under the original names and into the original
+    shapes; `config` is what its config.json holds. Raises Unfit for a model that no network here
+    computes."""
     if not isinstance(config, dict) or "block_out_channels" not in config:
         raise Unfit(
-            "has a config.json that does not describe a network of diffusers (no "
-            "block_out_channels)"
+            "has a config.json that does not describe a network of diffusers "
+            "(no block_out_channels)"
         )
     kind = config.get("_class_name")
     if kind in ("VQModel", "AutoencoderKL"):
-        return levels(state, config)
+        return rename_by_level(state, config)
     if kind != "UNet2DModel":
         raise Unfit(
             f"holds a {kind} of diffusers, expected UNet2DModel, VQModel or AutoencoderKL; "
             "give the model's original checkpoint instead"
         )
-    facts = LATENT | {name: value for name, value in config.items() if name in LATENT}
-    layout, expected = (latent, LATENT) if facts["flip_sin_to_cos"] else (levels, PIXEL)
+    given = LATENT | {name: value for name, value in config.items() if name in LATENT}
+    is_latent = given["flip_sin_to_cos"]
     wrong = [
-        f"{name}={facts[name]} instead of {value}"
-        for name, value in expected.items()
-        if facts[name] != value and not (layout is latent and name in FREE)
+        f"{name}={given[name]} instead of {value}"
+        for name, value in (LATENT if is_latent else PIXEL).items()
+        if given[name] != value and not (is_latent and name in ANY_VALUE)
     ]
     if wrong:
         raise Unfit(
             f"is a UNet2DModel that no network here computes: config.json has {', '.join(wrong)}"
         )
-    return layout(state, config)
+    return rename_by_position(state, config) if is_latent else rename_by_level(state, config)
 
 
 # ---- names by level: ddim-unet and the autoencoders
@@ -100,7 +104,8 @@ LEVEL_ENDS = {
 }
 
 
-def levels(state, config):
+def rename_by_level(state: State, config: dict[str, Any]) -> State:
+    """Renames the weights of ddim-unet and of the autoencoders."""
     last = len(config["block_out_channels"]) - 1
 
     def place(half, side, i, kind, j):
@@ -135,11 +140,11 @@ LATENT_ENDS = {
 }
 
 
-def latent(state, config):
-    num, attends = (
-        config.get("layers_per_block", 2),
-        {name.split(".attentions")[0] for name in state},
-    )
+def rename_by_position(state: State, config: dict[str, Any]) -> State:
+    """Renames the weights of ldm-unet and fuses those of q, k and v. Raises Unfit where one of
+    these is missing."""
+    num = config.get("layers_per_block", 2)
+    attends = {name.split(".attentions")[0] for name in state}
 
     def place(_, side, i, kind, j):
         if side == "mid":
@@ -162,12 +167,11 @@ def latent(state, config):
         if k not in named or v not in named:
             raise Unfit(f"has an attention without all of its weights ({name})")
         qkv = [named.pop(part) for part in (q, k, v)]
-        heads = qkv[0].shape[0] // (
-            config.get("attention_head_dim", LATENT["attention_head_dim"]) or qkv[0].shape[0]
-        )
-        # The published order: for each head its q, k and v rows.    (3, heads, rows, ...) ->
+        num_rows = qkv[0].shape[0]
+        width = config.get("attention_head_dim", LATENT["attention_head_dim"]) or num_rows
+        # The published order, for each head its q, k and v rows: (3, heads, rows, ...) to
         # (heads, 3, rows, ...)
-        rows = torch.stack(qkv).unflatten(1, (heads, -1)).transpose(0, 1)
+        rows = torch.stack(qkv).unflatten(1, (num_rows // width, -1)).transpose(0, 1)
         named[name.replace(".to_q.", ".qkv.")] = rows.flatten(0, 2)
     return named
 
@@ -175,10 +179,17 @@ def latent(state, config):
 # ---- what both share
 
 
-def rename(state, place, parts, ends, *, dims):
-    """`place(half, side, level, kind, index)` is where a block sits; `parts` and `ends` rename what
-    is in a block and outside of all; the weights of attention get `dims` dimensions. Unknown names
-    stay, for the loader to report."""
+def rename(
+    state: State,
+    place: Callable[[str, str, int, str, int], str],
+    parts: dict[str, str],
+    ends: dict[str, str],
+    *,
+    dims: int,
+) -> State:
+    """Renames the weights `state`. `place(half, side, level, kind, index)` says where a block sits;
+    `parts` and `ends` rename what is in a block and outside of all; the weights of attention get
+    `dims` dimensions. Unknown names stay, for the loader to report."""
     named = {}
     for name, value in state.items():
         found = PLACE.fullmatch(name)
@@ -187,7 +198,8 @@ def rename(state, place, parts, ends, *, dims):
             part = OLDER.get(part, part) if kind == "attentions" else part
             if kind == "attentions" and leaf == "weight" and value.dim() == 2:
                 value = value.reshape(*value.shape, *[1] * (dims - 2))
-            name = f"{place(half, side, int(level or 0), kind, int(index))}.{parts.get(part, part)}.{leaf}"
+            block = place(half, side, int(level or 0), kind, int(index))
+            name = f"{block}.{parts.get(part, part)}.{leaf}"
         else:
             base, _, leaf = name.rpartition(".")
             name = f"{ends.get(base, base)}.{leaf}"

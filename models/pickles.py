@@ -10,6 +10,8 @@ import pickle
 import tarfile
 import types
 from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ class Inert:
     def __setitem__(self, key, value):
         pass
 
-    def ignore(*_):
+    def ignore(*_: Any) -> None:
         pass
 
     # __setstate__ takes classes too: their attributes stay
@@ -71,26 +73,26 @@ class Ordered(dict):
         pass
 
 
-def tensor(storage, offset, size, stride, *_):  # without requires_grad and hooks
+def _tensor(storage, offset, size, stride, *_):  # without requires_grad and hooks
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
-def tensor_of_newer_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
+def _tensor_of_newer_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
     return torch._utils._rebuild_tensor_v3(
         storage, offset, size, stride, False, OrderedDict(), dtype
     )
 
 
-def parameter(data, *_):
+def _parameter(data, *_):
     return data
 
 
 MACHINERY = {
     "collections.OrderedDict": Fixed(Ordered),
-    "torch._utils._rebuild_tensor": Fixed(tensor),
-    "torch._utils._rebuild_tensor_v2": Fixed(tensor),
-    "torch._utils._rebuild_tensor_v3": Fixed(tensor_of_newer_dtype),
-    "torch._utils._rebuild_parameter": Fixed(parameter),
+    "torch._utils._rebuild_tensor": Fixed(_tensor),
+    "torch._utils._rebuild_tensor_v2": Fixed(_tensor),
+    "torch._utils._rebuild_tensor_v3": Fixed(_tensor_of_newer_dtype),
+    "torch._utils._rebuild_parameter": Fixed(_parameter),
     "torch.storage.UntypedStorage": Untyped,
     **{
         f"torch.{name}": value
@@ -154,21 +156,15 @@ class Refused(ValueError):
     """The file names something that runs code."""
 
 
-def dangerous(module, name):
-    first = module.partition(".")[0]
-    return (
-        first in MODULES
-        or first in ("builtins", "__builtin__")
-        and name.partition(".")[0] in BUILTINS
-    )
+def dangerous(module: str, name: str) -> bool:
+    """Tells whether module.name has no honest use in a checkpoint."""
+    first, builtin = module.partition(".")[0], name.partition(".")[0]
+    return first in MODULES or first in ("builtins", "__builtin__") and builtin in BUILTINS
 
 
-def read(path, *, mmap=False):
-    """-> content of a pickled file on the CPU, names of the classes and functions that became
-    inert.
-
-    Raises Refused, or whatever a damaged file leads to.
-    """
+def read(path: Path | str, *, mmap: bool = False) -> tuple[Any, list[str]]:
+    """Reads a pickled file; returns its content on the CPU and the names of the classes and
+    functions that became inert. Raises Refused, or whatever a damaged file leads to."""
     skipped = {}
 
     class Unpickler(pickle.Unpickler):
@@ -179,8 +175,7 @@ def read(path, *, mmap=False):
             if dangerous(module, name):
                 raise Refused(
                     f"checkpoint {path} names {shown(word)}, which runs code, so nothing was "
-                    "loaded or run; "
-                    "do not use this file, get the checkpoint from its publisher"
+                    "loaded or run; do not use this file, get the checkpoint from its publisher"
                 )
             return skipped.setdefault(word, type("Inert", (Inert,), {"__slots__": ()}))
 
@@ -204,6 +199,6 @@ def read(path, *, mmap=False):
     return content, [shown(word) for word in skipped]
 
 
-def shown(word):
-    """A name from a file, fit for a message."""
+def shown(word: str) -> str:
+    """Makes a name from a file fit for a message."""
     return ascii(word)[1:-1][:80]

@@ -2,6 +2,9 @@
 
 import inspect
 from functools import partial
+from typing import Any
+
+from torch import nn
 
 from base.errors import check_options, unknown_word
 from ddim.unet import UNet
@@ -21,9 +24,9 @@ NETWORKS = {
 }
 
 
-def build_network(family, **options):
-    """The network of a model YAML, with fresh weights. Raises ValueError for an unknown family,
-    option or a missing one."""
+def build_network(family: str, **options: Any) -> nn.Module:
+    """Builds the network of a model YAML, with fresh weights. Raises ValueError for an unknown
+    family, an unknown option or a missing one."""
     if family not in NETWORKS:
         raise ValueError(unknown_word(f"network family '{family}' is unknown", family, NETWORKS))
     builder = NETWORKS[family]

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from base.config import read_yaml
+from models.checkpoint_files import PREFIXES
 from models.diffusion import PARTS
-from models.weights import PREFIXES, load_components
+from models.weights import load_components
 from models.zoo import build_network
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]

@@ -13,7 +13,7 @@ from conftest import randomize
 from safetensors.torch import save_file
 
 from base.files import PROJECT
-from models.weights import PREFIXES
+from models.checkpoint_files import PREFIXES
 from models.zoo import build_network
 from tinydm.report import command as report
 from tinydm.stages import calibrate, evaluate, quantize, sample

@@ -8,7 +8,8 @@ import torch
 from conftest import randomize
 from safetensors.torch import save_file
 
-from models.weights import load_components, load_state, load_weights
+from models.checkpoint_files import load_state
+from models.weights import load_components, load_weights
 from models.zoo import build_network
 
 PIXEL = {

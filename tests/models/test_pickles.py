@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from models import pickles
-from models.weights import load_state
+from models.checkpoint_files import load_state
 
 WEIGHTS = {"net.weight": torch.arange(6.0).view(2, 3), "net.bias": torch.ones(2)}
 
@@ -82,17 +82,18 @@ def training_run(framework, state):
 # of PyTorch, about the source of `net` in the older format
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_training_run_gives_its_tensors(foreign, tmp_path, capsys, monkeypatch, legacy):
+def test_a_training_run_gives_its_tensors(foreign, tmp_path, caplog, monkeypatch, legacy):
     path, state = tmp_path / "model.ckpt", collections.OrderedDict(WEIGHTS)
     state._metadata = {"": {"version": 1}}  # as state_dict() has it
     torch.save(training_run(foreign, state), path, _use_new_zipfile_serialization=not legacy)
     monkeypatch.delitem(sys.modules, "some_framework")
+    caplog.set_level("INFO", "tinydm")
     loaded = load_state(path)
     assert list(loaded) == list(WEIGHTS) and all(
         torch.equal(loaded[name], WEIGHTS[name]) for name in WEIGHTS
     )
-    notes = capsys.readouterr().out.splitlines()
-    assert len(notes) == 1 and "skipped Python objects of " in notes[0]
+    (note,) = caplog.messages
+    assert "skipped Python objects of " in note and "\n" not in note
     assert "some_framework.Checkpointer" in pickles.read(path)[1]
 
 
@@ -201,7 +202,9 @@ RAW = {
     "old instances": b"(X\x01\x00\x00\x00aiunheard.of\nKind\n",
     "attributes of a class": b"cunheard.of\nKind\n}X\x0c\x00\x00\x00dump_patches\x88sb",
     "slots of a class": b"cunheard.of\nKind\nN}X\x0c\x00\x00\x00dump_patches\x88s\x86b",
-    "attributes of a function of PyTorch": b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__)s\x86b",
+    "attributes of a function of PyTorch": (
+        b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__)s\x86b"
+    ),
     "a hub of models": b"ctorch.hub\nload\nX\x01\x00\x00\x00a\x85R",
     "a file within the file": b"ctorch.storage\n_load_from_bytes\nC\x03abc\x85R",
     "a name with a line of its own": b"\x8c\x02a\n\x8c\x02b\n\x93)R",
@@ -209,15 +212,16 @@ RAW = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_unknown_names_are_inert(tmp_path, capsys, name):
+def test_unknown_names_are_inert(tmp_path, caplog, name):
     defaults = torch._utils._rebuild_tensor_v2.__defaults__
     raw(tmp_path / "model.ckpt", RAW[name])
+    caplog.set_level("INFO", "tinydm")
     loaded = load_state(tmp_path / "model.ckpt")
     assert all(torch.equal(loaded[key], WEIGHTS[key]) for key in WEIGHTS)
     assert (
         torch._utils._rebuild_tensor_v2.__defaults__ == defaults and not pickles.Inert.dump_patches
     )
-    assert capsys.readouterr().out.count("\n") <= 1
+    assert len(caplog.messages) <= 1 and "\n" not in "".join(caplog.messages)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from torch import nn
 from torchvision.utils import save_image
 
 from ddim.schedule import make_schedule
+from models.checkpoint_files import PREFIXES
 from models.condition import build_condition
 from models.diffusion import DiffusionModel
 from models.sampling import Sampling, sample
-from models.weights import PREFIXES, averaged_name
+from models.weights import averaged_name
 from models.zoo import build_network
 from tinydm.training.config import TrainConfig
 from tinydm.training.loop import Batch, Training, random_flip

@@ -17,9 +17,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.version import __version__ as fidelity_version
 
 from base.config import load
-from base.files import load_tensors, save_tensors, write_text
+from base.files import load_tensors, save_tensors, sha256, write_text
 from evaluation.extractors.choice import build_extractor
-from evaluation.extractors.cifar_resnet import sha256
 from evaluation.extractors.features import extract_all
 from evaluation.references.frechet import (
     frechet_distance,
@@ -68,7 +67,7 @@ def package(config):
     scores, features = {}, {}
     for split in ("train", "test"):
         images, labels = load_images(config.data, split)
-        features[split] = extract_all(net, "cifar-resnet", images)
+        features[split] = extract_all(net, images)
         logits = features[split]["logits"]
         inception_score = isc_features_to_metric(logits)
         scores[split] = {

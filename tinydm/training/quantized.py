@@ -38,7 +38,7 @@ class QuantizedTraining(DiffusionTraining):
         super().__init__(model_config, config, model.first_stage, model.scale_factor, net)
         x, t, labels, _ = self.noised(batch)
         cond = (encode(labels), torch.arange(len(x))) if has_classes else (None, None)
-        net.functions = prepare(net.unet, CalibrationSet(x, t, *cond), dynamic)
+        prepare(net.unet, CalibrationSet(x, t, *cond), dynamic)
         net.train()
         self.pretrained, self.scales = model, scales_of(net.unet)
         self.restart_average()

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from base.config import read_yaml
 from base.files import write_atomically, write_text
 from evaluation.extractors.classifier import build_classifier
+from models.checkpoint_files import load_state
 from models.data import load_images
-from models.weights import load_components, load_state, load_weights
+from models.weights import load_components, load_weights
 from models.zoo import build_network
 from tinydm.training.classifier import ClassifierTraining
 from tinydm.training.config import TrainConfig

@@ -15,7 +15,7 @@ from trainings import killed_training
 
 from base.config import load
 from base.files import PROJECT, load_tensors
-from models.weights import PREFIXES
+from models.checkpoint_files import PREFIXES
 from models.zoo import build_network
 from quant.convert import convert
 from quant.qat import prepare, scales_of
@@ -252,7 +252,7 @@ def test_bad_input_gets_one_sentence(recipe, data, tmp_path, words, message):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_scales_have_a_tenth_of_the_rate_and_no_weight_decay(tiny_net, dynamic):
     net = Conditional(convert(tiny_net, rules(4, 4)))
-    net.functions = prepare(net.unet, samples(16), dynamic)
+    prepare(net.unet, samples(16), dynamic)
     task = SimpleNamespace(
         net=net,
         scales=scales_of(net.unet),
