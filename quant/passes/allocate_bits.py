@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from quant.network import in_full_precision, quant_layers
 
@@ -147,6 +146,9 @@ def sensitivities(job, layers, parts, choices, num_samples):
 def solve(errors, costs, budget):
     """{name: {choice: error}}, {name: {choice: cost}} -> {name: choice} of least total error at no
     more cost than `budget`, which the cheapest choices keep."""
+    # takes a second to import, and most methods have no use for it
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     pairs = [(name, choice) for name, row in errors.items() for choice in row]
     error = np.array([errors[name][choice] for name, choice in pairs])
     cost = np.array([[float(costs[name][choice]) for name, choice in pairs]])
