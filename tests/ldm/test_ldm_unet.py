@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, assert_close, below, randomize, read_fixture
+from conftest import FIXTURES, assert_close, below, read_fixture
+from ldm_nets import CONTEXT, OPTIONS, TINY, condition, inputs, tiny
 
 from base.network import Matmul, Operand
 from ddim.unet import Upsample
@@ -30,25 +31,6 @@ WHOLE = (
     "guided_unet_new_order",
     "guided_unet_legacy_order",
 )
-TINY = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "attention_resolutions": [2],
-    "num_heads": 2,
-}
-
-
-def tiny(family="ldm-unet", **options):
-    return randomize(build_network(family, **TINY | options)).eval()
-
-
-def inputs():
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor(
-        [7, 801]
-    )
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -112,42 +94,6 @@ def test_public_checkpoint_fits_strictly(name):
     assert sum(p.numel() for p in net.parameters()) == unet["parameters"]
 
 
-OPTIONS = {
-    "transformer": {"use_spatial_transformer": True, "context_dim": 24, "transformer_depth": 2},
-    "transformer without context": {"use_spatial_transformer": True},
-    "transformer and classes": {
-        "use_spatial_transformer": True,
-        "context_dim": 24,
-        "num_classes": 5,
-    },
-    "classes": {"num_classes": 5, "resblock_updown": True},
-    "no convolution when resampling": {"conv_resample": False},
-    "three levels, two blocks": {
-        "channel_mult": [2, 1, 3],
-        "num_res_blocks": 2,
-        "attention_resolutions": [1, 4],
-    },
-    "fractional widths": {
-        "model_channels": 64,
-        "channel_mult": [0.5, 1, 1.5],
-        "use_scale_shift_norm": True,
-    },
-    "odd width": {"model_channels": 33, "channel_mult": [32 / 33, 64 / 33]},
-    "no attention but in the middle": {"attention_resolutions": []},
-}
-
-
-def condition(options):
-    """What a network of these options takes."""
-    context, labels = (
-        torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(2)),
-        torch.tensor([1, 4]),
-    )
-    if "context_dim" in options:
-        return (context, labels) if "num_classes" in options else context
-    return labels if "num_classes" in options else None
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name):
     """Every layer and operand has a role and runs, every product is a module, the kept halves add
@@ -183,67 +129,6 @@ def test_an_image_does_not_depend_on_its_batch(name):
     )
     with torch.no_grad():
         assert_close(net(x[:1], t[:1], first), net(x, t, cond)[:1], 1e-5)
-
-
-CONTEXT, LABELS = torch.zeros(2, 7, 24), torch.tensor([0, 4])
-
-
-@pytest.mark.parametrize(
-    "kind, wrong, expected",
-    [
-        ("transformer", None, "a context of shape (2, length, 24); given: NoneType"),
-        (
-            "transformer",
-            LABELS,
-            "a context of shape (2, length, 24); given: torch.int64 of shape (2,)",
-        ),
-        (
-            "transformer",
-            CONTEXT[..., :5],
-            "a context of shape (2, length, 24); given: torch.float32 of shape (2, 7, 5)",
-        ),
-        (
-            "transformer",
-            CONTEXT[:1],
-            "a context of shape (2, length, 24); given: torch.float32 of shape (1, 7, 24)",
-        ),
-        ("classes", None, "class labels of shape (2,), torch.int64; given: NoneType"),
-        (
-            "classes",
-            LABELS.float(),
-            "class labels of shape (2,), torch.int64; given: torch.float32 of shape (2,)",
-        ),
-        (
-            "classes",
-            CONTEXT,
-            "class labels of shape (2,), torch.int64; given: torch.float32 of shape (2, 7, 24)",
-        ),
-        (
-            "transformer and classes",
-            CONTEXT,
-            "(2, length, 24) and class labels of shape (2,), torch.int64; given: torch",
-        ),
-        (
-            "transformer and classes",
-            (LABELS, CONTEXT),
-            "and class labels of shape (2,), torch.int64; given: tuple",
-        ),
-        ("conv", LABELS, "the condition of this network is None; given: torch.int64 of shape (2,)"),
-    ],
-)
-def test_a_wrong_condition_is_refused_in_one_sentence(kind, wrong, expected):
-    net = tiny(**OPTIONS.get(kind, {}))
-    with pytest.raises(ValueError) as error:
-        net(*inputs(), wrong)
-    assert expected in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("kind", ["transformer", "classes", "transformer and classes"])
-def test_the_condition_shows_in_the_output(kind):
-    net, (x, t), cond = tiny(**OPTIONS[kind]), inputs(), condition(OPTIONS[kind])
-    other = tuple(c.flip(-1) for c in cond) if isinstance(cond, tuple) else cond.flip(-1)
-    with torch.no_grad():
-        assert not torch.allclose(net(x, t, cond), net(x, t, other), atol=1e-3)
 
 
 @pytest.mark.parametrize(
