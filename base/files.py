@@ -1,6 +1,7 @@
 """Atomic writing: a file is either the old one or the complete new one, whatever happens in
 between; and safetensors with metadata of ours."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -54,6 +55,11 @@ def alone(folder: Path | str) -> Iterator[None]:
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_atomically(path, lambda part: part.write_text(text))
+
+
+def sha256(path: Path | str) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def save_tensors(

@@ -1,41 +1,44 @@
 """Extractors by name, and the choice between them."""
 
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from pathlib import Path
 
-from evaluation.extractors.cifar_resnet import WEIGHTS, CifarResnet
-from evaluation.extractors.inception import INCEPTION_NAMES, OFFLINE, find_inception
+import torch
+
+from evaluation.extractors.cifar_resnet import CifarResnet
+from evaluation.extractors.extractor import Extractor
+from evaluation.extractors.inception import INCEPTION_NAMES, Inception
+
+EXTRACTORS: dict[str, type[Extractor]] = {cls.name: cls for cls in (Inception, CifarResnet)}
+OFFLINE = (
+    "scores use the offline extractor cifar-resnet and do not compare with published FID: "
+    "no Inception weights {where}; give evaluation.inception_path=FILE ({name})"
+)
 
 
-def choose_extractor(extractor="auto", inception_path="", *, fetch=False):
-    """-> (name, weights file, sentence to tell the user or ""). `auto` takes Inception where its
-    weights are found."""
+def choose_extractor(
+    extractor: str = "auto", inception_path: str = "", *, fetch: bool = False
+) -> tuple[str, Path, str]:
+    """Choose an extractor by its name -> (name, weights file, sentence to tell the user or "").
+    `auto` takes Inception where its weights are found, else cifar-resnet."""
     if extractor not in ("auto", *EXTRACTORS):
         raise ValueError(
             f"extractor '{extractor}' is unknown; choose auto, {' or '.join(EXTRACTORS)}"
         )
-    if extractor == "cifar-resnet":
-        return extractor, WEIGHTS, ""
-    found, where = find_inception(inception_path, fetch=fetch)
+    name = Inception.name if extractor == "auto" else extractor
+    found, where = EXTRACTORS[name].find_weights(inception_path, fetch=fetch)
     if found:
-        return "inception", found, ""
-    if extractor == "inception":
+        return name, found, ""
+    if extractor != "auto":
         raise ValueError(
-            f"no Inception weights {where}; give evaluation.inception_path=FILE "
-            f"({INCEPTION_NAMES[0]}) "
-            "or evaluation.extractor=cifar-resnet"
+            f"no {name.capitalize()} weights {where}; give evaluation.inception_path=FILE "
+            f"({INCEPTION_NAMES[0]}) or evaluation.extractor=cifar-resnet"
         )
-    return "cifar-resnet", WEIGHTS, OFFLINE.format(where=where, name=INCEPTION_NAMES[0])
+    weights, _ = CifarResnet.find_weights()
+    return CifarResnet.name, weights, OFFLINE.format(where=where, name=INCEPTION_NAMES[0])
 
 
-def build_extractor(name, weights_path, device="cpu"):
-    """The extractor `name`, returning (pooled, logits)."""
-    cls, layers = EXTRACTORS[name]
-    return (
-        cls(name, list(layers), feature_extractor_weights_path=str(weights_path)).to(device).eval()
-    )
-
-
-EXTRACTORS = {
-    "inception": (FeatureExtractorInceptionV3, ("2048", "logits_unbiased")),
-    "cifar-resnet": (CifarResnet, ("pooled", "logits")),
-}
+def build_extractor(
+    name: str, weights: Path | str, device: torch.device | str = "cpu"
+) -> Extractor:
+    """The extractor `name` with its weights, ready to run on `device`."""
+    return EXTRACTORS[name](weights).to(device).eval()

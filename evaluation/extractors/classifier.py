@@ -5,6 +5,10 @@ Shaped like ResNet-9 (D. Page 2018, "How to train your ResNet"): few wide layers
 the convolution that widens. 0.95 M parameters, so that the weights fit in 2 MB, and one CPU core
 trains it in little more than an hour."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -12,7 +16,8 @@ from torch import nn
 MEAN, STD = 0.4734, 0.2515
 
 
-def conv(in_ch, out_ch):
+def conv(in_ch: int, out_ch: int) -> nn.Sequential:
+    """Convolution, normalization, ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU()
     )
@@ -21,13 +26,13 @@ def conv(in_ch, out_ch):
 class Stage(nn.Module):
     """Wider and half as large, then a residual branch of `depth` convolutions."""
 
-    def __init__(self, in_ch, out_ch, depth):
+    def __init__(self, in_ch: int, out_ch: int, depth: int):
         super().__init__()
         self.widen = nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(out_ch)
         self.branch = nn.Sequential(*(conv(out_ch, out_ch) for _ in range(depth)))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn(F.max_pool2d(self.widen(x), 2)))
         return x + self.branch(x)
 
@@ -36,7 +41,13 @@ class Classifier(nn.Module):
     """Images (N, 3, 32, 32) in [0, 1] -> features (N, widths[-1]) after the global mean, and class
     logits. In evaluation mode both are the mean over an image and its mirror image."""
 
-    def __init__(self, stem_width=24, widths=(64, 128, 136), depth=2, num_classes=10):
+    def __init__(
+        self,
+        stem_width: int = 24,
+        widths: Sequence[int] = (64, 128, 136),
+        depth: int = 2,
+        num_classes: int = 10,
+    ):
         super().__init__()
         self.stem = conv(3, stem_width)
         in_widths = [stem_width, *widths[:-1]]
@@ -45,17 +56,18 @@ class Classifier(nn.Module):
         )
         self.head = nn.Linear(widths[-1], num_classes)
 
-    def features(self, x):
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return (self.one_sided(x) + self.one_sided(x.flip(3))) / 2
         return self.one_sided(x)
 
-    def one_sided(self, x):
+    def one_sided(self, x: torch.Tensor) -> torch.Tensor:
         return self.stages(self.stem((x - MEAN) / STD)).mean(dim=(2, 3))
 
-    def logits(self, x):
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
 
 
-def build_classifier(**options):
+def build_classifier(**options: Any) -> Classifier:
+    """The network of the arguments that a recipe or a file's metadata holds."""
     return Classifier(**options)

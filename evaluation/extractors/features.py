@@ -1,28 +1,23 @@
-"""Feature extractors of the distribution scores, both behind torch-fidelity's interface: uint8
-images in, features out.
-
-inception       torch-fidelity's port of the 2015-12-05 TensorFlow graph, the extractor of every published FID
-cifar-resnet    the classifier in models/weights: needs no download; its scores compare only with each other
-"""
+"""Features of images, for the scores of a distribution."""
 
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from base.files import alone, load_tensors, save_tensors
+from base.files import alone, load_tensors, save_tensors, sha256
 from base.hooks import watching
-from evaluation.extractors.cifar_resnet import sha256
+from evaluation.extractors.extractor import Extractor
 from models.data import read_image
 
-# layers with maps of 17x17 and 8x8
-SPATIAL = {"inception": "Mixed_6d.branch1x1", "cifar-resnet": "net.stages.1"}
 SPATIAL_CHANNELS = 7
+Source = Sequence[Path] | torch.Tensor  # image files, or uint8 images (N, 3, H, W)
 
 
-def image_batches(source, batch_size):
-    """uint8 batches (N, 3, H, W) from such a tensor or from image files, which must all have one
-    size."""
+def image_batches(source: Source, batch_size: int) -> Iterator[torch.Tensor]:
+    """Images in uint8 batches (N, 3, H, W). Raises ValueError if they do not all have one size."""
     size = None
     for start in range(0, len(source), batch_size):
         part = source[start : start + batch_size]
@@ -41,8 +36,14 @@ def image_batches(source, batch_size):
 
 
 @torch.no_grad()
-def extract(net, source, *, batch_size=256, device="cpu"):
-    """Features of image files or of a uint8 tensor -> {pooled (N, D), logits (N, C), size "WxH",
+def extract(
+    net: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    source: Source,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Features of images, in batches on `device` -> {pooled (N, D), logits (N, C), size "WxH",
     sha256 of pixels}."""
     pooled, logits, digest = [], [], hashlib.sha256()
     for images in image_batches(source, batch_size):
@@ -58,44 +59,51 @@ def extract(net, source, *, batch_size=256, device="cpu"):
     }
 
 
-def extract_all(net, name, source, **how):
-    """extract, and the features of sFID (Nash et al. 2021, arXiv:2103.03841) as `spatial` (N, H * W
-    * 7): the first seven channels of a middle layer's maps, place by place. Of cifar-resnet those
-    of the image, not of its mirror image, which it looks at second."""
+def extract_all(net: Extractor, source: Source, **options: Any) -> dict[str, Any]:
+    """What `extract` gives, and the features of sFID (Nash et al. 2021, arXiv:2103.03841) as
+    `spatial` (N, H * W * 7): the first seven channels of a middle layer's maps, place by place. Of
+    cifar-resnet those of the image, not of its mirror image, which it looks at second."""
     spatial = []
 
-    def seen(images):
+    def extract_batch(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maps = []
-        with watching(net, {SPATIAL[name]: lambda _, inputs, output: maps.append(output)}):
+        layer = {net.spatial_layer: lambda _layer, _inputs, output: maps.append(output)}
+        with watching(net, layer):
             features = net(images)
         spatial.append(maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).cpu())
         return features
 
-    return extract(seen, source, **how) | {"spatial": torch.cat(spatial)}
+    return extract(extract_batch, source, **options) | {"spatial": torch.cat(spatial)}
 
 
-def extract_once(folder, net, name, weights_path, source, *, device="cpu", **how):
-    """extract_all of images that many runs are scored against, kept in `folder` as
+def extract_once(
+    folder: Path | str,
+    net: Extractor,
+    source: Source,
+    *,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> dict[str, Any]:
+    """What `extract_all` gives of images that many runs are scored against, kept in `folder` as
     features-KEY.safetensors. The key is a hash of the extractor, of the kind of device, and of a
-    tensor's bytes or the files' names, sizes and times of change. Without a folder nothing is
+    tensor's bytes or the files' names, sizes and times of change. With "" for `folder` nothing is
     kept."""
     if not folder:
-        return extract_all(net, name, source, device=device, **how)
-    key = hashlib.sha256(f"{name} {sha256(weights_path)} {torch.device(device).type}\n".encode())
+        return extract_all(net, source, device=device, **options)
+    made_by = f"{net.name} {sha256(net.weights)} {torch.device(device).type}\n"
+    key = hashlib.sha256(made_by.encode())
     if torch.is_tensor(source):
         key.update(source.contiguous().numpy())
     else:
         for file in source:
-            facts = file.stat()
-            key.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+            stat = file.stat()
+            key.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     path = Path(folder) / f"features-{key.hexdigest()[:16]}.safetensors"
     # others wait, and read what the first one wrote
     with alone(path.parent):
         if not path.exists():
-            found = extract_all(net, name, source, device=device, **how)
-            tensors = {kind: value for kind, value in found.items() if torch.is_tensor(value)}
-            save_tensors(
-                path, tensors, {kind: value for kind, value in found.items() if kind not in tensors}
-            )
-    tensors, facts = load_tensors(path)
-    return tensors | facts
+            found = extract_all(net, source, device=device, **options)
+            tensors = {kind: found[kind] for kind in ("pooled", "logits", "spatial")}
+            save_tensors(path, tensors, {kind: found[kind] for kind in ("size", "sha256")})
+    tensors, metadata = load_tensors(path)
+    return tensors | metadata

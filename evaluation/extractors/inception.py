@@ -1,45 +1,77 @@
-"""Where the Inception weights of every published FID are found."""
+"""The extractor of every published FID, and where its weights are found."""
 
+import pickle
 from pathlib import Path
 
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-from evaluation.extractors.cifar_resnet import sha256
-
-INCEPTION_SHA256 = "6726825d"  # first digits, as in the name of the file
-# the same bytes
-INCEPTION_NAMES = (URL_INCEPTION_V3.rsplit("/", 1)[1], "pt_inception-2015-12-05-6726825d.pth")
-OFFLINE = (
-    "scores use the offline extractor cifar-resnet and do not compare with published FID: "
-    "no Inception weights {where}; give evaluation.inception_path=FILE ({name})"
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
 )
 
+from base.files import sha256
+from evaluation.extractors.extractor import Extractor
 
-def find_inception(path="", *, fetch=False):
-    """-> file of the Inception weights or None, and where it was looked for.
+INCEPTION_SHA256 = "6726825d"  # first digits, as in the name of the file
+# two names of the same bytes
+INCEPTION_NAMES = (URL_INCEPTION_V3.rsplit("/", 1)[1], "pt_inception-2015-12-05-6726825d.pth")
 
-    `path` names the file; without it torch hub's cache is searched, and with `fetch` the file is
-    downloaded into it."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    files = [Path(path)] if path else [cache / name for name in INCEPTION_NAMES]
-    found = next((file for file in files if file.is_file()), None)
-    if path and not found:
-        raise ValueError(
-            f"inception_path {path} does not exist; give the file {INCEPTION_NAMES[0]}"
+
+class Inception(Extractor):
+    """torch-fidelity's port of the TensorFlow graph of 2015-12-05: pooled features (N, 2048) and
+    logits without bias (N, 1008) of uint8 images (N, 3, H, W)."""
+
+    name = "inception"
+    spatial_layer = "net.Mixed_6d.branch1x1"  # maps of 17x17
+
+    def __init__(self, weights: Path | str):
+        super().__init__(weights)
+        try:
+            # The class below reads the file in a way that would run what a pickle asks for.
+            torch.load(weights, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{weights} does not hold tensors alone ({str(error).splitlines()[0]}); fetch it "
+                f"again from {URL_INCEPTION_V3}"
+            ) from None
+        layers = ["2048", "logits_unbiased"]
+        self.net = FeatureExtractorInceptionV3(
+            self.name, layers, feature_extractor_weights_path=str(weights)
         )
-    if found and not sha256(found).startswith(INCEPTION_SHA256):
-        raise ValueError(
-            f"{found} is not the Inception file of 2015-12-05: its SHA-256 should begin with "
-            f"{INCEPTION_SHA256}; fetch it again from {URL_INCEPTION_V3}"
-        )
-    if found or not fetch:
-        return found, "in torch hub's cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(
-            URL_INCEPTION_V3, str(files[0]), INCEPTION_SHA256, progress=False
-        )
-    except (OSError, RuntimeError) as error:
-        return None, f"in torch hub's cache, and the download failed ({error})"
-    return files[0], "downloaded"
+
+    @classmethod
+    def find_weights(cls, path: str = "", *, fetch: bool = False) -> tuple[Path | None, str]:
+        """Where the weights are -> file or None, and where it was looked for.
+
+        `path` names the file; without it torch hub's cache is searched, and with `fetch` the file
+        is downloaded into it. Raises ValueError if `path` does not exist or the file found has
+        other bytes."""
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        files = [Path(path)] if path else [cache / name for name in INCEPTION_NAMES]
+        found = next((file for file in files if file.is_file()), None)
+        if path and not found:
+            raise ValueError(
+                f"inception_path {path} does not exist; give the file {INCEPTION_NAMES[0]}"
+            )
+        if found and not sha256(found).startswith(INCEPTION_SHA256):
+            raise ValueError(
+                f"{found} is not the Inception file of 2015-12-05: its SHA-256 should begin with "
+                f"{INCEPTION_SHA256}; fetch it again from {URL_INCEPTION_V3}"
+            )
+        if found or not fetch:
+            return found, "in torch hub's cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(
+                URL_INCEPTION_V3, str(files[0]), INCEPTION_SHA256, progress=False
+            )
+        except (OSError, RuntimeError) as error:
+            return None, f"in torch hub's cache, and the download failed ({error})"
+        return files[0], "downloaded"
+
+    @classmethod
+    def score_name(cls, score: str) -> str:
+        return {"FD": "FID", "sFD": "sFID"}.get(score, score)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.net(x)

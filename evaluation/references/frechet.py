@@ -1,5 +1,9 @@
 """Reference statistics and the Frechet distance to them."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch_fidelity.metric_fid import (
     KEY_METRIC_FID,
@@ -14,15 +18,24 @@ STATISTICS = PROJECT / "models/weights/cifar10-classifier-stats.safetensors"
 KEPT = 10_000
 SUFFIX = {"pooled": "", "spatial": "_s"}  # features -> of the names mu and sigma in the file
 
-
-def statistics_of(features):
-    """-> {"pooled" and "spatial": {"mu" (D,), "sigma" (D, D)}}: mean and covariance of features (N,
-    D), float64."""
-    return {kind: fid_features_to_statistics(features[kind].double()) for kind in SUFFIX}
+Statistics = dict[str, np.ndarray]  # {"mu": (D,), "sigma": (D, D)}, float64
 
 
-def write_statistics(path, features, facts):
-    """Statistics of `features`, with `facts` in the file's metadata."""
+def statistics_of(features: dict[str, torch.Tensor]) -> dict[str, Statistics]:
+    """Mean and covariance of the pooled and of the spatial features (N, D) -> {"pooled" and
+    "spatial": {"mu" (D,), "sigma" (D, D)}}, float64."""
+    return {kind: mean_and_covariance(features[kind]) for kind in SUFFIX}
+
+
+def mean_and_covariance(features: torch.Tensor) -> Statistics:
+    """Those of features (N, D) -> {"mu" (D,), "sigma" (D, D)}, float64."""
+    return fid_features_to_statistics(features.double())
+
+
+def write_statistics(
+    path: Path | str, features: dict[str, torch.Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write statistics of `features`, with `metadata` in the file's header."""
     tensors = {
         name + SUFFIX[kind]: torch.from_numpy(value)
         for kind, statistics in statistics_of(features).items()
@@ -30,30 +43,29 @@ def write_statistics(path, features, facts):
     }
     # sFD does not need the digits, nor do neighbours
     tensors["sigma_s"] = tensors["sigma_s"].float()
-    tensors["features"] = features["pooled"][:: max(1, len(features["pooled"]) // KEPT)][
-        :KEPT
-    ].half()
-    save_tensors(path, tensors, facts)
+    pooled = features["pooled"]
+    tensors["features"] = pooled[:: max(1, len(pooled) // KEPT)][:KEPT].half()
+    save_tensors(path, tensors, metadata)
 
 
-def read_statistics(path=STATISTICS):
-    """-> what statistics_of gave, the kept pooled features (K, D), the facts stored with them."""
-    tensors, facts = load_tensors(path)
-    if not facts or not {"mu", "sigma", "mu_s", "sigma_s", "features"} <= tensors.keys():
+def read_statistics(
+    path: Path | str = STATISTICS,
+) -> tuple[dict[str, Statistics], torch.Tensor, dict[str, Any]]:
+    """Read a file of `write_statistics` -> what statistics_of gave, the kept pooled features
+    (K, D), the metadata."""
+    tensors, metadata = load_tensors(path)
+    if not metadata or not {"mu", "sigma", "mu_s", "sigma_s", "features"} <= tensors.keys():
         raise ValueError(
             f"{path} is not a file of reference statistics; restore it from the repository or "
-            "make it "
-            "with python scripts/package_classifier.py"
+            "make it with python scripts/package_classifier.py"
         )
-    return (
-        {
-            kind: {name: tensors[name + suffix].double().numpy() for name in ("mu", "sigma")}
-            for kind, suffix in SUFFIX.items()
-        },
-        tensors["features"].float(),
-        facts,
-    )
+    statistics = {
+        kind: {name: tensors[name + suffix].double().numpy() for name in ("mu", "sigma")}
+        for kind, suffix in SUFFIX.items()
+    }
+    return statistics, tensors["features"].float(), metadata
 
 
-def frechet_distance(statistics_a, statistics_b):
+def frechet_distance(statistics_a: Statistics, statistics_b: Statistics) -> float:
+    """|mu_a - mu_b|^2 + trace(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2))."""
     return fid_statistics_to_metric(statistics_a, statistics_b, verbose=False)[KEY_METRIC_FID]

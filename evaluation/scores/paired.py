@@ -16,7 +16,7 @@ from evaluation.extractors.classifier import MEAN, STD, Classifier
 from models.data import read_image
 
 LPIPS = "LPIPS-cifar-resnet"
-# pixels of images compared at once; SSIM takes a hundred bytes for each value of theirs
+# pixels of the images compared at once; SSIM takes hundreds of bytes for each
 VALUES_AT_ONCE = 2**20
 
 
@@ -115,7 +115,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"images are {a.shape[3]}x{a.shape[2]} but SSIM's window is 11x11; give larger images"
         )
-    # The library's mean leaves out the edges, so the mean is taken here, of the values by pixel.
+    # Versions of the library differ in what their own mean leaves out, so it is taken here.
     _, by_pixel = structural_similarity_index_measure(
         a.double(), b.double(), data_range=255.0, reduction="none", return_full_image=True
     )

@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from base.config import read_yaml
-from base.files import load_tensors
-from evaluation.extractors.cifar_resnet import WEIGHTS, load_classifier, sha256
+from base.files import load_tensors, sha256
+from evaluation.extractors.cifar_resnet import WEIGHTS, load_classifier
 from evaluation.extractors.classifier import build_classifier
+from evaluation.references import frechet
 from evaluation.references.frechet import (
     STATISTICS,
     frechet_distance,
@@ -20,7 +21,6 @@ from evaluation.references.frechet import (
     statistics_of,
     write_statistics,
 )
-from tinydm.training import package_classifier as reference
 from tinydm.training.package_classifier import PackageConfig, package
 
 TINY = {"stem_width": 4, "widths": [4, 8, 6], "depth": 2}
@@ -125,7 +125,7 @@ def test_statistics_come_back_as_mean_and_covariance(tmp_path):
 
 
 def test_kept_features_are_evenly_picked(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "KEPT", 4)
+    monkeypatch.setattr(frechet, "KEPT", 4)
     features = torch.arange(18.0)[:, None].repeat(1, 2)
     write_statistics(
         tmp_path / "s.safetensors", {"pooled": features, "spatial": features}, {"count": 18}

@@ -3,19 +3,17 @@ batched."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from evaluation.extractors import features
 from evaluation.extractors.choice import build_extractor, choose_extractor
-from evaluation.extractors.cifar_resnet import WEIGHTS, CifarResnet, load_classifier
+from evaluation.extractors.cifar_resnet import WEIGHTS, load_classifier
+from evaluation.extractors.classifier import MEAN, STD
 from evaluation.extractors.features import extract, extract_all, extract_once
-from evaluation.extractors.inception import INCEPTION_NAMES, find_inception
 
 
 @pytest.fixture
@@ -26,15 +24,13 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_registered_and_equal_to_the_classifier():
-    assert FEATURE_EXTRACTORS_REGISTRY["cifar-resnet"] is CifarResnet
+def test_equal_to_the_classifier():
     x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     pooled, logits = build_extractor("cifar-resnet", WEIGHTS)(x)
     net = load_classifier()
     with torch.no_grad():
         torch.testing.assert_close(pooled, net.features(x / 255))
         torch.testing.assert_close(logits, net.logits(x / 255))
-    assert CifarResnet("cifar-resnet", ["logits"])(x)[0].shape == (3, 10)
 
 
 def test_extract_from_files_equals_extract_from_a_tensor(tmp_path):
@@ -48,6 +44,17 @@ def test_extract_from_files_equals_extract_from_a_tensor(tmp_path):
     assert files["sha256"] == whole["sha256"] and files["size"] == "32x32"
 
 
+def test_spatial_features_are_seven_channels_of_a_middle_layer():
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    net = load_classifier()
+    found = extract_all(build_extractor("cifar-resnet", WEIGHTS), images, batch_size=2)
+    with torch.no_grad():
+        maps = net.stages[1](net.stages[0](net.stem((images / 255 - MEAN) / STD)))
+        torch.testing.assert_close(found["pooled"], net.features(images / 255))
+    assert found["spatial"].shape == (5, 8 * 8 * 7)
+    torch.testing.assert_close(found["spatial"].reshape(5, 8, 8, 7)[:, 2, 6, 4], maps[:, 4, 2, 6])
+
+
 @pytest.mark.parametrize("as_files", [True, False])
 def test_what_is_kept_is_extracted_once_for_the_same_images(tmp_path, monkeypatch, as_files):
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
@@ -55,24 +62,21 @@ def test_what_is_kept_is_extracted_once_for_the_same_images(tmp_path, monkeypatc
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
     source = sorted(tmp_path.glob("*.png")) if as_files else images
     net = build_extractor("cifar-resnet", WEIGHTS)
-    wanted, calls = extract_all(net, "cifar-resnet", source), []
+    wanted, calls = extract_all(net, source), []
     monkeypatch.setattr(
         features, "extract_all", lambda *a, **k: calls.append(1) or extract_all(*a, **k)
     )
     for _ in range(2):
-        found = extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)
+        found = extract_once(tmp_path / "kept", net, source)
         assert found.keys() == wanted.keys() and len(calls) == 1
         assert all(torch.equal(found[key], wanted[key]) for key in ("pooled", "logits", "spatial"))
         assert (found["size"], found["sha256"]) == (wanted["size"], wanted["sha256"])
-    extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source[:4])  # others
+    extract_once(tmp_path / "kept", net, source[:4])  # others
     if as_files:
         # the same name, another image
         Image.new("RGB", (32, 32)).save(source[0])
-        assert (
-            extract_once(tmp_path / "kept", net, "cifar-resnet", WEIGHTS, source)["sha256"]
-            != wanted["sha256"]
-        )
-    extract_once("", net, "cifar-resnet", WEIGHTS, source)  # not kept
+        assert extract_once(tmp_path / "kept", net, source)["sha256"] != wanted["sha256"]
+    extract_once("", net, source)  # not kept
     assert len(calls) == 3 + as_files and len(list((tmp_path / "kept").iterdir())) == 2 + as_files
 
 
@@ -87,9 +91,7 @@ def test_runs_that_score_at_once_extract_once(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "extract_all", slow)
     net = build_extractor("cifar-resnet", WEIGHTS)
     with ThreadPoolExecutor(2) as pool:
-        a, b = pool.map(
-            lambda _: extract_once(tmp_path, net, "cifar-resnet", WEIGHTS, images), range(2)
-        )
+        a, b = pool.map(lambda _: extract_once(tmp_path, net, images), range(2))
     assert len(calls) == 1 and torch.equal(a["pooled"], b["pooled"])
 
 
@@ -114,23 +116,3 @@ def test_without_inception_the_offline_extractor_is_announced(hub):
         ValueError, match="extractor 'vgg' is unknown; choose auto, inception or cifar-resnet"
     ):
         choose_extractor("vgg")
-
-
-def test_inception_by_path_and_in_the_cache(hub, monkeypatch):
-    path = hub / INCEPTION_NAMES[1]
-    path.write_bytes(b"not the weights")
-    with pytest.raises(ValueError, match="not the Inception file of 2015-12-05"):
-        find_inception()
-    with pytest.raises(ValueError, match="nothing.pth does not exist"):
-        find_inception("nothing.pth")
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(path)[:8])
-    assert choose_extractor() == ("inception", path, "")
-    assert find_inception(str(path))[0] == path
-
-
-def test_a_failed_download_is_part_of_the_notice(hub, monkeypatch):
-    def fail(*_, **__):
-        raise URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    assert "the download failed" in choose_extractor(fetch=True)[2]

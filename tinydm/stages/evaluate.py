@@ -15,7 +15,8 @@ from typing import Any
 from base.config import one_folder
 from base.files import write_text
 from evaluation.scores.cost import bit_operations
-from evaluation.scores.distribution import MIN_IMAGES, distance_to_float, distribution_scores
+from evaluation.scores.distribution import MIN_IMAGES, distribution_scores
+from evaluation.scores.frechet import distance_to_float
 from evaluation.scores.paired import paired_scores
 from models.sampling import trajectory
 from quant.analysis import step_sqnr
@@ -75,7 +76,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     asked, scored = metrics["protocol"]["asked"], metrics["protocol"]["scores"]
     s, psnr = asked["sampling"], metrics["paired"]["psnr_db"]
     sqnr_db = [row["sqnr_db"] for row in metrics["sqnr_db_per_step"]]
-    lines = []
+    lines = [scored["notice"]] if scored.get("notice") else []
     if not metrics["quantized"]["scores"]:
         lines.append(f"evaluate: {scored['left_out']}; PSNR, SSIM and SQNR only")
     lines.append(
