@@ -1,92 +1,27 @@
 """Comparisons of tiny models: what is shared, what is skipped, what fails, what is absent, and kill
 -9."""
 
-import csv
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-import yaml
-from pipeline import NETWORK, WORDS, kill_when, start
-from safetensors.torch import save_file
+from comparison import csv_rows, plan_file
+from pipeline import WORDS, kill_when, start
 
 from base.config import load
-from models.zoo import build_network
+from base.files import PROJECT
 from tinydm import compare
-from tinydm.report.table import Row
-from tinydm.stages import calibrate, evaluate, quantize, sample
-
-STAGES = {"calibrate": calibrate, "quantize": quantize, "sample": sample, "evaluate": evaluate}
-REAL_RUN = subprocess.run
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Model YAMLs: tiny with random weights, broken with NaN weights, absent without."""
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    state = build_network(**NETWORK).state_dict()
-    save_file(state, folder / "tiny.safetensors")
-    save_file(
-        state | {"conv_in.bias": torch.full((8,), float("nan"))}, folder / "broken.safetensors"
-    )
-    for name in ("tiny", "broken", "absent"):
-        facts = {
-            "name": name,
-            "network": NETWORK,
-            "checkpoint": str(folder / f"{name}.safetensors"),
-            "schedule": {"kind": "linear", "timesteps": 1000},
-            "sampling": {"skip": "uniform"},
-            "download": f"bash scripts/download_models.sh {name}",
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(facts))
-    return folder
-
-
-@pytest.fixture
-def stages(monkeypatch):
-    """Stages run inside the test's process instead of their own; the list of those that ran."""
-    ran = []
-
-    def run_here(command, *rest, stdout=None, **options):
-        if command[0] != sys.executable:
-            return REAL_RUN(command, *rest, stdout=stdout, **options)
-        script, arguments = Path(command[1]).stem, [str(word) for word in command[2:]]
-        ran.append((script, *arguments))
-        try:
-            STAGES[script].run(arguments)
-        except ValueError as error:
-            stdout.write(f"error: {error}\n".encode())
-            return SimpleNamespace(returncode=2)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", run_here)
-    return ran
-
-
-def plan_file(models, out, names=("tiny",), **more):
-    facts = {
-        "models": [str(models / f"{name}.yaml") for name in names],
-        "bits": ["w4a8"],
-        "methods": ["minmax"],
-        "seeds": [1, 2],
-        "overrides": WORDS,
-        "out": str(out),
-    } | more
-    path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(facts))
-    return str(path)
-
-
-def csv_rows(out):
-    return list(csv.DictReader((out / "table.csv").open()))
+from tinydm.plan import CompareConfig
+from tinydm.report import chart
+from tinydm.report.results import read_results
 
 
 def test_rows_of_a_whole_a_broken_and_an_absent_model(models, tmp_path, stages):
@@ -209,7 +144,7 @@ def test_variants_are_rows_of_their_own_beside_the_images_of_their_sampler(
     models, tmp_path, stages, monkeypatch
 ):
     charts = []
-    monkeypatch.setattr(compare, "score_chart", lambda *drawn: charts.append(drawn))
+    monkeypatch.setattr(chart, "score_chart", lambda *drawn: charts.append(drawn))
     out = tmp_path / "variants"
     compare.run(
         [
@@ -262,109 +197,88 @@ def test_variants_are_rows_of_their_own_beside_the_images_of_their_sampler(
     }
 
 
-def test_the_figure_has_each_row_beside_its_own_full_precision(tmp_path, monkeypatch):
-    def row(bits, method, protocol, *numbers):
-        found = [
-            {"Size MB": 1.0, "FD-net": fd} | ({"PSNR dB": psnr} if psnr else {})
-            for fd, psnr in numbers
-        ]
-        return Row(
-            "tiny", 20, bits, method, protocol, runs=["run"] * (bits != "32/32"), numbers=found
-        )
+def test_runs_of_a_results_file_are_not_made_again(models, tmp_path, stages):
+    out = tmp_path / "first"
+    compare.run([plan_file(models, out)])
+    kept = out / "results.jsonl"
+    names = [result.name for result in read_results(kept)]
+    assert names == ["tiny/minmax-w4a8-1", "tiny/minmax-w4a8-2"]
+    stages.clear()
+    second = tmp_path / "second"
+    compare.run([plan_file(models, second, seeds=[1, 2], known=str(kept))])
+    assert stages == [] and not (second / "tiny").exists()
+    rows = [csv_rows(folder) for folder in (out, second)]
+    assert [row.pop("Runs") for row in rows[1]] == ["", " ".join(names)]
+    for row in rows[0]:
+        del row["Runs"]
+    assert rows[0] == rows[1] and (second / "results.jsonl").read_bytes() == kept.read_bytes()
 
-    rows = [
-        row("32/32", "full precision", "a", (2.0, None)),
-        row("32/32", "full precision", "b", (5.0, None)),
-        row("4/8", "m (x)", "a", (3.0, 30.0), (4.0, 31.0)),
-        row("8/8", "m (x)", "b", (6.0, 40.0)),
-        Row("tiny", 20, "8/8", "m (y)", "b", note="failed"),
+    # another recipe, another number of images: made here, and as long as it is not, not taken over
+    for more in (["bits.weight=3"], ["sampling.num=5"]):
+        plan = plan_file(
+            models, tmp_path / "third", seeds=[1], known=str(kept), overrides=[*WORDS, *more]
+        )
+        assert not any(cell.known for cell in compare.cells_of(load(CompareConfig, [plan])))
+    # a seed that the file lacks
+    compare.run([plan_file(models, second, seeds=[1, 3], known=str(kept))])
+    assert not (second / "tiny/minmax-w4a8-1").exists()
+    assert [result.name for result in read_results(second / "results.jsonl")] == [
+        "tiny/minmax-w4a8-1",
+        "tiny/minmax-w4a8-3",
     ]
-    charts = []
-    monkeypatch.setattr(compare, "score_chart", lambda *drawn: charts.append(drawn))
-    compare.draw(rows, "a.png")
-    assert charts == [
-        (
-            "a.png",
-            ["W4A8", "W8A8"],
-            {
-                "FD-net (lower is better)": [([3.0, 4.0], 2.0), ([6.0], 5.0)],
-                "PSNR to full precision, dB": [([30.0, 31.0], None), ([40.0], None)],
-            },
-        )
-    ]
-    compare.draw(rows[:3], "b.png")
-    assert charts[1][1] == ["m (x)"]
-    compare.draw(rows[-1:], "c.png")
-    assert len(charts) == 2
 
 
-@pytest.mark.parametrize(
-    "words, sentence",
-    [
-        (["variants=[quad]"], "variants must be a mapping .*; found \\['quad'\\]"),
-        (["variants={a/b: []}"], "variant 'a/b' cannot be part of a folder's name"),
-        (
-            ["variants={quad: sampling.skip=quad}"],
-            "variant 'quad' must be a list .*; found sampling.skip=quad",
-        ),
-        (["variants={quad: [quad]}"], "method/quad.yaml does not exist"),
-        (["variants={quad: [sampling.skp=quad]}"], "did you mean 'skip'"),
-        (["variants={a: [], b: []}"], "are the same recipe; leave one out"),
-        (["methods=[minmaxx]"], "minmaxx.yaml does not exist; did you mean minmax.yaml"),
-        (["methods=[tinydm,TWIN]"], "tinydm and .*twin.yaml are both called 'tinydm'"),
-        (["models=[]"], "nothing to compare: models is empty"),
-        (["seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
-        (["overrides=[sampling.stps=4]"], "did you mean 'steps'"),
-        (["modles=[]"], "did you mean 'models'"),
-        (["--jobs", "1", "seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
-        (["--jobs", "0"], "--jobs is 0"),
-    ],
-)
-def test_mistakes_get_one_sentence_before_any_work(models, tmp_path, words, sentence):
-    twin = tmp_path / "twin.yaml"
-    twin.write_text(f"base: {compare.PROJECT}/configs/method/tinydm.yaml\nsegments: 2")
-    with pytest.raises(ValueError, match=sentence):
-        compare.run(
-            [
-                plan_file(models, tmp_path / "wrong"),
-                *(word.replace("TWIN", str(twin)) for word in words),
-            ]
-        )
-    assert not (tmp_path / "wrong").exists()
+def test_progress_goes_to_the_caller(models, tmp_path, stages, capsys):
+    said = []
+    plan = load(CompareConfig, [plan_file(models, tmp_path / "quiet", ("absent",), seeds=[1])])
+    rows = compare.compare(plan, compare.cells_of(plan), words="x.yaml", log=said.append)
+    assert said == [f"compare: 1 runs in {plan.out}: 0 to make, 1 without checkpoint"]
+    assert [row.note.partition(";")[0] for row in rows] == [f"needs {models}/absent.safetensors"]
+    assert capsys.readouterr().out == ""
 
 
-def test_a_variants_method_stands_in_the_place_of_the_rows(models, tmp_path):
-    """Nothing of tinydm, which sets more keys, stays behind."""
-    words = ["methods=[tinydm]", "variants={q: [qdiffusion], own: []}", "seeds=[1]"]
-    plan = load(compare.CompareConfig, [plan_file(models, tmp_path / "v")], words)
-    q, own = (cell.config for cell in compare.cells_of(plan))
-    assert (q.method, q.segments, q.calibration.builder) == ("qdiffusion", 1, "uniform")
-    assert (own.method, own.segments, own.calibration.builder) == ("tinydm", "per_step", "linspace")
+def enter(folder, entered):
+    """A thread that waits for the lock of a folder, then notes which file it holds."""
+
+    def wait():
+        with compare.locked(folder) as lock:
+            entered.append(os.fstat(lock).st_ino)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.3)
+    return thread
 
 
-def test_two_comparisons_in_one_folder_are_refused(models, tmp_path):
-    file = plan_file(models, tmp_path / "one")
-    with pytest.raises(ValueError, match="same out folder"):
-        compare.run([file, file])
+def test_a_stage_that_outlives_its_comparison_holds_the_lock(tmp_path):
+    """Its parent is gone without a word, as by kill -9."""
+    parent = (
+        "import os, pathlib, subprocess, sys\n"
+        f"sys.path.insert(0, {str(PROJECT)!r})\n"
+        "from tinydm.compare import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])) as lock:\n"
+        "    child = subprocess.Popen(['sleep', '60'], pass_fds=[lock])\n"
+        "    print(child.pid, flush=True)\n"
+        "    os._exit(1)\n"
+    )
+    words = [sys.executable, "-c", parent, str(tmp_path / "run")]
+    done = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    child = int(done.stdout.readline())
+    assert done.wait() == 1
+    entered = []
+    thread = enter(tmp_path / "run", entered)
+    assert entered == []
+    os.kill(child, signal.SIGKILL)
+    thread.join(10)
+    assert len(entered) == 1
 
 
-def test_the_files_that_ship_are_sound():
-    for file in (compare.PROJECT / "configs" / "compare").glob("*.yaml"):
-        plan = compare.load(compare.CompareConfig, [file])
-        assert all(Path(compare.yaml_path("bits", bits)).exists() for bits in plan.bits)
-        assert compare.cells_of(replace(plan, bits=["w4a4"], seeds=[1000]))
-
-
-@pytest.mark.parametrize(
-    "path", sorted((compare.PROJECT / "configs/compare").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_every_comparison_that_ships_says_what_can_be_run(path):
-    plan = compare.load(compare.CompareConfig, [path], ["seeds=[1000]"])
-    # the rest is alike, and a second's work for ten runs
-    plan.bits = plan.bits[-1:]
-    cells = compare.cells_of(plan)
-    rows = len(plan.models) * len(plan.bits) * len(plan.methods) * len(plan.variants or [0])
-    assert len({cell.folder for cell in cells}) == len(cells) == rows
-    for cell in cells:
-        for rule in cell.config.exceptions:
-            assert rule.get("weight", {}).get("bits", 8) in (4, 8, cell.config.bits.weight)
+def test_who_waits_for_a_folder_that_is_removed_locks_the_one_that_took_its_place(tmp_path):
+    folder, entered = tmp_path / "run", []
+    with compare.locked(folder):
+        thread = enter(folder, entered)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / ".lock").touch()
+    thread.join(10)
+    assert entered == [(folder / ".lock").stat().st_ino]

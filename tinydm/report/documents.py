@@ -1,76 +1,174 @@
-"""Write what README.md shows of results/ anew, tables and figures:  python scripts/readme.py README.md
+"""Write the generated parts of README.md and docs/ anew:
 
-A block of the file between <!-- results/PLAN/MODEL --> and <!-- end --> holds the overview and,
-folded, all columns of the run folders there, in the order of configs/compare/PLAN.yaml. Figures
-that it shows: docs/compare-MODEL.png (W4A8 and W4A4 of equal.yaml), docs/ablation-NAME.png."""
+    python scripts/docs.py                         all pages and figures
+    python scripts/docs.py --check                 writes nothing, ends with 1 where a page is stale
+    python scripts/docs.py results RUNS PLAN       adds the finished runs of a comparison's folder
+                                                   RUNS to results/PLAN.jsonl, then writes all
+
+A page holds blocks between <!-- NAME --> and <!-- end -->, everything else in it is written by
+hand. NAME is results (the small table), results/PLAN/MODEL (overview and, folded, all columns of
+results/PLAN.jsonl, in the order of configs/compare/PLAN.yaml), methods (of configs/method), passes,
+builders, or keys MODULE.CLASS (of that dataclass). Figures that a page shows are drawn too:
+compare-MODEL.png (W4A8 and W4A4 of equal.yaml) and ablation-NAME.png."""
 
 import re
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from base.config import load
 from base.files import PROJECT, write_text
-from tinydm.compare import CompareConfig, draw
-from tinydm.report.table import assemble, lines_of, row_of, tables
+from tinydm.plan import CompareConfig, run_name
+from tinydm.report.chart import draw
+from tinydm.report.reference import builders_block, keys_block, methods_block, passes_block
+from tinydm.report.results import merge_results, read_results, read_run
+from tinydm.report.table import Row, assemble, lines_of, overview, row_of, tables
 
-BLOCK = re.compile(r"<!-- results/(\S+)/(\S+) -->\n.*?<!-- end -->", re.DOTALL)
-FIGURE = re.compile(r"\((docs/(compare|ablation)-(\S+)\.png)\)")
+BLOCK = re.compile(
+    r"<!-- (?P<name>results(?:/\S+/\S+)?|methods|passes|builders|keys \S+) -->\n.*?<!-- end -->",
+    re.DOTALL,
+)
+FIGURE = re.compile(r"\((?:docs/)?((?:compare|ablation)-\S+)\.png\)")
 DRAWN = "32/32", "4/8", "4/4"
+# of the small table
+MODELS = "cifar10-compact", "latent-compact", "latent-compact-class"
+WIDTHS = "4/8", "4/4"
+METHODS = "minmax", "qdiffusion", "ptqd", "edadm", "tfmq", "tinydm"
 
 
-def run(arguments):
-    path, *more = arguments
-    if more or not Path(path).is_file():
-        raise ValueError(f"expected one Markdown file, found {' '.join(arguments)}")
-    page = Path(path).read_text()
-    write_text(path, rewritten(page))
-    for figure, kind, name in FIGURE.findall(page):
+def run(arguments: list[str]) -> None:
+    if arguments[:1] == ["results"] and len(arguments) == 3:
+        number = add_results(*arguments[1:])
+        print(f"docs: {number} runs in results/{arguments[2]}.jsonl")
+    elif arguments not in ([], ["--check"]):
+        raise ValueError(
+            f"expected nothing, --check, or results RUNS PLAN; found {' '.join(arguments)}"
+        )
+    pages = stale_pages()
+    for path, text in pages.items():
+        print(f"docs: {path.relative_to(PROJECT)} is {'stale' if text else 'as it should be'}")
+    if arguments == ["--check"]:
+        raise SystemExit(int(any(pages.values())))
+    for path, text in pages.items():
+        if text:
+            write_text(path, text)
+    for path in draw_figures(pages):
+        print(f"docs: {path.relative_to(PROJECT)} is drawn")
+
+
+def stale_pages() -> dict[Path, str]:
+    """Every page with a block or a figure -> what it should be, "" where it is that already."""
+    pages = {}
+    for path in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]:
+        text = path.read_text()
+        if BLOCK.search(text) or FIGURE.search(text):
+            new = rewritten(text)
+            pages[path] = "" if new == text else new
+    return pages
+
+
+def add_results(runs: str, plan: str) -> int:
+    """Adds the finished runs of a comparison's folder to results/PLAN.jsonl, in the place of those
+    of the same names; returns how many there are then. Raises ValueError where none is finished or
+    the plan is unknown."""
+    load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
+    found = [read_run(path.parent) for path in sorted(Path(runs).glob("*/*/metrics.json"))]
+    if not found:
+        raise ValueError(f"{runs} holds no finished run (MODEL/RUN/metrics.json)")
+    return merge_results(PROJECT / f"results/{plan}.jsonl", found)
+
+
+def draw_figures(pages: Sequence[Path] | dict[Path, str]) -> list[Path]:
+    """Draws the figures that pages show; returns their paths."""
+    shown = {name: None for page in pages for name in FIGURE.findall(page.read_text())}
+    for name in shown:
+        kind, _, rest = name.partition("-")
         if kind == "ablation":
-            rows = rows_of(f"ablation-{name}", "latent-compact")
+            rows = rows_of(name, "latent-compact")
         else:
-            rows = [row for row in rows_of("equal", name) if row.bits in DRAWN]
-        draw(rows, PROJECT / figure)
+            rows = [row for row in rows_of("equal", rest) if row.bits in DRAWN]
+        draw(rows, PROJECT / f"docs/{name}.png")
+    return [PROJECT / f"docs/{name}.png" for name in shown]
 
 
-def rewritten(page):
-    """The text with its blocks made anew."""
-    return BLOCK.sub(lambda found: block(*found.groups()), page)
+def rewritten(page: str) -> str:
+    """A page with its blocks made anew."""
+    return BLOCK.sub(lambda found: _block(found["name"]), page)
 
 
-def block(plan, model):
-    *overview, (_, head, lines) = tables(rows_of(plan, model))
-    folded = [
-        "",
-        f"<details><summary>All columns, {len(lines)} rows</summary>",
-        "",
-        *lines_of(head, lines),
-        "",
-        "</details>",
-    ]
-    return "\n".join(
-        [
-            f"<!-- results/{plan}/{model} -->",
-            *(line for _, *part in overview for line in lines_of(*part)),
-            *folded,
-            "<!-- end -->",
-        ]
-    )
+def _block(name):
+    word, _, rest = name.partition(" ")
+    if word == "keys":
+        lines = keys_block(rest)
+    elif "/" in word:
+        lines = results_block(*word.split("/")[1:])
+    else:
+        lines = BLOCKS[word]()
+    return "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
 
 
-def rows_of(plan, model):
-    """The rows of results/PLAN/MODEL in the order of the plan, methods that it leaves out below the
-    others."""
-    listed = load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
+def results_block(plan: str, model: str) -> list[str]:
+    """The overview of a model's rows and, folded, all columns: a table for each protocol."""
+    rows = rows_of(plan, model)
+    _, *table = overview("", rows)
+    lines = lines_of(*table)
+    whole = [part for part in tables(rows) if part[1][0] == "Model"]
+    for caption, head, body in whole:
+        more = f"<br>{caption}" if len(whole) > 1 else ""
+        summary = f"<details><summary>All columns, {len(body)} rows{more}</summary>"
+        lines += ["", summary, "", *lines_of(head, body), "", "</details>"]
+    return lines
+
+
+def small_table() -> list[str]:
+    """PSNR of a few methods on the models that ship."""
     found = {
-        path.parent.name: path.parent
-        for path in (PROJECT / "results" / plan / model).glob("*/metrics.json")
+        (model, row.bits, row.method): row for model in MODELS for row in rows_of("equal", model)
     }
+    columns = list(product(MODELS, WIDTHS))
+    head = ["`METHOD`", *(f"{model} W{bits.replace('/', 'A')}" for model, bits in columns)]
+    body = [
+        [f"`{method}`", *(_mean_and_spread(found[(*column, method)]) for column in columns)]
+        for method in METHODS
+    ]
+    shown = [found[(*column, method)] for column in columns for method in METHODS]
+    seeds = " or ".join(map(str, sorted({len(row.runs) for row in shown})))
+    return [
+        *lines_of(head, body),
+        "",
+        f"PSNR in dB to the images of full precision, mean ± sample deviation over {seeds} "
+        "calibration seeds.",
+    ]
+
+
+def _mean_and_spread(row):
+    mean, spread = row.mean("PSNR dB"), row.spread("PSNR dB")
+    return f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+
+
+def rows_of(plan: str, model: str) -> list[Row]:
+    """The rows of a model in results/PLAN.jsonl in the order of the plan, methods that it leaves
+    out below the others."""
+    listed = load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
+    found = {}
+    for result in read_results(PROJECT / f"results/{plan}.jsonl"):
+        folder, _, name = result.name.partition("/")
+        if folder == model:
+            found[name] = result
     methods = dict.fromkeys([*listed.methods, *sorted(name.split("-")[0] for name in found)])
     names = [
-        "-".join(filter(None, (method, bits, variant, str(seed))))
+        run_name(method, bits, variant, seed)
         for bits, method, variant, seed in product(
             listed.bits, methods, listed.variants or [""], listed.seeds
         )
     ]
     order = [*(name for name in names if name in found), *sorted(found.keys() - set(names))]
     return assemble([row_of(found[name]) for name in order])
+
+
+BLOCKS = {
+    "results": small_table,
+    "methods": methods_block,
+    "passes": passes_block,
+    "builders": builders_block,
+}

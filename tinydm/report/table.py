@@ -1,26 +1,31 @@
-"""Tables of evaluated run folders:  python scripts/table.py RUN [RUN ...] [out=FILE.md]
+"""Tables of evaluated runs:  python scripts/table.py RUN [RUN ...] [out=FILE.md]
 
-Rows that share a table share their protocol (model, image count, sampler, reference, extractor);
-another protocol gets a table of its own. Runs that differ by their calibration seed alone are one
-row: mean and spread."""
+RUN is a run folder or a results file, as results/equal.jsonl. Rows that share a table share their
+protocol (model, image count, sampler, reference, extractor); another protocol gets a table of its
+own. Runs that differ by their calibration seed alone are one row: mean and spread."""
 
 import csv
 import io
 import json
 import statistics
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from base.config import load, split_arguments
+from base.config import split_arguments
 from base.files import write_text
-from tinydm.recipe import RunConfig, without_free
+from tinydm.identity import identity
+from tinydm.recipe import RunConfig
+from tinydm.report.results import Result, read_results, read_run
 from tinydm.run_folder import open_run
 
-LEGEND = """MB = 1e6 bytes. FD to FP32, PSNR, SSIM and LPIPS compare with the full-precision images of the same seeds;
-SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit operations of one image and run of the
-network (guidance takes two a step), the sum over layers of multiply-adds x weight bits x input bits (full precision:
-32 x 32). Calibration s: the stages calibrate and quantize; peak MB: the larger of their two peaks, of GPU memory where
-a GPU was used, else of the process. Several calibration seeds: mean ± sample standard deviation."""
+LEGEND = """MB = 1e6 bytes. FD to FP32, PSNR, SSIM and LPIPS compare with the full-precision images
+of the same seeds; SQNR is that of the predicted noise, the mean over the steps. GBOPs: 1e9 bit
+operations of one image and run of the network (guidance takes two a step), the sum over layers of
+multiply-adds x weight bits x input bits (full precision: 32 x 32). Calibration s: the stages
+calibrate and quantize; peak MB: the larger of their two peaks, of GPU memory where a GPU was used,
+else of the process. Several calibration seeds: mean ± sample standard deviation."""
 FIXED = ["Model", "Timesteps", "Bit-width W/A", "Method", "Seeds"]
 # columns in the field's order
 SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]
@@ -36,12 +41,14 @@ DIGITS = {
     "peak": 0,
 }
 CALIBRATION = ("calibrate", "quantize")
+# caption, head, lines of texts
+Table = tuple[str, list[str], list[list[str]]]
 
 
 @dataclass
 class Row:
-    """A line of a table: `runs` are the folders of its calibration seeds, `numbers` holds {column:
-    number or None} of each; a row without numbers says in `note` why."""
+    """A line of a table: `runs` are those of its calibration seeds, `numbers` holds {column: number
+    or None} of each; a row without numbers says in `note` why."""
 
     model: str
     steps: int
@@ -49,84 +56,76 @@ class Row:
     method: str
     protocol: str = ""
     recipe: str = ""
-    runs: list = field(default_factory=list)
-    numbers: list = field(default_factory=list)
+    runs: list[Result] = field(default_factory=list)
+    numbers: list[dict[str, float | None]] = field(default_factory=list)
     note: str = ""
 
-    def fixed(self):
+    def fixed(self) -> list[Any]:
         return [self.model, self.steps, self.bits, self.method, len(self.runs) or ""]
 
-    def values(self, column):
+    def values(self, column: str) -> list[float]:
         return [n[column] for n in self.numbers if n.get(column) is not None]
 
-    def mean(self, column):
+    def mean(self, column: str) -> float | None:
         values = self.values(column)
         return statistics.mean(values) if values else None
 
-    def spread(self, column):
+    def spread(self, column: str) -> float | None:
         """Sample standard deviation over the seeds; None for a single one."""
         values = self.values(column)
         return statistics.stdev(values) if len(values) > 1 else None
 
 
-def run(arguments):
-    folders, words = split_arguments(arguments)
-    if not folders or any(not w.startswith("out=") for w in words):
+def run(arguments: list[str]) -> None:
+    places, words = split_arguments(arguments)
+    if not places or any(not w.startswith("out=") for w in words):
         raise ValueError(f"expected run folders and out=FILE, found {' '.join(arguments)}")
-    # Beside run folders lie what they share (float-*, trajectory-*); one folder counts once,
-    # however it is spelled.
-    found = {Path(f).resolve(): f for f in folders if (Path(f) / "config.yaml").exists()}
-    folders = list(found.values()) or folders
-    for folder in folders:
-        if not (Path(folder) / "metrics.json").exists():
-            open_run(folder).need("metrics.json", "evaluate")
-    page = markdown(assemble([row_of(folder) for folder in folders]))
+    page = markdown(assemble([row_of(result) for result in read_places(places)]))
     print(page)
     if words:
         write_text(words[0].removeprefix("out="), page)
 
 
-def read_metrics(folder):
-    metrics = json.loads((Path(folder) / "metrics.json").read_text())
-    if "bit_operations" not in metrics:
-        raise ValueError(
-            f"{folder}/metrics.json has no bit operations, an earlier version made it; make it "
-            "again "
-            f"with: python scripts/evaluate.py {folder} force=true"
-        )
-    return metrics
+def read_places(places: Iterable[str]) -> list[Result]:
+    """Reads run folders and results files. Beside run folders lie what they share (float-*,
+    trajectory-*), which is passed over; one place counts once, however it is spelled. Raises
+    ValueError where a run was not evaluated."""
+    files = [place for place in places if place.endswith(".jsonl")]
+    folders = [place for place in places if not place.endswith(".jsonl")]
+    folders = [f for f in folders if (Path(f) / "config.yaml").exists()] or folders
+    found = {Path(folder).resolve(): folder for folder in folders}
+    for folder in found.values():
+        if not (Path(folder) / "metrics.json").exists():
+            open_run(folder).need("metrics.json", "evaluate")
+    results = [read_run(folder) for folder in found.values()]
+    for file in dict.fromkeys(Path(file).resolve() for file in files):
+        results += read_results(file)
+    return results
 
 
-def row_of(folder):
-    """The row of one evaluated run folder."""
-    metrics, config = read_metrics(folder), load(RunConfig, [Path(folder) / "config.yaml"])
+def row_of(result: Result) -> Row:
+    """The row of one evaluated run."""
     return empty_row(
-        config,
-        protocol=protocol(metrics),
-        runs=[folder],
-        numbers=[quantized_numbers(metrics, Path(folder) / "stages.jsonl")],
+        result.config,
+        protocol=protocol(result.metrics),
+        runs=[result],
+        numbers=[quantized_numbers(result)],
     )
 
 
-def empty_row(config, **more):
+def empty_row(config: RunConfig, **more: Any) -> Row:
     """The row of a recipe, which leaves out the seeds of calibration and what changes no
     artefact."""
-    facts = asdict(replace(config, seed=0, calibration=replace(config.calibration, seed=0)))
-    recipe = json.dumps(without_free(facts), sort_keys=True)
+    seedless = replace(config, seed=0, calibration=replace(config.calibration, seed=0))
+    recipe = json.dumps(identity(seedless), sort_keys=True)
     method = config.method + (f" ({config.variant})" if config.variant else "")
-    return Row(
-        config.name,
-        config.sampling.steps,
-        f"{config.bits.weight}/{config.bits.input}",
-        method,
-        recipe=recipe,
-        **more,
-    )
+    bits = f"{config.bits.weight}/{config.bits.input}"
+    return Row(config.name, config.sampling.steps, bits, method, recipe=recipe, **more)
 
 
-def full_precision_row(folder):
+def full_precision_row(result: Result) -> Row:
     """The row of the unquantized model that a run was compared with."""
-    metrics = read_metrics(folder)
+    metrics = result.metrics
     asked = metrics["protocol"]["asked"]
     numbers = {
         "Size MB": metrics["sizes"]["float_bytes"] / 1e6,
@@ -143,14 +142,11 @@ def full_precision_row(folder):
     )
 
 
-def quantized_numbers(metrics, stages_path):
+def quantized_numbers(result: Result) -> dict[str, float | None]:
     """Column -> number, in the order of the columns."""
-    paired, sqnr = metrics["paired"], [step["sqnr_db"] for step in metrics["sqnr_db_per_step"]]
-    stages = [
-        row
-        for row in map(json.loads, stages_path.read_text().splitlines())
-        if row["stage"] in CALIBRATION
-    ]
+    metrics, paired = result.metrics, result.metrics["paired"]
+    sqnr = [step["sqnr_db"] for step in metrics["sqnr_db_per_step"]]
+    stages = [row for row in result.stages if row["stage"] in CALIBRATION]
     peaks = [row.get("peak_cuda_bytes", row.get("peak_rss_bytes", 0)) for row in stages]
     return {
         "Size MB": metrics["sizes"]["quantized_bytes"] / 1e6,
@@ -166,7 +162,8 @@ def quantized_numbers(metrics, stages_path):
     }
 
 
-def scores(found):
+def scores(found: dict[str, float]) -> dict[str, float]:
+    """Those of a distribution in the order of the columns, without their deviations."""
     names = [name for name in found if not name.endswith("-std")]
     return {
         name: found[name]
@@ -174,7 +171,7 @@ def scores(found):
     }
 
 
-def protocol(metrics):
+def protocol(metrics: dict[str, Any]) -> str:
     """What two rows must share, as one line."""
     asked, scored = metrics["protocol"]["asked"], metrics["protocol"]["scores"]
     s = asked["sampling"]
@@ -182,28 +179,25 @@ def protocol(metrics):
     wanted = "".join(f", {key} {s[key]}" for key in ("classes", "prompts") if s.get(key))
     return (
         f"{asked['model']}{wanted}, {scored['count']} images of seed {s['seed']}, {s['sampler']} "
-        f"{s['steps']} "
-        f"{s['skip']} steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, "
-        f"{asked['weights']} weights, "
-        f"reference {scored.get('reference')}, extractor {scored.get('extractor')}, "
-        f"{scored.get('tool')}, "
-        f"torch {made['versions']['torch']} on {made['device']}"
+        f"{s['steps']} {s['skip']} steps, eta {s['eta']}, guidance {asked['guidance']['scale']}, "
+        f"{asked['weights']} weights, reference {scored.get('reference')}, extractor "
+        f"{scored.get('extractor')}, {scored.get('tool')}, torch {made['versions']['torch']} on "
+        f"{made['device']}"
     )
 
 
-def assemble(rows):
+def assemble(rows: Iterable[Row]) -> list[Row]:
     """Rows as the tables show them: the calibration seeds of a recipe in one, below the
     full-precision model's."""
+    rows, merged = list(rows), {}
     full = {row.protocol: row.runs[0] for row in rows if row.runs}
-    merged = {}
     for row in [*map(full_precision_row, full.values()), *rows]:
-        merged.setdefault(
-            (row.model, row.steps, row.bits, row.method, row.protocol, row.recipe), []
-        ).append(row)
+        key = row.model, row.steps, row.bits, row.method, row.protocol, row.recipe
+        merged.setdefault(key, []).append(row)
     return [
         Row(
             *key,
-            runs=[folder for row in group for folder in row.runs],
+            runs=[result for row in group for result in row.runs],
             numbers=[numbers for row in group for numbers in row.numbers],
             note="; ".join(dict.fromkeys(row.note for row in group if row.note)),
         )
@@ -211,7 +205,7 @@ def assemble(rows):
     ]
 
 
-def tables(rows):
+def tables(rows: Sequence[Row]) -> list[Table]:
     """-> [(protocol, head, lines)], texts: a table for each protocol and, before one of several
     widths, an overview."""
     parts = []
@@ -231,7 +225,7 @@ def tables(rows):
     return parts
 
 
-def overview(line, rows):
+def overview(line: str, rows: Sequence[Row]) -> Table:
     """Methods by widths: how near the images come to those of full precision."""
     rows = [row for row in rows if row.runs]
     shown = ["PSNR dB", *(name for name in columns_of(rows) if name.endswith(" to FP32"))]
@@ -251,13 +245,13 @@ def overview(line, rows):
     )
 
 
-def columns_of(rows):
+def columns_of(rows: Iterable[Row]) -> list[str]:
     """The columns of all rows, in the order of the row that has most of them."""
     fullest_first = sorted((n for row in rows for n in row.numbers), key=len, reverse=True)
     return list(dict.fromkeys(name for numbers in fullest_first for name in numbers))
 
 
-def text(row, column):
+def text(row: Row, column: str) -> str:
     """Mean, and spread where there is one; a dash where nothing was measured."""
     mean, spread = row.mean(column), row.spread(column)
     # PSNR, LPIPS; FP32 of "FD-... to FP32"
@@ -268,14 +262,14 @@ def text(row, column):
     return f"{mean:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread is not None else "")
 
 
-def markdown(rows):
+def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for line, head, lines in tables(rows):
         parts.append("\n".join([f"Protocol: {line}.", "", *lines_of(head, lines)]))
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
-def lines_of(head, lines):
+def lines_of(head: list[str], lines: list[list[str]]) -> list[str]:
     """A table in Markdown, line by line."""
     return [
         "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
@@ -283,8 +277,8 @@ def lines_of(head, lines):
     ]
 
 
-def csv_text(rows):
-    """All rows with all digits: the mean and the spread of every column, note, run folders and
+def csv_text(rows: Sequence[Row]) -> str:
+    """All rows with all digits: the mean and the spread of every column, note, runs and
     protocol."""
     columns, buffer = columns_of(rows), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

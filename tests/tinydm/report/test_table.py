@@ -9,6 +9,7 @@ import json
 import pytest
 
 from tinydm.report import table
+from tinydm.report.results import merge_results, read_run
 from tinydm.report.table import Row, assemble, csv_text, markdown, row_of, tables
 
 METRICS = {
@@ -48,7 +49,7 @@ METRICS = {
 
 def make_run(folder, fd=3.0, seconds=5.0, peak="peak_rss_bytes", steps=20, seed=1, **recipe):
     """An evaluated run folder with just what the tables read."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     metrics = copy.deepcopy(METRICS)
     metrics["quantized"]["scores"]["FD-cifar-resnet"] = fd
     metrics["protocol"]["asked"]["sampling"]["steps"] = steps
@@ -72,6 +73,10 @@ def make_run(folder, fd=3.0, seconds=5.0, peak="peak_rss_bytes", steps=20, seed=
     return folder
 
 
+def row_of_run(folder):
+    return row_of(read_run(folder))
+
+
 def cells(page):
     """Lines of the first Markdown table as lists of cells, the rule left out."""
     lines = [line for line in page.splitlines() if line.startswith("| ")]
@@ -83,7 +88,7 @@ def cells(page):
 
 
 def test_a_row_has_the_columns_of_the_field(tmp_path):
-    head, full, row = cells(markdown(assemble([row_of(make_run(tmp_path / "a"))])))
+    head, full, row = cells(markdown(assemble([row_of_run(make_run(tmp_path / "a"))])))
     assert dict(zip(head, row)) == {
         "Model": "tiny",
         "Timesteps": "20",
@@ -116,7 +121,7 @@ def test_a_row_has_the_columns_of_the_field(tmp_path):
 def test_seeds_become_mean_and_sample_deviation(tmp_path):
     rows = assemble(
         [
-            row_of(make_run(tmp_path / str(fd), fd=fd, seconds=fd, seed=int(fd)))
+            row_of_run(make_run(tmp_path / str(fd), fd=fd, seconds=fd, seed=int(fd)))
             for fd in (1.0, 2.0, 6.0)
         ]
     )
@@ -140,7 +145,7 @@ def test_another_protocol_gets_its_own_table(tmp_path):
         make_run(tmp_path / "b", method="other"),
         make_run(tmp_path / "c", steps=50),
     ]
-    parts = tables(assemble([row_of(run) for run in runs]))
+    parts = tables(assemble([row_of_run(run) for run in runs]))
     assert [[line[3] for line in lines] for _, _, lines in parts] == [
         ["full precision", "minmax", "other"],
         ["full precision", "minmax"],
@@ -156,8 +161,8 @@ def test_another_recipe_of_the_same_method_is_another_row(tmp_path):
         make_run(tmp_path / "b", seed=2, threads=3, passes=[{"reconstruct": {"drop": 0.5}}]),
         make_run(tmp_path / "c", preset="x"),
     ]
-    rows = assemble([row_of(run) for run in runs])
-    assert [[run.name for run in row.runs] for row in rows] == [[], ["a", "b"], ["c"]]
+    rows = assemble([row_of_run(run) for run in runs])
+    assert [[run.folder.name for run in row.runs] for row in rows] == [[], ["a", "b"], ["c"]]
     assert [row["Runs"] for row in csv.DictReader(io.StringIO(csv_text(rows)))] == [
         "",
         f"{runs[0]} {runs[1]}",
@@ -166,7 +171,7 @@ def test_another_recipe_of_the_same_method_is_another_row(tmp_path):
 
 
 def test_a_row_without_numbers_shows_its_note_alone(tmp_path):
-    done = row_of(make_run(tmp_path / "a"))
+    done = row_of_run(make_run(tmp_path / "a"))
     waiting = [
         Row("tiny", 20, "4/4", "minmax", done.protocol, note="needs a | b") for _ in range(2)
     ]
@@ -193,17 +198,17 @@ def test_gpu_memory_counts_where_a_gpu_was_used(tmp_path):
         },
     ]
     (run / "stages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert row_of(run).mean("peak MB") == 5.0
+    assert row_of_run(run).mean("peak MB") == 5.0
 
 
 def test_runs_of_an_earlier_version(tmp_path):
     """Peaks they did not record are a dash; scores they did not have are asked for."""
     run = make_run(tmp_path / "a", peak="other")
-    assert row_of(run).mean("peak MB") is None
+    assert row_of_run(run).mean("peak MB") is None
     metrics = {key: value for key, value in METRICS.items() if key != "bit_operations"}
     (run / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(ValueError, match="python scripts/evaluate.py .*/a force=true"):
-        row_of(run)
+        row_of_run(run)
 
 
 def test_script_writes_the_table_and_refuses_what_it_cannot_read(tmp_path, monkeypatch):
@@ -218,6 +223,11 @@ def test_script_writes_the_table_and_refuses_what_it_cannot_read(tmp_path, monke
     table.run([str(run), f"{run}/", str(tmp_path / "float-1"), f"out={tmp_path}/table.md"])
     head, _, row = cells((tmp_path / "table.md").read_text())
     assert dict(zip(head, row))["Seeds"] == "1"
+    # a results file is as good as the folders
+    merge_results(tmp_path / "plan.jsonl", [read_run(run)])
+    page = (tmp_path / "table.md").read_text()
+    table.run([str(tmp_path / "plan.jsonl"), f"out={tmp_path}/table.md"])
+    assert (tmp_path / "table.md").read_text() == page
     for arguments in ([], [str(run), "to=x"]):
         with pytest.raises(ValueError, match="expected run folders and out=FILE"):
             table.run(arguments)
@@ -233,11 +243,11 @@ def test_several_widths_have_an_overview_of_methods_by_widths(tmp_path):
         make_run(tmp_path / "b", method="other", **wide),
         make_run(tmp_path / "c", **wide),
     ]
-    (caption, head, lines), whole = tables(assemble([row_of(run) for run in runs]))
+    (caption, head, lines), whole = tables(assemble([row_of_run(run) for run in runs]))
     assert caption == f"PSNR dB / FD-cifar-resnet to FP32; {whole[0]}"
     assert head == ["Method", "W4A8", "W8A8"]
     assert lines == [
         ["minmax", "30.00 / 0.2500", "30.00 / 0.2500"],
         ["other", "–", "30.00 / 0.2500"],
     ]
-    assert len(tables(assemble([row_of(run) for run in runs[1:]]))) == 1
+    assert len(tables(assemble([row_of_run(run) for run in runs[1:]]))) == 1

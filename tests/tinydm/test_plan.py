@@ -1,0 +1,78 @@
+"""Plans of comparisons: the runs that follow from them, and mistakes that are said before any
+work."""
+
+from pathlib import Path
+
+import pytest
+from comparison import plan_file
+
+from base.config import load
+from base.files import PROJECT
+from tinydm import compare
+from tinydm.plan import CompareConfig, cells_of, yaml_path
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["variants=[quad]"], "variants must be a mapping .*; found \\['quad'\\]"),
+        (["variants={a/b: []}"], "variant 'a/b' cannot be part of a folder's name"),
+        (
+            ["variants={quad: sampling.skip=quad}"],
+            "variant 'quad' must be a list .*; found sampling.skip=quad",
+        ),
+        (["variants={quad: [quad]}"], "method/quad.yaml does not exist"),
+        (["variants={quad: [sampling.skp=quad]}"], "did you mean 'skip'"),
+        (["variants={a: [], b: []}"], "are the same recipe; leave one out"),
+        (["methods=[minmaxx]"], "minmaxx.yaml does not exist; did you mean minmax.yaml"),
+        (["methods=[tinydm,TWIN]"], "tinydm and .*twin.yaml are both called 'tinydm'"),
+        (["models=[]"], "nothing to compare: models is empty"),
+        (["seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
+        (["overrides=[sampling.stps=4]"], "did you mean 'steps'"),
+        (["modles=[]"], "did you mean 'models'"),
+        (["--jobs", "1", "seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
+        (["--jobs", "0"], "--jobs is 0"),
+    ],
+)
+def test_mistakes_get_one_sentence_before_any_work(models, tmp_path, words, sentence):
+    twin = tmp_path / "twin.yaml"
+    twin.write_text(f"base: {PROJECT}/configs/method/tinydm.yaml\nsegments: 2")
+    with pytest.raises(ValueError, match=sentence):
+        compare.run(
+            [
+                plan_file(models, tmp_path / "wrong"),
+                *(word.replace("TWIN", str(twin)) for word in words),
+            ]
+        )
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_variants_method_stands_in_the_place_of_the_rows(models, tmp_path):
+    """Nothing of tinydm, which sets more keys, stays behind."""
+    words = ["methods=[tinydm]", "variants={q: [qdiffusion], own: []}", "seeds=[1]"]
+    plan = load(CompareConfig, [plan_file(models, tmp_path / "v")], words)
+    q, own = (cell.config for cell in cells_of(plan))
+    assert (q.method, q.segments, q.calibration.builder) == ("qdiffusion", 1, "uniform")
+    assert (own.method, own.segments, own.calibration.builder) == ("tinydm", "per_step", "linspace")
+
+
+def test_two_comparisons_in_one_folder_are_refused(models, tmp_path):
+    file = plan_file(models, tmp_path / "one")
+    with pytest.raises(ValueError, match="same out folder"):
+        compare.run([file, file])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PROJECT / "configs/compare").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_comparison_that_ships_says_what_can_be_run(path):
+    plan = load(CompareConfig, [path], ["seeds=[1000]"])
+    assert all(Path(yaml_path("bits", bits)).exists() for bits in plan.bits)
+    # the rest is alike, and a second's work for ten runs
+    plan.bits = plan.bits[-1:]
+    cells = cells_of(plan)
+    rows = len(plan.models) * len(plan.bits) * len(plan.methods) * len(plan.variants or [0])
+    assert len({cell.folder for cell in cells}) == len(cells) == rows
+    for cell in cells:
+        for rule in cell.config.exceptions:
+            assert rule.get("weight", {}).get("bits", 8) in (4, 8, cell.config.bits.weight)

@@ -1,0 +1,153 @@
+"""Evaluated runs, from their folders or from results files.
+
+A results file is JSON Lines, a line a run: `{"run": "MODEL/NAME", "recipe": ..., "metrics": ...,
+"stages": [...]}`, the contents of config.yaml, metrics.json and stages.jsonl. What metrics.json
+repeats of the recipe is left out of the line and put back when it is read."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+
+from base.config import read_yaml
+from base.errors import unknown_word
+from base.files import write_text
+from tinydm.recipe import RunConfig
+
+# keys of metrics["protocol"]["asked"] -> keys of the recipe that say the same
+REPEATED = {"model": "name"} | {
+    key: key
+    for key in (
+        "method",
+        "bits",
+        "weights",
+        "sampling",
+        "schedule",
+        "guidance",
+        "evaluation",
+        "provenance",
+    )
+}
+
+# options of passes in earlier versions, which decided nothing
+RETIRED = ("memory_gb",)
+
+
+@dataclass
+class Result:
+    """An evaluated run: its name, MODEL/FOLDER, and what its files hold. `folder` is None where it
+    comes from a results file."""
+
+    name: str
+    recipe: dict[str, Any]
+    metrics: dict[str, Any]
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder or self.name)
+
+    @property
+    def config(self) -> RunConfig:
+        return config_of(self.recipe)
+
+
+def config_of(recipe: dict[str, Any]) -> RunConfig:
+    """The recipe that a config.yaml holds, with today's defaults for keys that it lacks and without
+    options that passes no longer have. Raises ValueError for an unknown key."""
+    config = _build(RunConfig, recipe)
+    return replace(config, passes=_without_retired(config.passes))
+
+
+def _build(schema, values):
+    """A dataclass from nested dicts that `base.config` made and checked before: a hundred times
+    faster than by its `load`."""
+    types = get_type_hints(schema)
+    found = {}
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(unknown_word(f"unknown key '{key}' in a recipe", key, types))
+        found[key] = _build(types[key], value) if is_dataclass(types[key]) else value
+    return schema(**found)
+
+
+def _without_retired(tree):
+    if isinstance(tree, list):
+        return [_without_retired(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_retired(value) for key, value in tree.items() if key not in RETIRED}
+
+
+def read_run(folder: Path | str) -> Result:
+    """Reads an evaluated run folder. Raises ValueError for scores of an earlier version."""
+    folder = Path(folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    if "bit_operations" not in metrics:
+        raise ValueError(
+            f"{folder}/metrics.json has no bit operations, an earlier version made it; make it "
+            f"again with: python scripts/evaluate.py {folder} force=true"
+        )
+    recipe = read_recipe(folder)
+    stages = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
+    place = folder.resolve()
+    return Result(f"{place.parent.name}/{place.name}", recipe, metrics, stages, folder)
+
+
+def read_recipe(folder: Path | str) -> dict[str, Any]:
+    """Reads the config.yaml of a run folder."""
+    return OmegaConf.to_container(read_yaml(Path(folder) / "config.yaml"))
+
+
+def read_results(path: Path | str) -> list[Result]:
+    """Reads a results file. Raises ValueError for a line that is none."""
+    found = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            content = json.loads(line)
+            metrics, recipe = content["metrics"], content["recipe"]
+            asked = metrics["protocol"].setdefault("asked", {})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no run ({error!r}); take the file from version control "
+                "or write it again"
+            ) from None
+        if not asked.keys() & REPEATED.keys():
+            metrics["protocol"]["asked"] = _repeated(recipe) | asked
+        found.append(Result(content["run"], recipe, metrics, content["stages"]))
+    return found
+
+
+def results_text(results: Iterable[Result]) -> str:
+    """The content of a results file, sorted by the names of the runs."""
+    ordered = sorted(results, key=lambda result: result.name)
+    return "".join(json.dumps(_line(r), separators=(",", ":")) + "\n" for r in ordered)
+
+
+def _line(result):
+    protocol, repeated = result.metrics["protocol"], _repeated(result.recipe)
+    asked = protocol["asked"]
+    if {key: value for key, value in asked.items() if key in REPEATED} == repeated:
+        asked = {key: value for key, value in asked.items() if key not in REPEATED}
+    return {
+        "run": result.name,
+        "recipe": result.recipe,
+        "metrics": result.metrics | {"protocol": protocol | {"asked": asked}},
+        "stages": result.stages,
+    }
+
+
+def _repeated(recipe):
+    return {key: recipe[of] for key, of in REPEATED.items() if of in recipe}
+
+
+def merge_results(path: Path | str, results: Iterable[Result]) -> int:
+    """Adds runs to a results file, in the place of those of the same names; returns how many runs
+    it holds then."""
+    earlier = read_results(path) if Path(path).exists() else []
+    merged = {result.name: result for result in [*earlier, *results]}
+    write_text(path, results_text(merged.values()))
+    return len(merged)
