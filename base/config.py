@@ -6,23 +6,25 @@ dataclass itself."""
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NewType
+from typing import Any, NewType, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from base.errors import unknown_word
 
+Schema = TypeVar("Schema")  # a dataclass
 Share = NewType("Share", float)  # annotates an option that lies in [0, 1]
 
 
-def read_yaml(path, above=()):
-    """One YAML file -> dict. `base: FILE`, beside it, stands for all that FILE says, which the
-    other keys go on top of; `first: {key: list}` and `last: {key: list}` put elements in front of a
-    list of FILE's and behind it. Raises ValueError with the file's name where it is absent, empty
-    or malformed, or its own base (`above`: what led here)."""
+def read_yaml(path: Path | str, above: Sequence[Path] = ()) -> DictConfig:
+    """Reads one YAML file of keys and values. `base: FILE`, beside it, stands for all that FILE
+    says, which the other keys go on top of; `first: {key: list}` and `last: {key: list}` put
+    elements in front of a list of FILE's and behind it. Raises ValueError with the file's name
+    where it is absent, empty or malformed, or its own base (`above`: what led here)."""
     path = Path(path)
     if path.resolve() in [other.resolve() for other in above]:
         raise ValueError(
@@ -42,10 +44,10 @@ def read_yaml(path, above=()):
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(content):
         raise ValueError(f"{path} must hold keys and values")
-    return on_its_base(path, content, above) if "base" in content else content
+    return _on_its_base(path, content, above) if "base" in content else content
 
 
-def on_its_base(path, content, above):
+def _on_its_base(path, content, above):
     # references to other keys stay as they are written
     content = OmegaConf.to_container(content)
     first, last = (content.pop(end, None) or {} for end in ("first", "last"))
@@ -60,20 +62,19 @@ def on_its_base(path, content, above):
     if wrong:
         raise ValueError(
             f"{path}: first and last add lists to lists of the base, as first: {{passes: "
-            f"[balance]}} "
-            f"does; {wrong[0]} is none"
+            f"[balance]}} does; {wrong[0]} is none"
         )
     for key in first | last:
         content[key] = [*first.get(key, []), *content[key], *last.get(key, [])]
     return OmegaConf.create(content)
 
 
-def load(schema, files, overrides=()):
-    """Merge `files` and `overrides` ("a.b=3") into the dataclass `schema`; returns an instance of
-    it.
-
-    Raises ValueError in one sentence for an unknown key (with "did you mean"), a wrong type or a
-    malformed override."""
+def load(
+    schema: type[Schema], files: Iterable[Path | str], overrides: Iterable[str] = ()
+) -> Schema:
+    """Merges `files` and `overrides` ("a.b=3") into the dataclass `schema`; returns an instance of
+    it. Raises ValueError in one sentence for an unknown key (with "did you mean"), a wrong type or
+    a malformed override."""
     config = OmegaConf.structured(schema)
     sources = [(str(path), lambda path=path: read_yaml(path)) for path in files]
     for text in overrides:
@@ -114,8 +115,8 @@ def _unknown_key(config, source, error):
     return unknown_word(f"{source}: unknown key '{full}'", re.sub(r"\[\d+\]$", "", word), known)
 
 
-def flatten(tree, prefix=""):
-    """Nested dicts -> {dotted key: value}; an empty dict leaves nothing."""
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Turns nested dicts into {dotted key: value}; an empty dict leaves nothing."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
@@ -125,13 +126,15 @@ def flatten(tree, prefix=""):
     }
 
 
-def split_arguments(arguments):
-    """Command line -> (what is no key=value, the key=value words)."""
+def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Splits the words of a command line into those that are no key=value, and those that are."""
+    arguments = list(arguments)
     return [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
 
 
-def one_folder(arguments):
-    """Command line of a later stage -> (run folder, overrides)."""
+def one_folder(arguments: Iterable[str]) -> tuple[str, list[str]]:
+    """Takes the run folder and the overrides from the command line of a later stage. Raises
+    ValueError where there is no folder, or several."""
     plain, overrides = split_arguments(arguments)
     if len(plain) != 1:
         raise ValueError(

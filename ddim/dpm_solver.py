@@ -7,16 +7,23 @@ first paper and x0 in the second. Here m is a polynomial in lambda through sever
 both papers' updates are one formula (see `Path.move`)."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+
+from ddim.schedule import Schedule
+
+# x (N, C, H, W) and the index of a point -> the prediction m there
+Predict = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class Path:
     """Descending `steps`, fractions allowed, with alpha, sigma and lambda at each; points are named
     by index."""
 
-    def __init__(self, steps, schedule, algorithm):
+    def __init__(self, steps: Sequence[float], schedule: Schedule, algorithm: str) -> None:
         self.steps, self.algorithm = steps, algorithm
         # linear between two steps
         log_alpha = schedule.abar.double().log().numpy() / 2
@@ -28,15 +35,24 @@ class Path:
             np.log(alpha / sigma).tolist(),
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.steps) - 1
 
-    def move(self, x, i, k, m, slope=0.0, curve=0.0):
+    def move(
+        self,
+        x: torch.Tensor,
+        i: int,
+        k: int,
+        m: torch.Tensor,
+        slope: torch.Tensor | float = 0.0,
+        curve: torch.Tensor | float = 0.0,
+    ) -> torch.Tensor:
         """x at point k from x at i, with the prediction m at i and its slope in lambda.
 
         x_k = ratio x_i - scale (phi_1 m + phi_2 h slope + phi_3 h^2 curve)
         eps:  ratio = alpha_k / alpha_i,  scale = sigma_k,  phi of h
-        x0:   ratio = sigma_k / sigma_i,  scale = alpha_k,  phi of -h                h = lambda_k - lambda_i
+        x0:   ratio = sigma_k / sigma_i,  scale = alpha_k,  phi of -h
+        h = lambda_k - lambda_i
         """
         h = self.lamb[k] - self.lamb[i]
         ratio, scale, z = self.alpha[k] / self.alpha[i], self.sigma[k], h
@@ -47,13 +63,17 @@ class Path:
         phi_3 = phi_2 / z - 1 / 2
         return ratio * x - scale * (phi_1 * m + phi_2 * h * slope + phi_3 * h**2 * curve)
 
-    def move_midway(self, x, i, k, m, slope):
+    def move_midway(
+        self, x: torch.Tensor, i: int, k: int, m: torch.Tensor, slope: torch.Tensor | float
+    ) -> torch.Tensor:
         """The second-order update of both papers: the prediction keeps its value in the middle of
         the way."""
         return self.move(x, i, k, m + (self.lamb[k] - self.lamb[i]) / 2 * slope)
 
 
-def multistep(path, predict, x, order, first_order_end):
+def multistep(
+    path: Path, predict: Predict, x: torch.Tensor, order: int, first_order_end: int
+) -> torch.Tensor:
     """Slopes from the predictions at earlier points. With fewer than `first_order_end` steps the
     order falls to 1 at the end."""
     # predictions, newest first
@@ -75,7 +95,7 @@ def multistep(path, predict, x, order, first_order_end):
     return x
 
 
-def singlestep(path, predict, x, order, _):
+def singlestep(path: Path, predict: Predict, x: torch.Tensor, order: int, _: int) -> torch.Tensor:
     """Steps over up to `order` points, with one prediction at each; the last steps are shorter."""
     i = 0
     for size in step_sizes(len(path), order):
@@ -87,7 +107,7 @@ def singlestep(path, predict, x, order, _):
     return x
 
 
-def step_sizes(num, order):
+def step_sizes(num: int, order: int) -> list[int]:
     """How many points each single step covers, so that `num` evaluations are spent; order 3 always
     ends below 3."""
     if order == 3 and num % 3 == 0:
@@ -99,19 +119,19 @@ METHODS = {"multistep": multistep, "singlestep": singlestep}
 
 
 def dpm_solver(
-    eps,
-    x,
-    steps,
-    schedule,
+    eps: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    steps: Sequence[float],
+    schedule: Schedule,
     *,
-    noise=None,
-    eta=0.0,
-    callback=lambda *_: None,
-    algorithm="dpmsolver++",
-    order=2,
-    method="multistep",
-    first_order_end=15,
-):
+    noise: Any = None,
+    eta: float = 0.0,
+    callback: Callable[..., Any] = lambda *_: None,
+    algorithm: str = "dpmsolver++",
+    order: int = 2,
+    method: str = "multistep",
+    first_order_end: int = 15,
+) -> torch.Tensor:
     """From the noisiest of `steps`, which are the points of evaluation, down to step 0. `algorithm`
     is "dpmsolver" or "dpmsolver++", `order` 1 to 3. The authors' first version and latent diffusion
     have 15 for `first_order_end`, later versions 10. Raises ValueError for steps it cannot take,
@@ -123,8 +143,7 @@ def dpm_solver(
     if steps[0] <= 0 or any(low >= high for low, high in zip(steps, steps[1:])):
         raise ValueError(
             "dpm_solver ends at step 0 and needs steps above it, all different, but the sequence "
-            "begins "
-            f"{steps[:3]}; choose skip: time_uniform"
+            f"begins {steps[:3]}; choose skip: time_uniform"
         )
     path, calls = Path([*reversed(steps), 0], schedule, algorithm), 0
 

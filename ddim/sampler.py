@@ -10,30 +10,55 @@ stream of an image does not depend on eta; deterministic samplers never call it 
 not change anything: t is the network's time, eps its whole answer, x0 the clean image that the
 update goes on with.
 
-The samplers of STOCHASTIC also take `correction` (quant/correction.py) of a quantized network,
+The samplers of STOCHASTIC also take `correction` (quant/network.py) of a quantized network,
 whose eps, corrected already, still brings noise of a known variance into x: they add that much less
 of their own."""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from base.network import batch_of
 from ddim.dpm_solver import dpm_solver
+from ddim.schedule import Schedule
+
+Eps = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Steps = Sequence[float]
+Callback = Callable[..., Any]
+Number = float | torch.Tensor
 
 
-def chain(steps):
-    """Ascending steps -> (index, step, next step) from noise to image; the step after the last is
-    -1."""
+class Correction(Protocol):
+    """What a sampler asks of the correction of a quantized network."""
+
+    def noise_variance(self, t: float) -> float:
+        """The variance of the noise in eps at the network's time t."""
+
+
+def chain(steps: Steps) -> list[tuple[int, float, float]]:
+    """Turns ascending steps into (index, step, next step) from noise to image; the step after the
+    last is -1."""
     return list(zip(range(len(steps)), reversed(steps), list(reversed(steps))[1:] + [-1]))
 
 
-def nothing(*_):
+def nothing(*_: Any) -> None:
     """The callback of a run that nobody observes."""
 
 
-def ddim(eps, x, steps, schedule, *, noise, eta=0.0, callback=nothing, correction=None):
+def ddim(
+    eps: Eps,
+    x: torch.Tensor,
+    steps: Steps,
+    schedule: Schedule,
+    *,
+    noise: Callable[[], torch.Tensor],
+    eta: float = 0.0,
+    callback: Callback = nothing,
+    correction: Correction | None = None,
+) -> torch.Tensor:
     """DDIM (Song et al. 2021, Eq. 12 and 16); eta = 0 is deterministic, eta = 1 has the variance of
     DDPM."""
     for step, s, s_next in chain(steps):
@@ -56,7 +81,17 @@ def ddim(eps, x, steps, schedule, *, noise, eta=0.0, callback=nothing, correctio
     return x
 
 
-def ddpm(eps, x, steps, schedule, *, noise, eta=1.0, callback=nothing, correction=None):
+def ddpm(
+    eps: Eps,
+    x: torch.Tensor,
+    steps: Steps,
+    schedule: Schedule,
+    *,
+    noise: Callable[[], torch.Tensor],
+    eta: float = 1.0,
+    callback: Callback = nothing,
+    correction: Correction | None = None,
+) -> torch.Tensor:
     """Ancestral sampling of the chain that visits `steps` (Ho et al. 2020, Algorithm 2): thinning a
     chain out only changes its betas to 1 - a / a_next. Ends at level 1, without noise in the last
     step; `eta` scales the noise."""
@@ -84,7 +119,7 @@ def ddpm(eps, x, steps, schedule, *, noise, eta=1.0, callback=nothing, correctio
     return x
 
 
-def deviation(schedule, beta, posterior, v):
+def deviation(schedule: Schedule, beta: Number, posterior: Number, v: torch.Tensor) -> Number:
     """Standard deviation of an ancestral step: of beta ("large"), of the posterior ("small"), or
     learned: the network's v in [-1, 1] interpolates between their logarithms (Nichol & Dhariwal
     2021, Eq. 15)."""
@@ -102,7 +137,7 @@ def deviation(schedule, beta, posterior, v):
     return (0.5 * (share * high + (1 - share) * low)).exp()
 
 
-def noise_to_add(sigma, weight, correction, t):
+def noise_to_add(sigma: Number, weight: Number, correction: Correction | None, t: float) -> Number:
     """Deviation of a step's noise where eps enters with `weight` and has an error of variance
     sigma_q^2 (PTQD, He et al. 2023, arXiv:2305.10657): sigma'^2 = max(sigma^2 - weight^2 sigma_q^2,
     0)."""
@@ -121,7 +156,16 @@ ADAMS_BASHFORTH = (
 )
 
 
-def plms(eps, x, steps, schedule, *, noise, eta=0.0, callback=nothing):
+def plms(
+    eps: Eps,
+    x: torch.Tensor,
+    steps: Steps,
+    schedule: Schedule,
+    *,
+    noise: Callable[[], torch.Tensor],
+    eta: float = 0.0,
+    callback: Callback = nothing,
+) -> torch.Tensor:
     """Pseudo linear multistep (Liu et al. 2022, arXiv:2202.09778, Section 3.3): DDIM's step with an
     eps extrapolated from the last four by Adams and Bashforth's formulas. The first step is done
     twice (pseudo improved Euler)."""
@@ -166,7 +210,7 @@ SAMPLERS = {
 STOCHASTIC = ("ddim", "ddpm")
 
 
-def num_evaluations(sampler, steps):
-    """How often a sampler of SAMPLERS runs the network (and calls back) on its way through
+def num_evaluations(sampler: str, steps: Steps) -> int:
+    """Counts how often a sampler of SAMPLERS runs the network (and calls back) on its way through
     `steps`."""
     return len(steps) + (sampler == "plms")

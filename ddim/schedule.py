@@ -5,6 +5,7 @@ of the code its models were published with; a step sequence is the list of steps
 noisiest last."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,23 +14,25 @@ import torch
 # ---- betas: (num, start, end, cosine_s) -> (num,) float64
 
 
-def linear(num, start, end, _):
+def linear(num: int, start: float, end: float, _: float) -> np.ndarray:
     """DDPM: evenly spaced betas."""
     return np.linspace(start, end, num, dtype=np.float64)
 
 
-def scaled_linear(num, start, end, _):
+def scaled_linear(num: int, start: float, end: float, _: float) -> np.ndarray:
     """Latent diffusion ("linear" in its YAML files): evenly spaced square roots of beta."""
     return np.linspace(start**0.5, end**0.5, num, dtype=np.float64) ** 2
 
 
-def improved_linear(num, start, end, _):
+def improved_linear(num: int, start: float, end: float, _: float) -> np.ndarray:
     """Nichol & Dhariwal 2021: start and end are those of 1000 steps; a chain of another length adds
     equal noise."""
     return linear(num, start * 1000 / num, end * 1000 / num, _)
 
 
-def cosine(num, start, end, cosine_s, largest=0.999):
+def cosine(
+    num: int, start: float, end: float, cosine_s: float, largest: float = 0.999
+) -> np.ndarray:
     """Nichol & Dhariwal 2021 (arXiv:2102.09672), Eq. 17: abar follows a squared cosine; betas are
     capped."""
     t = np.arange(num + 1, dtype=np.float64) / num
@@ -66,21 +69,20 @@ class Schedule:
     # coefficients rounded as in the public code, to retrace its images
     as_released: bool = False
 
-    def level(self, t):
+    def level(self, t: int) -> float | torch.Tensor:
         """abar at step t; t = -1 is the level after the last step. A Python float, so that what
         follows from it has double precision, or as released a number of abar's own precision.
         Raises ValueError for a fraction."""
         if isinstance(t, float):
             raise ValueError(
                 f"step {t:g} may lie between two steps, which only the DPM-Solvers allow; choose "
-                "another "
-                "sequence than time_uniform"
+                "another sequence than time_uniform"
             )
         level = float(self.abar[t]) if t >= 0 else self.final
         return torch.tensor(level, dtype=self.abar.dtype) if self.as_released else level
 
     @property
-    def num_timesteps(self):
+    def num_timesteps(self) -> int:
         return len(self.abar)
 
 
@@ -96,18 +98,18 @@ SPACES = {  # three bodies of public code, three habits
 
 def make_schedule(
     *,
-    kind="linear",
-    timesteps=1000,
-    beta_start=1e-4,
-    beta_end=2e-2,
-    cosine_s=0.008,
-    space="pixel",
-    rescale_timesteps=False,
-    variance=None,
-    clip=None,
-    as_released=False,
-):
-    """Schedule from a model YAML.
+    kind: str = "linear",
+    timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 2e-2,
+    cosine_s: float = 0.008,
+    space: str = "pixel",
+    rescale_timesteps: bool = False,
+    variance: str | None = None,
+    clip: bool | None = None,
+    as_released: bool = False,
+) -> Schedule:
+    """Makes the schedule of a model YAML.
 
     `space` says whose habits the model has: "pixel", "pixel64" or "latent" (steps + 1, ends at
     abar[0]); `variance` and `clip` override its choice; with `rescale_timesteps` the network counts
@@ -140,9 +142,15 @@ def make_schedule(
     return Schedule(abar, final=float(abar[0]), step_offset=1, **habits)
 
 
-def make_betas(kind, timesteps, beta_start=1e-4, beta_end=2e-2, cosine_s=0.008):
-    """The (timesteps,) float64 betas of a kind; cosine has no start and end. Raises ValueError for
-    another word."""
+def make_betas(
+    kind: str,
+    timesteps: int,
+    beta_start: float = 1e-4,
+    beta_end: float = 2e-2,
+    cosine_s: float = 0.008,
+) -> np.ndarray:
+    """Makes the (timesteps,) float64 betas of a kind; cosine has no start and end. Raises
+    ValueError for another word."""
     if kind not in BETAS:
         raise ValueError(f"schedule kind '{kind}' is unknown; choose one of {', '.join(BETAS)}")
     return BETAS[kind](timesteps, beta_start, beta_end, cosine_s)
@@ -151,18 +159,18 @@ def make_betas(kind, timesteps, beta_start=1e-4, beta_end=2e-2, cosine_s=0.008):
 # ---- step sequences: (T, S) -> ascending steps
 
 
-def uniform(total, num):
+def uniform(total: int, num: int) -> list[int]:
     """0, c, 2c, ... with c = T // S, so there are more than S steps where S does not divide T."""
     return list(range(0, total, total // num))
 
 
-def quad(total, num):
+def quad(total: int, num: int) -> list[int]:
     """int(linspace(0, sqrt(0.8 T), S)^2), whose first entries may repeat and whose noisiest step is
     0.8 T (Song et al. 2021, D.3)."""
     return [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), num) ** 2]
 
 
-def respaced(total, num):
+def respaced(total: int, num: int) -> list[int]:
     """Nichol & Dhariwal 2021, Section 4: S steps from 0 to T - 1 at a fractional stride, rounded
     half to even."""
     stride = (total - 1) / (num - 1) if num > 1 else 1.0
@@ -170,7 +178,7 @@ def respaced(total, num):
     return [int(s) for s in np.cumsum([0.0] + [stride] * (num - 1)).round()]
 
 
-def sections(total, counts):
+def sections(total: int, counts: Sequence[int]) -> list[int]:
     """The chain cut into len(counts) pieces of (nearly) equal length, longer ones first, each
     respaced by itself."""
     steps, start = [], 0
@@ -186,7 +194,7 @@ def sections(total, counts):
     return steps
 
 
-def ddim_stride(total, num):
+def ddim_stride(total: int, num: int) -> list[int]:
     """ "ddimS" of improved diffusion: the smallest whole stride from 0 that gives exactly S
     steps."""
     for stride in range(1, total + 1):
@@ -194,12 +202,11 @@ def ddim_stride(total, num):
             return list(range(0, total, stride))
     raise ValueError(
         f"no whole stride gives exactly {num} steps in a chain of {total}; choose a count that "
-        "divides "
-        "the chain, or skip: respaced"
+        "divides the chain, or skip: respaced"
     )
 
 
-def time_uniform(total, num):
+def time_uniform(total: int, num: int) -> list[float]:
     """DPM-Solver: time from T - 1 down to 0 in S equal pieces, a fraction of a step where T - 1 is
     no multiple of S. These are the noisy ends of the pieces; 0, where the last one ends, is not
     visited."""
@@ -216,9 +223,10 @@ STEPS = {
 OFFSET = ("uniform", "quad")  # sequences that latent diffusion moves by one
 
 
-def step_sequence(skip, num_steps, schedule):
-    """Ascending steps of a word of STEPS, or of a list of counts such as "10,5,5" that add up to
-    `num_steps` (see `sections`). Raises ValueError for an impossible count or an unknown word."""
+def step_sequence(skip: str, num_steps: int, schedule: Schedule) -> list[int] | list[float]:
+    """Lists the ascending steps of a word of STEPS, or of a list of counts such as "10,5,5" that
+    add up to `num_steps` (see `sections`). Raises ValueError for an impossible count or an unknown
+    word."""
     total = schedule.num_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(
@@ -243,7 +251,6 @@ def step_sequence(skip, num_steps, schedule):
     if steps[-1] >= total:
         raise ValueError(
             f"{num_steps} {skip} steps run past the end of the chain of {total} (last step "
-            f"{steps[-1]}); "
-            "choose a count that divides the chain"
+            f"{steps[-1]}); choose a count that divides the chain"
         )
     return steps

@@ -9,6 +9,9 @@ concatenation knows where the halves meet (`input_splits`).
 Axes: N images, C channels, H x W pixels, E embedding features, L = H*W positions.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,8 +19,9 @@ from torch import nn
 from base.network import AttentionPart, Matmul, tag, timestep_embedding
 
 
-def conv(role, in_ch, out_ch, size=3, **facts):
-    return tag(role, nn.Conv2d(in_ch, out_ch, size, padding=size // 2), **facts)
+def conv(role: str, in_ch: int, out_ch: int, size: int = 3, **attributes: Any) -> nn.Conv2d:
+    """Makes a convolution that keeps the size of maps, tagged as in base.network.tag."""
+    return tag(role, nn.Conv2d(in_ch, out_ch, size, padding=size // 2), **attributes)
 
 
 class ResnetBlock(nn.Module):
@@ -29,7 +33,15 @@ class ResnetBlock(nn.Module):
 
     is_unit = True
 
-    def __init__(self, in_ch, out_ch, temb_ch, dropout, groups, input_splits=None):
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        temb_ch: int | None,
+        dropout: float,
+        groups: int,
+        input_splits: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_ch, eps=1e-6)
         self.conv1 = conv("conv1", in_ch, out_ch)
@@ -41,7 +53,8 @@ class ResnetBlock(nn.Module):
         if in_ch != out_ch:
             self.nin_shortcut = conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
 
-    def forward(self, x, temb=None):
+    def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+        """x (N, C, H, W), temb (N, E) -> (N, C', H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
@@ -54,7 +67,7 @@ class AttnBlock(nn.Module):
 
     is_unit = True
 
-    def __init__(self, ch, groups):
+    def __init__(self, ch: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, ch, eps=1e-6)
         self.q = conv("q", ch, ch, 1)
@@ -64,7 +77,7 @@ class AttnBlock(nn.Module):
         self.av_matmul = Matmul("v", "probs")
         self.proj_out = conv("proj", ch, ch, 1)
 
-    def attention_parts(self, name):
+    def attention_parts(self, name: str) -> list[AttentionPart]:
         """The AttentionPart of this block, whose name in the network is `name`."""
         rows = torch.arange(self.norm.num_channels)
         q, k, v, proj, qk, av = (
@@ -72,7 +85,7 @@ class AttnBlock(nn.Module):
         )
         return [AttentionPart(f"{name}.norm", [q, k, v], q, k, v, proj, qk, av, rows, rows, rows)]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, height, width = x.shape
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # (N, C, L)
@@ -87,24 +100,24 @@ class Downsample(nn.Module):
     """3x3 convolution of stride 2 over an input padded right and below only; 2x2 mean without
     convolution."""
 
-    def __init__(self, ch, with_conv):
+    def __init__(self, ch: int, with_conv: bool) -> None:
         super().__init__()
         if with_conv:
             self.conv = tag("down", nn.Conv2d(ch, ch, 3, stride=2))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1))) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
 
 
 class Upsample(nn.Module):
     """Nearest neighbour by two, then a 3x3 convolution."""
 
-    def __init__(self, ch, with_conv):
+    def __init__(self, ch: int, with_conv: bool) -> None:
         super().__init__()
         if with_conv:
             self.conv = conv("up", ch, ch)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if hasattr(self, "conv") else x
 
@@ -119,17 +132,17 @@ class UNet(nn.Module):
     def __init__(
         self,
         *,
-        image_size,
-        in_channels=3,
-        out_ch=3,
-        ch=128,
-        ch_mult=(1, 2, 2, 2),
-        num_res_blocks=2,
-        attn_resolutions=(16,),
-        dropout=0.0,
-        resamp_with_conv=True,
-        norm_groups=32,
-    ):
+        image_size: int,
+        in_channels: int = 3,
+        out_ch: int = 3,
+        ch: int = 128,
+        ch_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        norm_groups: int = 32,
+    ) -> None:
         super().__init__()
         self.ch, self.in_channels, self.image_size = ch, in_channels, image_size
         self.num_res_blocks, self.num_levels = num_res_blocks, len(ch_mult)
@@ -187,14 +200,13 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(norm_groups, h_ch, eps=1e-6)
         self.conv_out = conv("out", h_ch, out_ch)
 
-    def embed_time(self, t):
+    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
         """t (N,) float or integer steps -> (N, E), what the blocks project."""
         dense_0, dense_1 = self.temb.dense
-        return dense_1(
-            F.silu(dense_0(timestep_embedding(t, self.ch).to(self.norm_out.weight.dtype)))
-        )
+        waves = timestep_embedding(t, self.ch).to(self.norm_out.weight.dtype)
+        return dense_1(F.silu(dense_0(waves)))
 
-    def forward(self, x, t):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x (N, C, H, W) float, t (N,) float or integer steps -> eps, shaped as x."""
         temb = self.embed_time(t)
 

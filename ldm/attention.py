@@ -21,14 +21,15 @@ class GroupNorm(nn.GroupNorm):
     """Group norm in the precision of its own parameters: float32 also where the convolutions are in
     half."""
 
-    def __init__(self, channels, eps=1e-5):
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(32, channels, eps=eps)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-def softmax(scores):
+def softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last axis, in float32; returns the dtype of `scores`."""
     return scores.float().softmax(dim=-1).to(scores.dtype)
 
 
@@ -36,13 +37,13 @@ class QKVAttention(nn.Module):
     """Self-attention of a fused qkv tensor. Its 3C rows are `legacy`: for each head its q, k and v;
     or in the new order: q of all heads, k of all heads, v of all heads."""
 
-    def __init__(self, num_heads, new_order):
+    def __init__(self, num_heads: int, new_order: bool) -> None:
         super().__init__()
         self.num_heads, self.new_order = num_heads, new_order
         self.qk_matmul = Matmul("q", "k", num_heads=num_heads)
         self.av_matmul = Matmul("v", "probs", num_heads=num_heads)
 
-    def forward(self, qkv):
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
         """(N, 3C, L) -> (N, C, L)."""
         n, rows, length = qkv.shape
         if self.new_order:
@@ -64,37 +65,37 @@ class AttentionBlock(nn.Module):
 
     is_unit = True
 
-    def __init__(self, ch, num_heads, new_order=False):
+    def __init__(self, ch: int, num_heads: int, new_order: bool = False) -> None:
         super().__init__()
         self.norm = GroupNorm(ch)
         self.qkv = tag("qkv", nn.Conv1d(ch, 3 * ch, 1))
         self.attention = QKVAttention(num_heads, new_order)
         self.proj_out = tag("proj", nn.Conv1d(ch, ch, 1))
 
-    def attention_parts(self, name):
+    def attention_parts(self, name: str) -> list[AttentionPart]:
         """The AttentionPart of this block, whose name in the network is `name`."""
         heads, rows = self.attention.num_heads, torch.arange(3 * self.norm.num_channels)
-        order = (
-            rows.reshape(3, -1)
-            if self.attention.new_order
-            else rows.reshape(heads, 3, -1).transpose(0, 1)
+        if self.attention.new_order:
+            q_rows, k_rows, v_rows = rows.reshape(3, -1)
+        else:
+            q_rows, k_rows, v_rows = rows.reshape(heads, 3, -1).unbind(1)
+        qkv = f"{name}.qkv"
+        part = AttentionPart(
+            norm=f"{name}.norm",
+            readers=[qkv],
+            q=qkv,
+            k=qkv,
+            v=qkv,
+            proj=f"{name}.proj_out",
+            qk=f"{name}.attention.qk_matmul",
+            av=f"{name}.attention.av_matmul",
+            q_rows=q_rows.flatten(),
+            k_rows=k_rows.flatten(),
+            v_rows=v_rows.flatten(),
         )
-        qkv, proj, inside = f"{name}.qkv", f"{name}.proj_out", f"{name}.attention"
-        return [
-            AttentionPart(
-                f"{name}.norm",
-                [qkv],
-                qkv,
-                qkv,
-                qkv,
-                proj,
-                f"{inside}.qk_matmul",
-                f"{inside}.av_matmul",
-                *(part.flatten() for part in order),
-            )
-        ]
+        return [part]
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         # (N, C, L)
         tokens = x.flatten(2)
         h = self.proj_out(self.attention(self.qkv(self.norm(tokens))))
@@ -104,7 +105,7 @@ class AttentionBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of tokens to a context, or to themselves where there is none."""
 
-    def __init__(self, dim, context_dim, num_heads, head_dim):
+    def __init__(self, dim: int, context_dim: int | None, num_heads: int, head_dim: int) -> None:
         super().__init__()
         inner, self.num_heads = num_heads * head_dim, num_heads
         self.to_q = tag("q", nn.Linear(dim, inner, bias=False))
@@ -114,17 +115,15 @@ class CrossAttention(nn.Module):
         self.av_matmul = Matmul("probs", "v", num_heads=num_heads)
         self.to_out = nn.Sequential(tag("proj", nn.Linear(inner, dim)))
 
-    def split_heads(self, tokens):
+    def split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         """(N, L, heads * D) -> (N, heads, L, D)."""
         return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, x, context=None):
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (N, L, C), context (N, M, E) -> (N, L, C)."""
         context = x if context is None else context
-        q, k, v = (
-            self.split_heads(tokens)
-            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        projected = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (self.split_heads(tokens) for tokens in projected)
         # (N, heads, L, M)
         scores = self.qk_matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
         # (N, heads, L, D)
@@ -135,24 +134,26 @@ class CrossAttention(nn.Module):
 class GEGLU(nn.Module):
     """Linear to two halves: value times GELU of the gate (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, dim, inner):
+    def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.proj = tag("ff", nn.Linear(dim, 2 * inner))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, dim):
+    """GEGLU to four times the features, then a linear layer back."""
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
         # The identity keeps the place of a dropout that no public network uses.
         self.net = nn.Sequential(
             GEGLU(dim, 4 * dim), nn.Identity(), tag("ff", nn.Linear(4 * dim, dim))
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
@@ -162,38 +163,37 @@ class BasicTransformerBlock(nn.Module):
 
     is_unit = True
 
-    def __init__(self, dim, context_dim, num_heads, head_dim):
+    def __init__(self, dim: int, context_dim: int | None, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, None, num_heads, head_dim)
         self.ff = FeedForward(dim)
         self.attn2 = CrossAttention(dim, context_dim, num_heads, head_dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def attention_parts(self, name):
+    def attention_parts(self, name: str) -> list[AttentionPart]:
         """The AttentionParts of both attentions of this block, whose name in the network is
         `name`."""
         parts = []
-        for attention, norm, own in (("attn1", "norm1", "qkv"), ("attn2", "norm2", "q")):
+        for attention, norm, fed in (("attn1", "norm1", "qkv"), ("attn2", "norm2", "q")):
             at = f"{name}.{attention}"
             rows = torch.arange(self.get_submodule(attention).to_q.weight.shape[0])
-            parts.append(
-                AttentionPart(
-                    f"{name}.{norm}",
-                    [f"{at}.to_{x}" for x in own],
-                    f"{at}.to_q",
-                    f"{at}.to_k",
-                    f"{at}.to_v",
-                    f"{at}.to_out.0",
-                    f"{at}.qk_matmul",
-                    f"{at}.av_matmul",
-                    rows,
-                    rows,
-                    rows,
-                )
+            part = AttentionPart(
+                norm=f"{name}.{norm}",
+                readers=[f"{at}.to_{x}" for x in fed],
+                q=f"{at}.to_q",
+                k=f"{at}.to_k",
+                v=f"{at}.to_v",
+                proj=f"{at}.to_out.0",
+                qk=f"{at}.qk_matmul",
+                av=f"{at}.av_matmul",
+                q_rows=rows,
+                k_rows=rows,
+                v_rows=rows,
             )
+            parts.append(part)
         return parts
 
-    def forward(self, x, context=None):
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (N, L, C), context (N, M, E) -> (N, L, C)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
@@ -204,7 +204,9 @@ class SpatialTransformer(nn.Module):
     """norm, projection to heads * D features, transformer blocks over the pixels, projection back;
     plus the input."""
 
-    def __init__(self, ch, num_heads, head_dim, depth=1, context_dim=None):
+    def __init__(
+        self, ch: int, num_heads: int, head_dim: int, depth: int = 1, context_dim: int | None = None
+    ) -> None:
         super().__init__()
         inner = num_heads * head_dim
         self.norm = GroupNorm(ch, eps=1e-6)
@@ -214,7 +216,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = conv("proj", inner, ch, 1)
 
-    def forward(self, x, context=None):
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (N, C, H, W), context (N, M, E) -> (N, C, H, W)."""
         h = self.proj_in(self.norm(x))
         # (N, L, C)

@@ -11,6 +11,7 @@ vectors."""
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,59 +48,53 @@ class Layout:
 
     def __post_init__(self):
         if self.attn_type not in ("vanilla", "none"):
-            raise ValueError(
-                unknown_word(
-                    f"attn_type '{self.attn_type}' of the ddconfig is unknown",
-                    self.attn_type,
-                    ["vanilla", "none"],
-                )
-            )
+            complaint = f"attn_type '{self.attn_type}' of the ddconfig is unknown"
+            raise ValueError(unknown_word(complaint, self.attn_type, ["vanilla", "none"]))
 
-    def block(self, in_ch, out_ch):
+    def block(self, in_ch: int, out_ch: int) -> ResnetBlock:
+        """Makes a block without a time embedding."""
         return ResnetBlock(in_ch, out_ch, None, self.dropout, self.norm_groups)
 
-    def attention(self, ch):
+    def attention(self, ch: int) -> nn.Module:
+        """Makes an attention, or nothing where there is none anywhere."""
         return AttnBlock(ch, self.norm_groups) if self.attn_type == "vanilla" else nn.Identity()
 
-    def level(self, in_ch, out_ch, num_blocks, i):
-        """Level i, of the highest resolution first: its blocks, each with attention where the size
-        asks for it."""
+    def level(self, in_ch: int, out_ch: int, num_blocks: int, i: int) -> nn.Module:
+        """Makes level i, counted from the highest resolution: its blocks, each with attention where
+        the size asks for it."""
         level = nn.Module()
         level.block = nn.ModuleList(
             self.block(out_ch if j else in_ch, out_ch) for j in range(num_blocks)
         )
-        attends = self.resolution // 2**i in self.attn_resolutions
-        level.attn = nn.ModuleList(
-            self.attention(out_ch) for _ in range(num_blocks if attends else 0)
-        )
+        num_attentions = num_blocks if self.resolution // 2**i in self.attn_resolutions else 0
+        level.attn = nn.ModuleList(self.attention(out_ch) for _ in range(num_attentions))
         return level
 
-    def middle(self, ch):
+    def middle(self, ch: int) -> nn.Module:
+        """Makes a block, an attention and a block."""
         mid = nn.Module()
-        mid.block_1, mid.attn_1, mid.block_2 = (
-            self.block(ch, ch),
-            self.attention(ch),
-            self.block(ch, ch),
-        )
+        mid.block_1 = self.block(ch, ch)
+        mid.attn_1 = self.attention(ch)
+        mid.block_2 = self.block(ch, ch)
         return mid
 
 
-def read_layout(ddconfig, double_z):
-    """The Layout of a `ddconfig` dict whose double_z has to be the given one; ValueError for every
-    mistake in it."""
+def read_layout(ddconfig: dict[str, Any], double_z: bool) -> Layout:
+    """Reads the Layout from a `ddconfig` whose double_z has to be the given one. Raises ValueError
+    for every mistake in it."""
     known = inspect.signature(Layout).parameters
     needed = [name for name, option in known.items() if option.default is option.empty]
     check_options("the ddconfig of the autoencoder", ddconfig, known, needed, kind="key")
     if ddconfig["double_z"] is not double_z:
         raise ValueError(
             f"the ddconfig says double_z: {ddconfig['double_z']}; expected true for an "
-            "autoencoder-kl and "
-            "false for an autoencoder-vq"
+            "autoencoder-kl and false for an autoencoder-vq"
         )
     return Layout(**ddconfig)
 
 
-def run_level(level, h):
+def run_level(level: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    """Runs the blocks and attentions of a level, in turn, on h (N, C, H, W)."""
     for j, block in enumerate(level.block):
         h = block(h)
         h = level.attn[j](h) if len(level.attn) else h
@@ -109,7 +104,7 @@ def run_level(level, h):
 class Encoder(nn.Module):
     """Image (N, C, H, W) -> (N, z_channels, h, w), or twice the channels with double_z."""
 
-    def __init__(self, layout):
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
         h_ch, last = layout.ch, len(layout.ch_mult) - 1
         self.conv_in = conv("stem", layout.in_channels, h_ch)
@@ -123,7 +118,7 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(layout.norm_groups, h_ch, eps=1e-6)
         self.conv_out = conv("out", h_ch, layout.z_channels * (2 if layout.double_z else 1))
 
-    def forward(self, image):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(image)
         for level in self.down:
             h = run_level(level, h)
@@ -135,7 +130,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(N, z_channels, h, w) -> image (N, out_ch, H, W), not clamped."""
 
-    def __init__(self, layout):
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
         h_ch = layout.ch * layout.ch_mult[-1]
         self.conv_in = conv("stem", layout.z_channels, h_ch)
@@ -151,7 +146,7 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(layout.norm_groups, h_ch, eps=1e-6)
         self.conv_out = conv("out", h_ch, layout.out_ch)
 
-    def forward(self, z):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(z)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         for level in reversed(self.up):
@@ -164,7 +159,7 @@ class AutoencoderKL(nn.Module):
     """A normal law over latents, kept near the standard one. An image H x W has latents (embed_dim,
     H/f, W/f), f being the attribute `downsampling`."""
 
-    def __init__(self, *, embed_dim, ddconfig):
+    def __init__(self, *, embed_dim: int, ddconfig: dict[str, Any]) -> None:
         super().__init__()
         layout = read_layout(ddconfig, double_z=True)
         self.embed_dim, self.downsampling = embed_dim, 2 ** (len(layout.ch_mult) - 1)
@@ -172,22 +167,24 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = conv("out", 2 * layout.z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = conv("stem", embed_dim, layout.z_channels, 1)
 
-    def moments(self, image):
+    def moments(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, C, H, W) -> mean and log-variance of its latents, each (N, D, h, w)."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, image, noise=None):
+    def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w): drawn with the standard normal `noise`,
         or the mode."""
         mean, logvar = self.moments(image)
         return mean if noise is None else mean + (logvar / 2).exp() * noise
 
-    def decode(self, z):
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
         """(N, D, h, w) -> (N, C, H, W), nominally in [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
-    def forward(self, image, noise):
+    def forward(
+        self, image: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """For training: reconstruction (N, C, H, W), and the mean over images of the
         Kullback-Leibler divergence of their latents from the standard normal law (Kingma and
         Welling 2014, arXiv:1312.6114, Appendix B)."""
@@ -201,7 +198,7 @@ class AutoencoderVQ(nn.Module):
     latents of the diffusion are those before the codebook; decoding goes through it. Attributes as
     in AutoencoderKL."""
 
-    def __init__(self, *, embed_dim, n_embed, ddconfig):
+    def __init__(self, *, embed_dim: int, n_embed: int, ddconfig: dict[str, Any]) -> None:
         super().__init__()
         layout = read_layout(ddconfig, double_z=False)
         self.embed_dim, self.downsampling = embed_dim, 2 ** (len(layout.ch_mult) - 1)
@@ -212,12 +209,12 @@ class AutoencoderVQ(nn.Module):
         self.quant_conv = conv("out", layout.z_channels, embed_dim, 1)
         self.post_quant_conv = conv("stem", embed_dim, layout.z_channels, 1)
 
-    def encode(self, image, noise=None):
+    def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w) before the codebook. There is no law to
         draw from: `noise` is taken so that both kinds are called alike, and has no effect."""
         return self.quant_conv(self.encoder(image))
 
-    def nearest(self, z):
+    def nearest(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, D, h, w) -> the code vectors nearest to it, of that shape, and their indices (N, h,
         w); of equally near ones the first."""
         codes = self.quantize.embedding.weight  # (K, D)
@@ -226,21 +223,19 @@ class AutoencoderVQ(nn.Module):
             rows, wide = z.movedim(1, -1).flatten(0, -2).double(), codes.double()
             # |z - e|^2 = |e|^2 - 2 z.e + what all codes have in common
             norms = wide.square().sum(1)
+            parts = rows.split(max(1, DISTANCES // len(codes)))
             indices = torch.cat(
-                [
-                    torch.addmm(norms, part, wide.T, alpha=-2).argmin(1)
-                    for part in rows.split(max(1, DISTANCES // len(codes)))
-                ]
+                [torch.addmm(norms, part, wide.T, alpha=-2).argmin(1) for part in parts]
             )
         indices = indices.view(z.shape[0], *z.shape[2:])
         return F.embedding(indices, codes).movedim(-1, 1), indices
 
-    def decode(self, z, quantize=True):
+    def decode(self, z: torch.Tensor, quantize: bool = True) -> torch.Tensor:
         """(N, D, h, w) -> (N, C, H, W), nominally in [-1, 1], not clamped; `quantize` snaps z to
         the codebook first."""
         return self.decoder(self.post_quant_conv(self.nearest(z)[0] if quantize else z))
 
-    def forward(self, image):
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For training: reconstruction (N, C, H, W), and the codebook and commitment terms of Eq.
         3, averaged."""
         z = self.encode(image)

@@ -7,8 +7,11 @@ Axes: N images, T tokens, D features.
 """
 
 import sys
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,16 +25,17 @@ VOCABULARY = ("vocab.json", "merges.txt")
 class ClassEmbedder(nn.Module):
     """A learned vector per class, as a context of one token."""
 
-    def __init__(self, *, n_classes, embed_dim):
+    def __init__(self, *, n_classes: int, embed_dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
-    def forward(self, labels):
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
         """(N,) integers -> (N, 1, D)."""
         return self.embedding(labels)[:, None]
 
 
-def clip_library():
+def clip_library() -> ModuleType:
+    """Imports the package that has CLIP. Raises ValueError where it is not installed."""
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -54,16 +58,16 @@ class TextEncoder(nn.Module):
     def __init__(
         self,
         *,
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-        tokenizer=TOKENIZER,
-    ):
+        vocab_size: int = 49408,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        max_position_embeddings: int = 77,
+        hidden_act: str = "quick_gelu",
+        layer_norm_eps: float = 1e-5,
+        tokenizer: Path | str = TOKENIZER,
+    ) -> None:
         super().__init__()
         library = clip_library()
         clip = library.CLIPTextModel(
@@ -80,10 +84,8 @@ class TextEncoder(nn.Module):
                 eos_token_id=vocab_size - 1,
             )
         )
-        self.max_tokens, self.tokenizer_path = (
-            max_position_embeddings,
-            PROJECT / Path(tokenizer).expanduser(),
-        )
+        self.max_tokens = max_position_embeddings
+        self.tokenizer_path = PROJECT / Path(tokenizer).expanduser()
         # transformers 5 has no level text_model, the files have
         self.transformer = nn.Module()
         self.transformer.text_model = getattr(clip, "text_model", clip)
@@ -94,13 +96,14 @@ class TextEncoder(nn.Module):
             lambda _, state, prefix, *args: state.pop(f"{prefix}position_ids", None)
         )
 
-    def forward(self, ids):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(N, T) token numbers -> (N, T, D), the last layer's output after the final layer norm."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         return self.transformer.text_model(ids, position_ids=positions).last_hidden_state
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
+        """CLIP's. Raises ValueError where its files are not there."""
         if not all((self.tokenizer_path / name).is_file() for name in VOCABULARY):
             raise ValueError(
                 f"prompts need CLIP's tokenizer: put {' and '.join(VOCABULARY)} of "
@@ -110,7 +113,7 @@ class TextEncoder(nn.Module):
             self.tokenizer_path, local_files_only=True
         )
 
-    def tokenize(self, prompts):
+    def tokenize(self, prompts: Iterable[str]) -> torch.Tensor:
         """N strings -> (N, T) token numbers: begin, words, end, filled up with the end token; long
         prompts are cut."""
         return self.tokenizer(

@@ -10,6 +10,8 @@ carry their `role`, and a convolution that reads a concatenation knows where the
 Axes: N images, C channels, H x W pixels, E embedding features; M context tokens of D features.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -17,17 +19,21 @@ from base.network import Operand, tag, timestep_embedding
 from ddim.unet import Upsample, conv
 from ldm.attention import AttentionBlock, BasicTransformerBlock, GroupNorm, SpatialTransformer
 
+# a context (N, M, D), class labels (N,), both, or nothing
+Condition = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+
 
 class Downsample(nn.Module):
     """3x3 convolution of stride 2, padded all round; 2x2 mean without convolution."""
 
-    def __init__(self, ch, with_conv):
+    def __init__(self, ch: int, with_conv: bool) -> None:
         super().__init__()
-        self.op = (
-            tag("down", nn.Conv2d(ch, ch, 3, stride=2, padding=1)) if with_conv else nn.AvgPool2d(2)
-        )
+        if with_conv:
+            self.op = tag("down", nn.Conv2d(ch, ch, 3, stride=2, padding=1))
+        else:
+            self.op = nn.AvgPool2d(2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.op(x)
 
 
@@ -42,15 +48,15 @@ class ResBlock(nn.Module):
 
     def __init__(
         self,
-        in_ch,
-        out_ch,
-        emb_ch,
+        in_ch: int,
+        out_ch: int,
+        emb_ch: int,
         *,
-        dropout=0.0,
-        scale_shift=False,
-        resample=None,
-        input_splits=None,
-    ):
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: nn.Module | None = None,
+        input_splits: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.in_layers = nn.Sequential(GroupNorm(in_ch), nn.SiLU(), conv("conv1", in_ch, out_ch))
@@ -67,7 +73,7 @@ class ResBlock(nn.Module):
             nn.Identity() if same else conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
         )
 
-    def forward(self, x, emb):
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """x (N, C, H, W), emb (N, E) -> (N, C', H', W')."""
         norm1, swish, conv1 = self.in_layers
         norm2, _, dropout, conv2 = self.out_layers
@@ -84,7 +90,9 @@ class ResBlock(nn.Module):
 class Stage(nn.Sequential):
     """Layers in a row, each given what it takes."""
 
-    def forward(self, x, emb, context):
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None
+    ) -> torch.Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -111,30 +119,30 @@ class UNet(nn.Module):
     def __init__(
         self,
         *,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions=None,
-        attention_downsampling_factors=None,
-        image_size=None,
-        dropout=0.0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        num_classes=None,
-        num_heads=-1,
-        num_head_channels=-1,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        use_spatial_transformer=False,
-        transformer_depth=1,
-        context_dim=None,
-        legacy=True,
-        use_checkpoint=False,
-        use_fp16=False,
-    ):
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int] | None = None,
+        attention_downsampling_factors: Sequence[int] | None = None,
+        image_size: int | None = None,
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        legacy: bool = True,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+    ) -> None:
         super().__init__()
         if (attention_resolutions is None) == (attention_downsampling_factors is None):
             raise ValueError(
@@ -148,34 +156,26 @@ class UNet(nn.Module):
         if attention_resolutions is None:
             attention_resolutions = attention_downsampling_factors
         self.in_channels, self.out_channels, self.image_size = in_channels, out_channels, image_size
-        self.model_channels, self.num_classes, self.context_dim = (
-            model_channels,
-            num_classes,
-            context_dim,
-        )
+        self.model_channels, self.num_classes = model_channels, num_classes
+        self.context_dim = context_dim
         emb_ch = 4 * model_channels
         level_channels = [int(mult * model_channels) for mult in channel_mult]
 
-        def block(in_ch, out_ch, **facts):
-            return ResBlock(
-                in_ch, out_ch, emb_ch, dropout=dropout, scale_shift=use_scale_shift_norm, **facts
-            )
+        options = {"dropout": dropout, "scale_shift": use_scale_shift_norm}
+
+        def block(in_ch, out_ch, **more):
+            return ResBlock(in_ch, out_ch, emb_ch, **options, **more)
 
         def resampler(kind, ch):
-            return (
-                block(ch, ch, resample=kind(ch, False))
-                if resblock_updown
-                else kind(ch, conv_resample)
-            )
+            if resblock_updown:
+                return block(ch, ch, resample=kind(ch, False))
+            return kind(ch, conv_resample)
 
         def attention(ch, num_heads):
             fixed_width = num_head_channels > 0
             heads = ch // num_head_channels if fixed_width else num_heads
-            if (
-                heads < 1
-                or not use_spatial_transformer
-                and ch % (num_head_channels if fixed_width else heads)
-            ):
+            divisor = num_head_channels if fixed_width else heads
+            if heads < 1 or not use_spatial_transformer and ch % divisor:
                 wanted = f"heads of {num_head_channels}" if fixed_width else f"{heads} heads"
                 raise ValueError(f"{ch} channels cannot be split evenly into {wanted}")
             if not use_spatial_transformer:
@@ -235,14 +235,14 @@ class UNet(nn.Module):
                     if isinstance(layer, (nn.Conv1d, nn.Conv2d, BasicTransformerBlock)):
                         layer.half()
 
-    def embed_time(self, t, labels=None):
+    def embed_time(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """t (N,) float or integer steps, class labels (N,) if the network takes them -> (N, E),
         what blocks project."""
         dtype = self.out[0].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.model_channels, cos_first=True).to(dtype))
         return emb if labels is None else emb + self.label_emb(labels)
 
-    def forward(self, x, t, cond=None):
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
         """x (N, C, H, W) float, t (N,) float or integer steps -> (N, out_channels, H, W).
 
         `cond` is what the network was made for: a context (N, M, D), class labels (N,), the pair
@@ -262,9 +262,11 @@ class UNet(nn.Module):
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h.to(x.dtype))
 
-    def context_and_labels(self, cond, n):
-        """Take `cond` apart -> context or None, labels or None. Raises ValueError if it is not what
-        was expected."""
+    def context_and_labels(
+        self, cond: Condition, n: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Takes the condition of n samples apart into context or None, and labels or None. Raises
+        ValueError if it is not what the network was made for."""
         takes_context, takes_labels = self.context_dim is not None, self.num_classes is not None
         context = labels = cond
         if takes_context and takes_labels and isinstance(cond, (tuple, list)) and len(cond) == 2:
@@ -283,11 +285,9 @@ class UNet(nn.Module):
             expected.append(f"class labels of shape ({n},), torch.int64")
             fits &= torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.shape == (n,)
         if not fits:
-            given = (
-                f"{cond.dtype} of shape {tuple(cond.shape)}"
-                if torch.is_tensor(cond)
-                else type(cond).__name__
-            )
+            given = type(cond).__name__
+            if torch.is_tensor(cond):
+                given = f"{cond.dtype} of shape {tuple(cond.shape)}"
             raise ValueError(
                 f"the condition of this network is {' and '.join(expected) or 'None'}; given: "
                 f"{given}"

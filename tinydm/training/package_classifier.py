@@ -1,8 +1,8 @@
 """Package a trained classifier as the offline extractor, with reference statistics of the training
 images:
 
-    python scripts/package_classifier.py run=FOLDER data=FOLDER [out=models/weights] [hardware=TEXT]
-    [note=TEXT]
+    python scripts/package_classifier.py run=FOLDER data=FOLDER [out=models/weights] \\
+        [hardware=TEXT] [note=TEXT]
 
 `run` is the folder of scripts/train.py, `data` as there. Writes cifar10-classifier.safetensors
 (fp16 weights), cifar10-classifier-stats.safetensors (mean and covariance of the pooled and of the
@@ -12,6 +12,7 @@ and cifar10-classifier.json."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.version import __version__ as fidelity_version
@@ -40,9 +41,9 @@ class PackageConfig:
     note: str = ""  # what a reader must know of the images
 
 
-def package_weights(run, path):
-    """Copy the weights of a training run to `path`, self-describing; returns the record of the
-    run."""
+def package_weights(run: Path, path: Path) -> dict[str, Any]:
+    """Copies the weights of a training run to `path`, self-describing; returns the record of the
+    run. Raises ValueError where the training has not finished."""
     if not (run / "record.json").is_file():
         raise ValueError(
             f"{run} holds no finished training; make it with python scripts/train.py "
@@ -57,8 +58,8 @@ def package_weights(run, path):
     return record
 
 
-def package(config):
-    """Write the three files; returns the record."""
+def package(config: PackageConfig) -> dict[str, Any]:
+    """Writes the three files; returns the record."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     weights_path, statistics_path = out / f"{NAME}.safetensors", out / f"{NAME}-stats.safetensors"
@@ -108,7 +109,8 @@ def package(config):
     return record
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
+    """Packages by a command line."""
     record = package(load(PackageConfig, [], arguments))
     print(
         f"test accuracy {record['test_accuracy']:.2%}, test FD-cifar-resnet "
