@@ -8,7 +8,8 @@ from tinydm.report.page import write_report
 from tinydm.run_folder import open_run
 
 
-def run(arguments):
+def run(arguments: list[str]) -> None:
+    """Write the page that a command line asks for."""
     folders, words = split_arguments(arguments)
     unknown = [w for w in words if not w.startswith("out=")]
     if unknown or not folders:
@@ -16,5 +17,4 @@ def run(arguments):
     for folder in folders:
         open_run(folder)
     path = Path(words[0].removeprefix("out=")) if words else Path(folders[0]) / "report.html"
-    write_report([Path(f) for f in folders], path)
-    print(f"report: {path}")
+    print(f"report: {write_report(folders, path)}")

@@ -6,9 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
-from tinydm.report.page import curve, read_run, write_report
+from tinydm.report.page import template_environment, write_report
+from tinydm.report.reading import number, read_run
 
 
 def write_images(folder, num, seed):
@@ -145,9 +147,36 @@ def test_a_comparison_comes_first_even_without_runs(tmp_path):
     )
 
 
+def test_numbers_stand_right_and_text_left_and_text_is_escaped():
+    source = "{% from 'parts.html.j2' import table %}{{ table(head, rows, ['text', 'number']) }}"
+    rows = [["x", 1.5], ["<y> & z", {"value": 2, "small": "<s>"}], ["", None]]
+    page = template_environment().from_string(source).render(head=["a", "b"], rows=rows)
+    assert re.findall('<th scope="col" class="(.*?)">(.*?)</th>', page) == [
+        ("text", "a"),
+        ("number", "b"),
+    ]
+    assert re.findall("<tr>(<td.*?)</tr>", page) == [
+        '<td class="text">x</td><td class="number">1.500</td>',
+        '<td class="text">&lt;y&gt; &amp; z</td><td class="number">2<small>&lt;s&gt;</small></td>',
+        '<td class="text"></td><td class="number">–</td>',
+    ]
+
+
+def test_a_name_that_a_template_misspells_is_an_error():
+    with pytest.raises(UndefinedError, match="'runz' is undefined"):
+        template_environment().from_string("{{ runz }}").render(runs=[])
+
+
+def test_numbers_for_a_reader():
+    values = (None, 1234567, 1234.5678, 0.5, 0.0012345, 0.0, float("inf"), True, "x")
+    shown = ["–", "1,234,567", "1,234.568", "0.5", "0.00123", "0.000", "inf", "True", "x"]
+    assert [number(value) for value in values] == shown and number(2.25, 1) == "2.2"
+
+
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
     page = write_report([make_run(tmp_path / "run")], tmp_path / "report.html").read_text()
     assert not re.search(r"""(?:href|src)=["'](?!data:)""", page) and "url(" not in page
+    assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in page
     assert "<script" not in page and "http://" not in page and "https://" not in page
 
 
@@ -202,5 +231,27 @@ def test_broken_json_and_absent_folders_are_said_in_a_sentence(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_layers_of_one_kind_are_counted_together_and_all_are_folded(tmp_path):
+    run = read_run(make_run(tmp_path / "run"))
+    assert run["groups"] == [
+        ["conv1", "conv2d", "4", "8", 2, 200, 2000],
+        ["q+k", "matmul", "–", "8/16", 1, 0, 5],
+    ]
+    assert [row[0] for row in run["layers"]] == ["down.0.conv1", "down.1.conv1", "qk"]
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    folded = re.search("<details><summary>every layer</summary>(.*?)</details>", page, re.DOTALL)
+    assert folded.group(1).count("<tr>") == 4 and page.count("down.0.conv1") == 1
+
+
+def test_seconds_of_interrupted_stages_add_up_and_passes_stand_below(tmp_path):
+    assert read_run(make_run(tmp_path / "run"))["seconds"] == [
+        ["calibrate", "10.0"],
+        ["quantize", "12.0"],
+        ["of which pass fit_ranges", "1.5"],
+        ["of which pass reconstruct weight", "6.0"],
+        ["of which pass reconstruct input", "6.0"],
+    ]
+
+
 def test_a_curve_leaves_out_what_is_no_number(tmp_path):
-    assert curve(read_run(make_run(tmp_path / "run"))) == [(0, 20.0), (1, 30.0)]
+    assert read_run(make_run(tmp_path / "run"))["curve"] == [(0, 20.0), (1, 30.0)]
