@@ -208,18 +208,9 @@ def compare_images(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
     >>> sorted(scores)
     ['LPIPS-cifar-resnet', 'count', 'identical', 'psnr_db', 'ssim']
     """
-    from evaluation.scores.paired import pair_scores, pairs_at_once  # takes seconds to import
+    from evaluation.scores import paired  # takes seconds to import
 
-    if a.shape != b.shape or a.dim() != 4 or a.dtype != torch.uint8 or b.dtype != torch.uint8:
-        raise ValueError(
-            f"images must be two uint8 tensors (N, 3, H, W) of one shape, found {a.dtype} "
-            f"{tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
-        )
-    if not len(a):
-        raise ValueError("there are no images to compare")
-    a, b = a.cpu(), b.cpu()
-    each = pairs_at_once(a[0])
-    return pair_scores(zip(a.split(each), b.split(each)))
+    return paired.compare_images(a.cpu(), b.cpu())
 
 
 def load(path: Path | str, device: str = "auto", checkpoint: str = "") -> Model:

@@ -9,6 +9,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 from base.files import PROJECT
 from models.diffusion import find_checkpoint
@@ -47,7 +48,7 @@ def test_everything_that_the_code_reads_is_installed_with_it():
     assert tracked - packed == set()
     assert "models/weights/cifar10-compact.safetensors" in packed
     assert "configs/model/cifar10-compact.yaml" in packed and "scripts/sample.py" in packed
-    foreign = ("tests", "runs", "results", "models/checkpoints", "models/ldm", "docs")
+    foreign = ("tests", "runs", "results", "models/checkpoints/", "models/ldm/", "docs")
     assert not [path for path in packed if path.startswith(foreign)]
 
 
@@ -85,7 +86,8 @@ def test_an_installed_copy_keeps_checkpoints_in_the_current_folder(tmp_path, mon
     source = PROJECT / "models/download.py"
     copy = tmp_path / "site-packages/models/download.py"
     copy.parent.mkdir(parents=True)
-    copy.write_bytes(source.read_bytes())
+    for name in ("download.py", "checkpoints.json"):
+        copy.with_name(name).write_bytes(source.with_name(name).read_bytes())
     folders = [runpy.run_path(str(path))["FOLDER"] for path in (source, copy)]
     assert folders == [PROJECT / "models", Path("models")]
     monkeypatch.chdir(tmp_path)
@@ -93,3 +95,11 @@ def test_an_installed_copy_keeps_checkpoints_in_the_current_folder(tmp_path, mon
     place.parent.mkdir(parents=True)
     place.touch()
     assert find_checkpoint({"name": "x", "checkpoint": str(place)}) == tmp_path / place
+
+
+def test_the_citation_and_the_changes_name_the_version():
+    version = re.search(r'^version = "(.*)"', PYPROJECT, re.M).group(1)
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    changes = (PROJECT / "CHANGELOG.md").read_text()
+    assert citation["version"] == version and citation["cff-version"] == "1.2.0"
+    assert re.search(r"^## (\S+?),? ", changes, re.M).group(1) == version
