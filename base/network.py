@@ -122,7 +122,8 @@ def batch_of(t: float, x: torch.Tensor) -> torch.Tensor:
 
 def attention_parts(net: nn.Module) -> list[AttentionPart]:
     """Lists every attention of a (quantized) network in the order of registration, as its blocks
-    describe themselves by their method `attention_parts(name)`."""
+    describe themselves by their method `attention_parts(name)`. A block may be asked after its
+    layers have been quantized: their weights are still there, their other attributes are not."""
     return [
         part
         for name, module in net.named_modules()
