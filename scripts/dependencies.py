@@ -7,6 +7,7 @@ none of them."""
 import operator
 import re
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,7 +23,7 @@ COMPARE = {
 }
 
 
-def requirements(text):
+def requirements(text: str) -> list[str]:
     """The quoted entries of the lists named in LISTS (the standard TOML reader came with Python
     3.11 only)."""
     found = []
@@ -32,20 +33,20 @@ def requirements(text):
     return found
 
 
-def numbers(text):
+def numbers(text: str) -> tuple[int, ...]:
     """Release numbers of a version without trailing zeros, so that 2.11 equals 2.11.0+cpu."""
     release = re.match(r"\d+(\.\d+)*", text).group()
     return tuple(int(n) for n in re.sub(r"(\.0)+$", "", release).split("."))
 
 
-def installed(name):
+def installed(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def is_met(requirement, version_of=installed):
+def is_met(requirement: str, version_of: Callable[[str], str | None] = installed) -> bool:
     """Whether a requirement such as torch>=2.11,!=2.13.0 holds."""
     name, conditions = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
     found = version_of(name)
