@@ -80,6 +80,8 @@ class Recipe:
             object.__setattr__(self, key, value)
         load_config(RunConfig, self.files, words)
         for key in (word.partition("=")[0] for word in words):
+            if key == "out":
+                raise ValueError("'out' is no part of a recipe; give tinydm.quantize resume=FOLDER")
             if decides(key) == IMAGES or key == "device":
                 raise ValueError(
                     f"'{key}' belongs to the model: give it to tinydm.load_model, not to a recipe"

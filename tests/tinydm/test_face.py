@@ -188,6 +188,7 @@ SENTENCES = [
     (lambda m, r, d: tinydm.Recipe("minmax", "efort.lr=1"), "unknown key 'efort"),
     (lambda m, r, d: tinydm.Recipe("minmax", "sampling.steps=3"), "belongs to the model"),
     (lambda m, r, d: tinydm.Recipe("minmax", "device=cpu"), "'device' belongs to the model"),
+    (lambda m, r, d: tinydm.Recipe("minmax", "out=x"), "give tinydm.quantize resume=FOLDER"),
     (
         lambda m, r, d: tinydm.calibrate(m, tinydm.Recipe("minmax", "calibration.steps=9")),
         "calibration.steps is 9, but the sampler has 4 steps",
