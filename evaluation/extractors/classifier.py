@@ -57,14 +57,17 @@ class Classifier(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> (N, widths[-1])."""
         if not self.training:
             return (self.one_sided(x) + self.one_sided(x.flip(3))) / 2
         return self.one_sided(x)
 
     def one_sided(self, x: torch.Tensor) -> torch.Tensor:
+        """Features of the images alone, without their mirror images."""
         return self.stages(self.stem((x - MEAN) / STD)).mean(dim=(2, 3))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> (N, num_classes)."""
         return self.head(self.features(x))
 
 

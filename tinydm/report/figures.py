@@ -57,7 +57,7 @@ def draw_block_errors(passes: list[dict[str, Any]] | None) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in passes or []:
         if (row.get("error_before") or 0) > 0 and (row.get("error_after") or 0) > 0:
-            groups.setdefault(row.get("stage") or row["pass"], []).append(row)
+            groups.setdefault(row.get("phase") or row["pass"], []).append(row)
     if not groups:
         return ""
     height = 0.8 + 0.26 * max(map(len, groups.values()))

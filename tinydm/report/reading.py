@@ -50,6 +50,8 @@ def read_run(folder: Path | str) -> dict[str, Any]:
     run["config"] = OmegaConf.to_container(read_yaml(path), resolve=True) if path.is_file() else {}
     for name in ("map.json", "metrics.json", "passes.jsonl", "stages.jsonl"):
         run[name.split(".")[0]] = _read_json(folder / name, commands[name])
+    for row in run["passes"] or []:
+        row.setdefault("phase", row.get("stage"))  # its name in earlier versions
     metrics = run["metrics"] or {}
     run["scores"] = {
         kind: (metrics.get(kind) or {}).get("scores") or {} for kind in ("quantized", "float")
@@ -100,7 +102,7 @@ def _seconds(stages: list[dict], passes: list[dict]) -> list[list[str]]:
         spent[row["stage"]] += row["seconds"]
     for row in passes:
         if "seconds" in row:
-            name = f"{row['pass']} {row.get('stage', '')}".strip()
+            name = f"{row['pass']} {row['phase'] or ''}".strip()
             spent[f"of which pass {name}"] += row["seconds"]
     return [[name, number(seconds, 1)] for name, seconds in spent.items()]
 

@@ -35,8 +35,8 @@ def test_nothing_to_draw_is_no_picture():
 
 def test_a_panel_for_each_phase_of_the_passes():
     rows = [
-        {"pass": "p", "stage": stage, "unit": "u", "error_before": 1.0, "error_after": 0.5}
-        for stage in ("weight", "input", "weight")
+        {"pass": "p", "phase": phase, "unit": "u", "error_before": 1.0, "error_after": 0.5}
+        for phase in ("weight", "input", "weight")
     ]
     assert content(draw_block_errors(rows), "svg+xml").count(b'<g id="axes_') == 2
 

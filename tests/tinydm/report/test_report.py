@@ -9,6 +9,7 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
+from tinydm.report.figures import draw_block_errors
 from tinydm.report.page import template_environment, write_report
 from tinydm.report.reading import number, read_run
 
@@ -40,13 +41,13 @@ def make_run(folder, fd=3.25, count=256):
         + [
             {
                 "pass": "reconstruct",
-                "stage": stage,
+                "phase": phase,
                 "unit": f"down.{i}",
                 "error_before": 0.1,
                 "error_after": 0.02,
                 "seconds": 2.0,
             }
-            for stage in ("weight", "input")
+            for phase in ("weight", "input")
             for i in range(3)
         ],
     )
@@ -251,6 +252,17 @@ def test_seconds_of_interrupted_stages_add_up_and_passes_stand_below(tmp_path):
         ["of which pass reconstruct weight", "6.0"],
         ["of which pass reconstruct input", "6.0"],
     ]
+
+
+def test_phases_of_passes_have_another_name_in_folders_of_earlier_versions(tmp_path):
+    run = make_run(tmp_path / "run")
+    found = read_run(run)
+    lines = (run / "passes.jsonl").read_text()
+    (run / "passes.jsonl").write_text(lines.replace('"phase"', '"stage"'))
+    assert '"stage"' in (run / "passes.jsonl").read_text()
+    again = read_run(run)
+    assert again["seconds"] == found["seconds"]
+    assert draw_block_errors(again["passes"]) == draw_block_errors(found["passes"]) != ""
 
 
 def test_a_curve_leaves_out_what_is_no_number(tmp_path):
