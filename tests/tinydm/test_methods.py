@@ -13,7 +13,8 @@ from base.config import load
 from models.zoo import build_network
 from quant.calibration.files import load_calibration
 from quant.checkpoint import load_quantized
-from quant.convert import convert, input_quantizers, quant_layers
+from quant.convert import convert
+from quant.network import input_quantizers, quant_layers
 from tinydm.recipe import RunConfig
 from tinydm.stages import calibrate, quantize, retabulate, sample
 
@@ -208,8 +209,8 @@ method: composed
 segments: per_step
 calibration: {builder: tdac, options: {least: 1}}
 rules:
-  - {match: '*', weight: {bits: '${bits.weight}', per: channel, range: mse}, input: {bits: '${bits.input}', range: mse},
-     balance: true}
+  - {match: '*', weight: {bits: '${bits.weight}', per: channel, range: mse},
+     input: {bits: '${bits.input}', range: mse}, balance: true}
   - {kind: matmul, role: probs, input: {bits: '${bits.softmax}', range: minmax}}
 passes:
   - balance: {}
@@ -240,7 +241,7 @@ def test_parts_of_four_methods_compose_by_lists(models, tmp_path, monkeypatch):
     assert made["builder"] == "tdac" and sum(made["samples_per_step"]) == 128
     net = load_quantized(run / "quantized.safetensors", build_network)
     assert any(layer.inverse_balance is not None for layer in quant_layers(net).values())
-    table = net.input_blocks[0][0].input_quantizer.scale
+    table = net.net.input_blocks[0][0].input_quantizer.scale
     assert (
         table.shape[0] == 8 and len(table.unique()) > 1 and (run / "dynamic.safetensors").exists()
     )

@@ -9,7 +9,8 @@ from comparison import plan_file
 from base.config import load
 from base.files import PROJECT
 from tinydm import compare
-from tinydm.plan import CompareConfig, cells_of, yaml_path
+from tinydm.plan import CompareConfig, cells_of, is_finished, yaml_path
+from tinydm.report.results import read_results
 
 
 @pytest.mark.parametrize(
@@ -76,3 +77,15 @@ def test_every_comparison_that_ships_says_what_can_be_run(path):
     for cell in cells:
         for rule in cell.config.exceptions:
             assert rule.get("weight", {}).get("bits", 8) in (4, 8, cell.config.bits.weight)
+
+
+def test_the_results_that_ship_are_of_todays_recipes():
+    """A comparison that is told of them makes none of them again."""
+    known = str(PROJECT / "results/equal.jsonl")
+    plan = load(CompareConfig, [PROJECT / "configs/compare/equal.yaml"], [f"known={known}"])
+    plan.models, plan.bits, plan.seeds = ["latent-compact"], ["w4a4"], [1000]
+    # what the processor decides elsewhere
+    plan.overrides.append("effort.bfloat16=true")
+    names = {result.name for result in read_results(known)}
+    cells = [cell for cell in cells_of(plan) if cell.name in names]
+    assert len(cells) == len(plan.methods) and all(map(is_finished, cells))

@@ -1,5 +1,5 @@
-"""A new method is one Python file and one YAML, wherever they lie; no file of the project knows of
-them."""
+"""A new method is one YAML, a new pass one Python file, wherever they lie; no file of the project
+knows of them."""
 
 import json
 import sys
@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from base.files import PROJECT
 from models.zoo import build_network
 from quant.checkpoint import load_quantized
-from quant.convert import quant_layers
+from quant.network import quant_layers
 from quant.passes.run import check_passes
 from tinydm.stages import calibrate, quantize, sample
 
@@ -70,7 +72,7 @@ def test_a_toy_method_runs_and_its_file_is_needed_only_to_quantize(
     net = load_quantized(tmp_path / "run/quantized.safetensors", build_network)
     assert [fact["pass"] for fact in facts] == ["clip_weights", "fit_ranges"]
     assert facts[0]["layers"] == len(quant_layers(net))
-    layer, original = net.conv_in, tiny_net.conv_in.weight
+    layer, original = net.net.conv_in, tiny_net.conv_in.weight
     largest = (layer.weight_int.flatten(1).abs().amax(1) * layer.weight_scales()).max()
     torch.testing.assert_close(largest, original.abs().max() / 2, rtol=0.01, atol=0)
 
@@ -78,6 +80,39 @@ def test_a_toy_method_runs_and_its_file_is_needed_only_to_quantize(
     (tmp_path / "toy_method.py").write_text("raise AssertionError('nobody may import this')")
     sample.run([str(tmp_path / "run")])
     assert len(list((tmp_path / "run/samples").glob("*.png"))) == 4
+
+
+def test_a_method_is_one_yaml(tiny_config, tmp_path):
+    """Rules and passes; on a base it says what it changes. It is the same network as that of the
+    base with the same change by words."""
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(tiny_config))
+    (tmp_path / "thrifty.yaml").write_text(
+        f"base: {PROJECT}/configs/method/minmax.yaml\n"
+        "method: thrifty\n"
+        "last: {rules: [{role: stem, weight: {bits: 3}}]}\n"
+        "pass_options: {fit_ranges: {num_samples: 8}}\n"
+    )
+    change = "exceptions=[{role: stem, weight: {bits: 3}}]", "pass_options.fit_ranges.num_samples=8"
+    found = {}
+    for method, words in {
+        tmp_path / "thrifty.yaml": (),
+        PROJECT / "configs/method/minmax.yaml": change,
+    }.items():
+        run = tmp_path / method.stem
+        files = [str(tmp_path / "model.yaml"), f"{PROJECT}/configs/bits/w4a8.yaml", str(method)]
+        calibrate.run([*files, *WORDS, *words, f"out={run}"])
+        quantize.run([str(run)])
+        sample.run([str(run)])
+        assert len(list((run / "samples").glob("*.png"))) == 4
+        found[method.stem] = load_file(run / "quantized.safetensors")
+    thrifty, minmax = found.values()
+    assert thrifty.keys() == minmax.keys()
+    assert all(torch.equal(thrifty[name], minmax[name]) for name in thrifty)
+    layers = quant_layers(
+        load_quantized(tmp_path / "thrifty/quantized.safetensors", build_network)
+    ).values()
+    assert {layer.weight_quantizer.spec.bits for layer in layers if layer.role == "stem"} == {3}
+    assert {layer.weight_quantizer.spec.bits for layer in layers if layer.role != "stem"} == {4}
 
 
 @pytest.mark.parametrize(
