@@ -10,20 +10,29 @@ either half unless `split` is false."""
 
 import copy
 from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
 
 from base.errors import unknown_word
 from base.network import Matmul, Operand
 from quant.layers import SWAP, QuantLayer, QuantMatmul, QuantOperand
 from quant.network import QuantizedNet
-from quant.rules import check_rules, resolve
+from quant.rules import check_rules, resolve, role_of
 from quant.timeline import Timeline
 
 
-def convert(net, rules, timeline=None):
+def convert(
+    net: nn.Module, rules: list[dict[str, Any]], timeline: Timeline | None = None
+) -> QuantizedNet:
     """A quantized copy of `net` (the float network is left as it is), unfitted; weights are shared
-    until hardened.
+    until hardened. Its recipe holds the rules. Raises ValueError for rules that are none or that
+    match no layer.
 
-    The copy reads the time of every forward pass."""
+    >>> qnet = quant.convert(net, [{"weight": {"bits": 4, "per": "channel"}, "input": {"bits": 8}}])
+    >>> qnet.net.stem.weight_quantizer
+    Quantizer(bits=4, shape=(1, 4), range=minmax)
+    """
     check_rules(rules)
     names = [name for name, module in net.named_modules() if type(module) in SWAP]
     for rule in rules:
@@ -33,35 +42,26 @@ def convert(net, rules, timeline=None):
             )
     timeline = timeline or Timeline()
     parameters = {id(p): p for p in net.parameters()}  # shared, not copied
-    net = copy.deepcopy(net, parameters)
-    for name, module in list(net.named_modules()):
-        if type(module) not in SWAP:
-            continue
-        if isinstance(module, Matmul):
-            specs = [resolve(rules, name, role, "matmul")["input"] for role in module.roles]
-            swapped = (
-                QuantMatmul(module, specs, timeline) if any(s.bits < 32 for s in specs) else module
-            )
-        elif isinstance(module, Operand):
-            facts = resolve(rules, name, module.role, "layer")
-            on = facts["input"].bits < 32
-            swapped = (
-                QuantOperand(module, facts["input"], timeline, facts["split"]) if on else module
-            )
-        else:
-            facts = resolve(rules, name, module.role, "layer")
-            on = facts["weight"].bits < 32 or facts["input"].bits < 32
-            swapped = (
-                QuantLayer(
-                    module,
-                    facts["weight"],
-                    facts["input"],
-                    timeline,
-                    facts["split"],
-                    facts["balance"],
-                )
-                if on
-                else module
-            )
-        net.set_submodule(name, swapped)
-    return QuantizedNet(net, timeline).to(next(net.parameters()).device).eval()
+    copied = copy.deepcopy(net, parameters)
+    for name in names:
+        module = _quantized(name, copied.get_submodule(name), rules, timeline)
+        copied.set_submodule(name, module)
+    quantized = QuantizedNet(copied, timeline).to(next(net.parameters()).device).eval()
+    quantized.recipe = {"rules": list(rules)}
+    return quantized
+
+
+def _quantized(name, module, rules, timeline):
+    """What stands in the place of a float layer, product or operand; itself where the rules leave
+    it alone."""
+    if isinstance(module, Matmul):
+        specs = [resolve(rules, name, role, "matmul")["input"] for role in module.roles]
+        on = any(spec.bits < 32 for spec in specs)
+        return QuantMatmul(module, specs, timeline) if on else module
+    facts = resolve(rules, name, role_of(module), "layer")
+    weight, inputs, split = facts["weight"], facts["input"], facts["split"]
+    if isinstance(module, Operand):
+        return QuantOperand(module, inputs, timeline, split) if inputs.bits < 32 else module
+    if weight.bits == inputs.bits == 32:
+        return module
+    return QuantLayer(module, weight, inputs, timeline, split, facts["balance"])

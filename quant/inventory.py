@@ -4,7 +4,7 @@ import torch
 
 from base.network import Matmul
 from quant.network import modules_of
-from quant.rules import listed
+from quant.rules import listed, role_of
 
 
 def quantization_map(net, quantized, macs, times=(0,)):
@@ -39,7 +39,7 @@ def quantization_map(net, quantized, macs, times=(0,)):
             rows.append(
                 row
                 | {
-                    "role": source.role,
+                    "role": role_of(source),
                     "kind": type(source).__name__,
                     "weight_bits": first,
                     "input_bits": second,

@@ -13,10 +13,11 @@ per channel or per group) multiply q_x - z_x instead. What is not quantized has 
 With own weights for every time segment w_int and s_w are those of the segment; a batch then lies in
 one segment.
 
-A balanced layer (quant/balance.py) reads x * inverse_balance, one factor per input channel, and its
-weight holds the balance: W_c * balance_c. An integer engine merges that factor with the 1/s_x of
-its quantize step."""
+A balanced layer (quant/passes/balance.py) reads x * inverse_balance, one factor per input channel,
+and its weight holds the balance: W_c * balance_c. An integer engine merges that factor with the
+1/s_x of its quantize step."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,13 +26,25 @@ from torch import nn
 
 from base.network import Matmul, Operand
 from quant.groups import activation_groups, weight_groups
+from quant.observer import fit_scales
 from quant.quantizer import Quantizer
+from quant.rules import role_of
+from quant.spec import QuantSpec
+from quant.timeline import Timeline
 
 
-def operation(layer):
-    """The functional form of a float layer: f(x, weight, bias)."""
+def operation(layer: nn.Module) -> Callable[..., torch.Tensor]:
+    """The functional form of a float layer: f(x, weight, bias). Raises ValueError for a convolution
+    that a quantized layer cannot be."""
     if isinstance(layer, nn.Linear):
         return F.linear
+    if layer.groups != 1:
+        raise ValueError(f"grouped convolutions cannot be quantized (role {role_of(layer)})")
+    if layer.padding_mode != "zeros":
+        raise ValueError(
+            f"convolutions with padding_mode '{layer.padding_mode}' cannot be quantized (role "
+            f"{role_of(layer)}); only 'zeros' can"
+        )
     function = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
     return partial(function, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
 
@@ -43,11 +56,17 @@ class QuantLayer(nn.Module):
     Life: float weight; ranges fitted; learned rounding where asked for; hardened, when `weight_int`
     replaces the float weight."""
 
-    def __init__(self, layer, weight_spec, input_spec, timeline, split, balanced=False):
+    def __init__(
+        self,
+        layer: nn.Module,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec,
+        timeline: Timeline,
+        split: bool,
+        balanced: bool = False,
+    ):
         super().__init__()
-        if getattr(layer, "groups", 1) != 1:
-            raise ValueError(f"grouped convolutions cannot be quantized (role {layer.role})")
-        self.role, self.operation = layer.role, operation(layer)
+        self.role, self.operation = role_of(layer), operation(layer)
         self.weight, self.bias = layer.weight, layer.bias
         self.shape, self.trailing = tuple(layer.weight.shape), layer.weight.dim() - 2
         splits = tuple(getattr(layer, "input_splits", None) or ()) if split else ()
@@ -71,10 +90,9 @@ class QuantLayer(nn.Module):
         self.register_buffer("weight_int", None)
         self.register_buffer("inverse_balance", torch.ones(self.shape[1]) if balanced else None)
 
-    def forward(self, x):
-        if self.inverse_balance is not None:
-            x = x * self.per_channel(self.inverse_balance)
-        x, scales = self.quantize_input(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's answer to x (N, in, ...), or (N, ..., in) of a Linear."""
+        x, scales = self.quantize_input(self.balanced_input(x))
         weight = self.weight_in_use()
         if len(self.parts) > 1:
             pieces = zip(x.split(self.parts, dim=1), weight.split(self.parts, dim=1))
@@ -90,27 +108,37 @@ class QuantLayer(nn.Module):
             out = term if part == 0 else out + term
         return out if self.bias is None else out + self.per_channel(self.bias)
 
-    def quantize_input(self, x):
+    def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x with its channels balanced, as the input quantizer reads it."""
+        balance = self.inverse_balance
+        return x if balance is None else x * self.per_channel(balance)
+
+    def quantizer_inputs(self, x: torch.Tensor) -> list[tuple[Quantizer, torch.Tensor]]:
+        """The input quantizer and what it reads, if there is one."""
+        q = self.input_quantizer
+        return [] if q is None else [(q, self.balanced_input(x))]
+
+    def quantize_input(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | tuple[torch.Tensor, ...] | None]:
         """-> what is multiplied, and the scales to multiply the product of each part with (None: no
         factor)."""
         q = self.input_quantizer
-        if q is None or not q.active(x):
+        if q is None or not q.enabled:
             return x, None
         if q.spec.per == "tensor":
             return q.codes(x), q.part_scales(x)
         return q(x), None
 
-    def input_error(self, x):
+    def input_error(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, in, ...) minus what its quantizer, behind the balance, makes of it; 0 where that is
         switched off."""
+        if not self.input_quantizer.enabled:
+            return torch.zeros_like(x)
         factor = 1.0 if self.inverse_balance is None else self.per_channel(self.inverse_balance)
-        return (
-            x - self.input_quantizer(x * factor) / factor
-            if self.input_quantizer.enabled
-            else torch.zeros_like(x)
-        )
+        return x - self.input_quantizer(x * factor) / factor
 
-    def weight_in_use(self):
+    def weight_in_use(self) -> torch.Tensor:
         """Integers when hardened; else the weight as it is, softly rounded, or on its grid."""
         if self.weight_int is not None:
             return self.weight_int[self.segment()] if self.has_segments else self.weight_int
@@ -120,7 +148,7 @@ class QuantLayer(nn.Module):
         return q(self.weight) if q is not None and q.enabled else self.weight
 
     @torch.no_grad()
-    def balance(self, factors):
+    def balance(self, factors: torch.Tensor) -> None:
         """Divide input channel c by factors[c] (in,) and multiply the weight's column c with it, on
         top of earlier balances; the product stays what it is. The float network, which shared the
         weight, keeps its own."""
@@ -128,81 +156,82 @@ class QuantLayer(nn.Module):
         self.scale_weight(factors[None])
 
     @torch.no_grad()
-    def scale_weight(self, factors):
+    def scale_weight(self, factors: torch.Tensor) -> None:
         """Multiply the weight with factors (out, 1) or (1, in)."""
-        self.weight = nn.Parameter(
-            self.weight * factors.reshape(*factors.shape, *[1] * self.trailing), requires_grad=False
-        )
+        weight = self.weight * factors.reshape(*factors.shape, *[1] * self.trailing)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def per_channel(self, values):
+    def per_channel(self, values: torch.Tensor) -> torch.Tensor:
         """(channels,) or (1,) shaped to multiply x or a result: channels are axis 1 of a
         convolution, the last of a Linear."""
         return values.reshape(-1, *[1] * self.trailing)
 
     @property
-    def has_segments(self):
+    def has_segments(self) -> bool:
         """Whether there are several weights, one for each time segment."""
         return self.weight_quantizer is not None and len(self.weight_quantizer.scale) > 1
 
-    def segment(self):
-        """Of the weight in use. Raises ValueError for a batch that spans segments."""
+    def segment(self) -> int:
+        """The time segment of the weight in use. Raises ValueError for a batch that spans
+        segments."""
         segment = self.weight_quantizer.timeline.segment if self.has_segments else 0
         if torch.is_tensor(segment):
             raise ValueError(
                 "the samples of a batch lie in different time segments, which have different "
-                "weights; run "
-                "the samples of each segment apart"
+                "weights; run the samples of each segment apart"
             )
         return segment
 
-    def weight_scales(self):
+    def weight_scales(self) -> torch.Tensor:
+        """Scales (groups,) of the weight in use."""
         return self.weight_quantizer.scale[self.segment()]
 
-    def unsigned_codes(self):
+    def unsigned_codes(self) -> torch.Tensor:
         """The hardened weight as codes 0..2^b-1, ([segments,] out, in, ...), as they are stored."""
         return self.weight_int + self.zero_points() - self.weight_quantizer.low
 
     @torch.no_grad()
-    def set_unsigned_codes(self, codes):
+    def set_unsigned_codes(self, codes: torch.Tensor) -> None:
         """Become the hardened layer of these codes; the weight quantizer's zero points are in
         place."""
         self.weight_int = codes.float() + self.weight_quantizer.low - self.zero_points()
         self.weight = self.rounding = None
 
-    def zero_points(self):
+    def zero_points(self) -> torch.Tensor:
+        """Zero points, shaped to broadcast against the codes of the weight."""
         q = self.weight_quantizer
         return q.zero_point[:, q.group_of] if self.has_segments else q.zero_point[0][q.group_of]
 
     @property
-    def codes_shape(self):
+    def codes_shape(self) -> tuple[int, ...]:
+        """Shape of the codes: ([segments,] out, in, ...)."""
         return (len(self.weight_quantizer.scale), *self.shape) if self.has_segments else self.shape
 
-    def fit_weight(self):
+    def fit_weight(self) -> None:
         """Choose the weight's scales from the weight; concatenated parts each from their own
-        columns."""
+        columns. Raises ValueError for own weights in every time segment."""
         q = self.weight_quantizer
         if self.has_segments:
             raise ValueError(
                 "own weights for every time segment (per_segment) are made by the pass "
-                "segment_models, "
-                "inside which fit_ranges and reconstruct belong; passes that fit ranges before it "
-                "for "
-                "trials, such as balance and allocate_bits, do not go with per_segment"
+                "segment_models, inside which fit_ranges and reconstruct belong; passes that fit "
+                "ranges before it for trials, such as balance and allocate_bits, do not go with "
+                "per_segment"
             )
         for part, columns in enumerate(self.weight.detach().split(self.parts, dim=1)):
             values = columns.flatten(1) if q.spec.per == "channel" else columns.reshape(1, -1)
-            q.fit([values], first=part * len(values))
+            fit_scales(q, [values], first=part * len(values))
 
     @torch.no_grad()
-    def harden(self):
+    def harden(self) -> None:
         """Replace the float weight by integers: learned rounding where there is one, nearest
         otherwise."""
         if self.weight_quantizer is None or self.weight_int is not None:
             return
-        learned = self.rounding is not None
-        codes = (
-            self.rounding.codes(hard=True) if learned else self.weight_quantizer.codes(self.weight)
-        )
+        if self.rounding is not None:
+            codes = self.rounding.codes(hard=True)
+        else:
+            codes = self.weight_quantizer.codes(self.weight)
         self.weight_int, self.weight, self.rounding = codes.detach().clone(), None, None
 
 
@@ -210,15 +239,15 @@ class QuantMatmul(nn.Module):
     """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * s_a * s_b, per tensor or
     per head (axis 1)."""
 
-    def __init__(self, matmul, specs, timeline):
+    def __init__(self, matmul: Matmul, specs: list[QuantSpec], timeline: Timeline):
         super().__init__()
         self.roles = matmul.roles
         self.a_quantizer, self.b_quantizer = (
-            self.build(spec, matmul.num_heads, timeline) for spec in specs
+            self._quantizer(spec, matmul.num_heads, timeline) for spec in specs
         )
 
     @staticmethod
-    def build(spec, num_heads, timeline):
+    def _quantizer(spec, num_heads, timeline):
         if spec.bits >= 32:
             return None
         if spec.per not in ("tensor", "head"):
@@ -229,10 +258,18 @@ class QuantMatmul(nn.Module):
         per = spec.per if num_heads > 1 else "tensor"
         return Quantizer(spec, activation_groups(per, num_heads, 2), timeline)
 
-    def forward(self, a, b):
+    def quantizer_inputs(
+        self, a: torch.Tensor, b: torch.Tensor
+    ) -> list[tuple[Quantizer, torch.Tensor]]:
+        """The quantizers of the operands that are quantized, each with what it reads."""
+        pairs = (self.a_quantizer, a), (self.b_quantizer, b)
+        return [(q, x) for q, x in pairs if q is not None]
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a (N, [heads,] rows, inner) @ b (N, [heads,] inner, columns)."""
         scales, operands = [], []
         for x, q in ((a, self.a_quantizer), (b, self.b_quantizer)):
-            on = q is not None and q.active(x)
+            on = q is not None and q.enabled
             operands.append(q.codes(x) if on else x)
             scales += [q.table(q.scales(), x)] if on else []
         out = operands[0] @ operands[1]
@@ -246,20 +283,21 @@ class QuantOperand(nn.Module):
     and z_x. Scale and shift enter norm(h) * (1 + scale) + shift so (split embedding, repository
     iszry/HKU_2023_Summer_Research)."""
 
-    def __init__(self, operand, spec, timeline, split):
+    def __init__(self, operand: Operand, spec: QuantSpec, timeline: Timeline, split: bool):
         super().__init__()
-        self.role = operand.role
+        self.role, splits = operand.role, operand.input_splits
         group_of = activation_groups(
-            spec.per,
-            sum(operand.input_splits),
-            0,
-            group_size=spec.group_size,
-            splits=operand.input_splits if split else (),
+            spec.per, sum(splits), 0, group_size=spec.group_size, splits=splits if split else ()
         )
         self.input_quantizer = Quantizer(spec, group_of, timeline)
 
-    def forward(self, x):
-        return self.input_quantizer(x) if self.input_quantizer.active(x) else x
+    def quantizer_inputs(self, x: torch.Tensor) -> list[tuple[Quantizer, torch.Tensor]]:
+        """The quantizer and what it reads."""
+        return [(self.input_quantizer, x)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, C) on its grid."""
+        return self.input_quantizer(x) if self.input_quantizer.enabled else x
 
 
 SWAP = {

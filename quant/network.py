@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.hooks import watching
 from quant.layers import QuantLayer
+from quant.observer import Observer
 from quant.quantizer import Quantizer
 from quant.timeline import Timeline
 
@@ -23,7 +25,8 @@ class QuantizedNet(nn.Module):
 
     `bypass` (or None) adds what the rounding of x does to the answer; `correction` (or None) is
     applied to the answer by the model that calls the network, behind guidance; `recipe` is the
-    JSON-able dict that is stored with it, empty until it has one.
+    JSON-able dict that is stored with it; `observers` {quantizer: Observer} hold what `observing`
+    has seen until `fit` uses it.
     """
 
     def __init__(self, net: nn.Module, timeline: Timeline):
@@ -32,6 +35,7 @@ class QuantizedNet(nn.Module):
         self.bypass: Bypass | None = None
         self.correction: Correction | None = None
         self.recipe: dict[str, Any] = {}
+        self.observers: dict[Quantizer, Observer] = {}
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
         """The answer to x (N, C, H, W) at the network times t (N,) under a condition, if it takes
@@ -74,7 +78,7 @@ class Correction(nn.Module):
     `variance` sigma_q^2 (S,), of the corrected eps. `times` (S,) ascend. A module, so that the
     network that it belongs to moves and stores it."""
 
-    def __init__(self, times, num_channels, height=1, width=1):
+    def __init__(self, times: torch.Tensor, num_channels: int, height: int = 1, width: int = 1):
         super().__init__()
         self.register_buffer("times", times.float())
         self.register_buffer("slope", torch.zeros(len(times)))
@@ -82,7 +86,7 @@ class Correction(nn.Module):
         self.register_buffer("columns", torch.zeros(len(times), num_channels, 1, width))
         self.register_buffer("variance", torch.zeros(len(times)))
 
-    def entries(self, t):
+    def entries(self, t: torch.Tensor) -> torch.Tensor:
         """Entries (N,) of the tables for the times t (N,): the nearest, at most half as far as its
         nearer neighbour. Raises ValueError for a time farther away than that."""
         gaps = nn.functional.pad(self.times.diff(), (1, 1), value=torch.inf)
@@ -99,20 +103,18 @@ class Correction(nn.Module):
             )
         return entries
 
-    def eps(self, answer, t):
+    def eps(self, answer: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The corrected answer of a network, guidance included, at the times t (N,); its channels
         after the first C (a learned variance) stay as they are."""
         i, num_channels = self.entries(t), self.rows.shape[1]
-        e = (answer[:, :num_channels] - (self.rows[i] + self.columns[i])) / (
-            1 + self.slope[i].reshape(-1, 1, 1, 1)
-        )
+        slope = self.slope[i].reshape(-1, 1, 1, 1)
+        e = (answer[:, :num_channels] - (self.rows[i] + self.columns[i])) / (1 + slope)
         return torch.cat([e, answer[:, num_channels:]], dim=1)
 
-    def noise_variance(self, t):
-        """sigma_q^2 at time t, a number."""
-        return float(
-            self.variance[self.entries(torch.tensor([float(t)], device=self.times.device))]
-        )
+    def noise_variance(self, t: float) -> float:
+        """sigma_q^2 at time t."""
+        entry = self.entries(torch.tensor([float(t)], device=self.times.device))
+        return float(self.variance[entry])
 
 
 def core_of(net: nn.Module) -> nn.Module:
@@ -157,6 +159,70 @@ def in_full_precision(net: nn.Module) -> Iterator[None]:
     finally:
         for q in quantizers:
             q.enabled = True
+
+
+@contextmanager
+def observing(net: QuantizedNet, num_samples: int = 256) -> Iterator[None]:
+    """While the block runs, the network answers in full precision and what reaches its activation
+    quantizers is noted, for `fit`. Several calls and several blocks add up; about `num_samples`
+    samples in all are expected, which sets how many values each may keep. An error in the block
+    forgets everything.
+
+    >>> qnet = quant.convert(net, rules)
+    >>> with quant.observing(qnet):
+    ...     answer = qnet(x, t)
+    >>> torch.allclose(answer, net(x, t), atol=1e-6)
+    True
+    """
+    readers = {name: m for name, m in modules_of(net).items() if hasattr(m, "quantizer_inputs")}
+
+    def note(module, inputs):
+        for q, x in module.quantizer_inputs(*inputs):
+            net.observers[q].note(x)
+
+    for q in input_quantizers(net).values():
+        net.observers.setdefault(q, Observer(q, num_samples))
+    try:
+        callbacks = dict.fromkeys(readers, note)
+        with in_full_precision(net), watching(core_of(net), callbacks, before=True):
+            yield
+    except BaseException:
+        net.observers.clear()
+        raise
+
+
+def fit(net: QuantizedNet, *, neighbours: int = 0, batch_size: int = 64) -> None:
+    """Choose every scale and zero point: weights from the weights, activations from what was
+    observed, in each time segment also from the `neighbours` before and after it; `batch_size`
+    samples at a time, which a moving average (`ema`) goes by. Raises ValueError if nothing was
+    observed, if a segment was not, or for weights that are integers already.
+
+    >>> qnet = quant.convert(net, rules)
+    >>> with quant.observing(qnet):
+    ...     answer = qnet(x, t)
+    >>> quant.fit(qnet)
+    >>> bool((qnet(x, t) - answer).abs().max() < 0.1)
+    True
+    """
+    layers = [m for m in quant_layers(net).values() if m.weight_quantizer is not None]
+    quantizers, observers = input_quantizers(net).values(), dict(net.observers)
+    net.observers.clear()
+    if any(layer.weight_int is not None for layer in layers):
+        raise ValueError("weights are integers already; fit a network that was just converted")
+    if quantizers and not any(observer.noted for observer in observers.values()):
+        raise ValueError(
+            "nothing was observed; run the network on samples inside `with observing(net):` first"
+        )
+    for layer in layers:
+        layer.fit_weight()
+    for q in quantizers:
+        observers[q].fit(neighbours, batch_size)
+
+
+def harden(net: nn.Module) -> None:
+    """Make integers of all weights, and tables of all scales that are still learned."""
+    for module in [*quant_layers(net).values(), *input_quantizers(net).values()]:
+        module.harden()
 
 
 def set_input_quantization(net: nn.Module, enabled: bool) -> None:

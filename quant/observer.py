@@ -1,12 +1,72 @@
-"""What is noted of the values that pass a quantizer, and scales fitted to it."""
+"""What is noted of the values that reach a quantizer, and scales fitted to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
+from torch import nn
+
+from quant.grid import LOG2_TOP, scale_zero_point
+from quant.quantizer import Quantizer
+from quant.ranges import find_range
 
 # observed values kept for the range searches of a group, of all samples
 VALUES_PER_GROUP = 2**16
 
 
-def pooled(noted):
+class Observer:
+    """Notes what reaches a quantizer and fits its scales to that. `num_samples` samples are going
+    to pass, which sets how many values each may keep.
+
+    `num_values`: how many values of a sample share a scale, once one has been seen."""
+
+    def __init__(self, quantizer: Quantizer, num_samples: int):
+        self.quantizer, self.num_samples = quantizer, num_samples
+        self.noted: list[tuple[torch.Tensor, torch.Tensor]] = []  # values, segments
+        self.num_values = 0
+
+    @torch.no_grad()
+    def note(self, x: torch.Tensor) -> None:
+        """Keep for each sample and group of x (N, ...) an even pick of the values and both
+        extremes, (N, groups, picks + 2), and the segment of each sample."""
+        q, flat = self.quantizer, x.detach().flatten(1)
+        groups = q.scale.shape[1]
+        index = q.group_of.expand(x.shape[1:]).flatten()
+        order, counts = index.argsort(stable=True), index.bincount(minlength=groups)
+        self.num_values = int(counts.max())
+        picks = max(1, min(self.num_values, VALUES_PER_GROUP // self.num_samples))
+        position = torch.arange(picks, device=x.device) * (counts[:, None] - 1) // max(picks - 1, 1)
+        values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position]]
+        target, empty = index.expand(len(x), -1), flat.new_zeros(len(x), groups)
+        low, high = (
+            empty.scatter_reduce(1, target, flat, extreme, include_self=False)[:, :, None]
+            for extreme in ("amin", "amax")
+        )
+        segment = torch.as_tensor(q.segment(), device=x.device).expand(len(x))
+        self.noted.append((torch.cat([values, low, high], dim=2), segment))
+
+    @torch.no_grad()
+    def fit(self, neighbours: int = 0, batch_size: int = 64) -> None:
+        """Choose scale and zero point from what was noted; for each segment also from the
+        `neighbours` before and after it. With `ema` the intervals of successive `batch_size`
+        samples of the segment are averaged. Raises ValueError where a segment, and these, were
+        never seen."""
+        q = self.quantizer
+        for s in range(len(q.scale)):
+            near = [values[(segment - s).abs() <= neighbours] for values, segment in self.noted]
+            seen = [values for values in near if len(values)]
+            if not seen:
+                raise ValueError(
+                    f"calibration data hold no sample in time segment {s} of {len(q.scale)}; "
+                    "add steps to the calibration set or use fewer segments"
+                )
+            seen = torch.cat(seen)
+            batches = seen.split(batch_size) if q.spec.ema else [seen]
+            fit_scales(q, map(pooled, batches), s)
+
+
+def pooled(noted: torch.Tensor) -> torch.Tensor:
     """What was observed of N samples, (N, groups, picks + 2) -> (groups, N * picks + 2): the
     extremes of the whole once, so that they do not shift a percentile. A search counts them as
     values like any other, more than they are: with extremes that only bounded it, and other picks
@@ -18,12 +78,31 @@ def pooled(noted):
     )
 
 
-def refit(quantizers, run, num_samples):
-    """Fit activation quantizers to what passes when `run` is called."""
-    for q in quantizers:
-        q.begin_observing(num_samples)
-        q.enabled = False
-    run()
-    for q in quantizers:
-        q.fit_observed()
-        q.enabled = True
+@torch.no_grad()
+def fit_scales(
+    quantizer: Quantizer, batches: Iterable[torch.Tensor], segment: int = 0, first: int = 0
+) -> None:
+    """Choose scale and zero point of the groups `first`, first + 1, ... of one segment from values
+    (groups, K); the intervals of several batches are averaged (`ema`). The log2 grid is fixed."""
+    q, spec, ends = quantizer, quantizer.spec, None
+    if spec.grid == "log2":
+        q.scale[segment], q.zero_point[segment] = 2.0**-LOG2_TOP, 0.0
+        return
+    bits, keep = q.bits[segment], spec.ema
+    for values in batches:
+        found = find_range(spec.range, values.float(), bits, spec.symmetric, **spec.options())
+        ends = ends or found
+        if ends is not found:
+            ends = [keep * old + (1 - keep) * new for old, new in zip(ends, found)]
+    scale, zero_point = scale_zero_point(*ends, bits, spec.symmetric)
+    rows = slice(first, first + len(scale))
+    q.scale[segment, rows], q.zero_point[segment, rows] = scale, zero_point
+
+
+def refit(module: nn.Module, *inputs: torch.Tensor) -> None:
+    """Fit the activation quantizers of a lone quantized layer or product to one batch of what it
+    reads."""
+    for quantizer, x in module.quantizer_inputs(*inputs):
+        observer = Observer(quantizer, len(x))
+        observer.note(x)
+        observer.fit()

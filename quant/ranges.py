@@ -1,8 +1,10 @@
 """Range searches: values (groups, K) -> the clipping interval (low, high) of each group, vectorised
 over groups.
 
-    minmax      the extremes           percentile  what leaves out a fraction `tail` at either end
-    mse, mse2d  argmin over candidates (low, high) of mean |x - Q(x; low, high)|^p; 1-D (both ends shrunk alike) or 2-D
+    minmax      the extremes
+    percentile  what leaves out a fraction `tail` at either end
+    mse, mse2d  argmin over candidates (low, high) of mean |x - Q(x; low, high)|^p; 1-D (both ends
+                shrunk alike) or 2-D
 
 The searches are those of the code that the field shares: BRECQ (Li et al. 2021, arXiv:2102.05426),
 QDrop (Wei et al. 2022, arXiv:2203.05740), Q-Diffusion (Li et al. 2023, arXiv:2302.04304). One set

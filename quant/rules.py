@@ -2,6 +2,9 @@
 
 from dataclasses import fields
 from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
 
 from base.errors import unknown_word
 from base.network import ROLES
@@ -15,7 +18,7 @@ RULE_KEYS = ("match", "role", "kind", "weight", "input", "split", "balance")
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 
 
-def check_bits(bits, what):
+def check_bits(bits: Any, what: str) -> None:
     """Raises ValueError for a width that cannot be stored or computed."""
     allowed = BITS + (16,) if what == "input" else BITS
     if bits not in allowed:
@@ -25,7 +28,7 @@ def check_bits(bits, what):
         )
 
 
-def check_rules(rules):
+def check_rules(rules: list[dict[str, Any]]) -> None:
     """Raises ValueError for an unknown key of a rule or of its specifications."""
     for rule in rules:
         if not isinstance(rule, dict) or not all(
@@ -45,10 +48,8 @@ def check_rules(rules):
                     complaint = f"rule {dict(rule)} has an unknown {key} '{word}'"
                     raise ValueError(unknown_word(complaint, str(word), words))
         for part, foreign in FOREIGN.items():
-            facts, known = (
-                rule.get(part, {}),
-                [f.name for f in fields(QuantSpec) if f.name not in foreign],
-            )
+            facts = rule.get(part, {})
+            known = [f.name for f in fields(QuantSpec) if f.name not in foreign]
             for key, words in (("range", RANGES), ("grid", GRIDS), ("per", PER)):
                 if facts.get(key, next(iter(words))) not in words:
                     raise ValueError(
@@ -58,20 +59,30 @@ def check_rules(rules):
                 if key not in known:
                     complaint = f"{part} of rule {dict(rule)} has an unknown key '{key}'"
                     raise ValueError(unknown_word(complaint, key, known))
-            check_bits(rule.get(part, {}).get("bits", 32), part)
+            check_bits(facts.get("bits", 32), part)
         if rule.get("input", {}).get("grid") == "log2" and listed(rule.get("role")) != ["probs"]:
             raise ValueError(
                 f"rule {dict(rule)} has grid log2, which is for softmax outputs, numbers in [0, "
-                "1]; give "
-                "it role: probs"
+                "1]; give it role: probs"
             )
 
 
-def listed(value):
+def listed(value: Any) -> list[Any]:
+    """A list as it is, anything else as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
-def applies(rule, name, role, kind):
+def role_of(layer: nn.Module) -> str:
+    """The role of a layer, "" if it has none: then rules that name no role speak of it."""
+    return getattr(layer, "role", "")
+
+
+def rule_for(name: str, role: str, kind: str) -> dict[str, str]:
+    """The head of a rule that speaks of this layer or operand alone."""
+    return {"match": name, "kind": kind} | ({"role": role} if role else {})
+
+
+def applies(rule: dict[str, Any], name: str, role: str, kind: str) -> bool:
     """Whether a rule speaks of this layer or operand."""
     of_role = role in listed(rule["role"]) if "role" in rule else role not in BY_NAME
     return (
@@ -81,7 +92,7 @@ def applies(rule, name, role, kind):
     )
 
 
-def resolve(rules, name, role, kind):
+def resolve(rules: list[dict[str, Any]], name: str, role: str, kind: str) -> dict[str, Any]:
     """What the rules say of one layer or operand -> {"weight": QuantSpec, "input": QuantSpec,
     "split": bool, "balance": bool}."""
     merged = {"weight": {}, "input": {}, "split": True, "balance": False}

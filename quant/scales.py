@@ -40,5 +40,5 @@ def attach(net, make):
             "one out"
         )
     for q in quantizers:
-        q.__dict__["soft_scale"] = make(q).to(q.scale.device)
+        q.soft_scale = make(q).to(q.scale.device)
     return len(quantizers)

@@ -61,6 +61,12 @@ def quantized(net, folder, wanted, *, passes=({"fit_ranges": {}},), **more):
     return job.net
 
 
+def facts_of(name, facts):
+    """What a pass found, without the row that closes it."""
+    found = [fact for fact in facts if fact["pass"] == name]
+    return [fact for fact in found if fact.keys() - {"pass", "seconds", "segment"}]
+
+
 def fit(module, *inputs):
     """Ranges of a lone quantized layer or product from one batch of its inputs."""
     if getattr(module, "weight_quantizer", None) is not None:

@@ -18,6 +18,7 @@ from quant.graph import trace
 from quant.inventory import format_map, quantization_map
 from quant.layers import QuantOperand
 from quant.network import input_quantizers, modules_of
+from quant.observer import Observer
 from quant.passes.step_bits import input_rules
 from quant.quantizer import Quantizer
 from quant.rules import resolve
@@ -90,9 +91,9 @@ def test_split_is_two_quantizers_side_by_side(bits, symmetric):
     x, by_hand = torch.cat(halves, dim=1), []
     for half in halves:
         q = Quantizer(spec, torch.tensor(0), Timeline())
-        q.begin_observing(len(half))
-        q.observe(half)
-        q.fit_observed()
+        observer = Observer(q, len(half))
+        observer.note(half)
+        observer.fit()
         by_hand.append(q(half))
     found, whole = (fit(operand(spec, 6, split), x)(x) for split in (True, False))
     assert torch.equal(found, torch.cat(by_hand, dim=1))

@@ -21,6 +21,7 @@ from quant.checkpoint import (
     quantized_state,
     read_recipe,
     save_quantized,
+    stored_names,
 )
 from quant.convert import convert
 from quant.network import input_quantizers, quant_layers
@@ -138,7 +139,7 @@ def test_loaded_network_is_bit_identical(variant, tiny_net, tmp_path):
     if variant in SHOWN:
         name, shown = SHOWN[variant]
         assert shown(loaded.get_submodule(name))
-    before, after = net.state_dict(), loaded.state_dict()
+    before, after = stored_names(net), stored_names(loaded)
     assert before.keys() == after.keys() and all(
         torch.equal(before[name], after[name]) for name in before
     )

@@ -286,8 +286,7 @@ def test_padding_right_and_below_is_an_exact_zero_in_integers():
     down.conv = quant = QuantLayer(
         layer, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), Timeline(), False
     )
-    quant.fit_weight()
-    fit(down, x).conv.harden()
+    fit(quant, F.pad(x, (0, 1, 0, 1))).harden()
     q, w = quant.input_quantizer, quant.weight_quantizer
     codes = integers(x, q.scale[0, 0], q.zero_point[0, 0], 8, False)
     padded = torch.zeros(2, 6, 9, 7, dtype=torch.long)

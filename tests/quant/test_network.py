@@ -1,4 +1,4 @@
-"""The quantized network as an object: it tells its own quantizers the time, and so do its copies."""
+"""The quantized network as an object: it tells its quantizers the time, and so do its copies."""
 
 import copy
 

@@ -1,12 +1,14 @@
 """Quantization-aware training: what is learned and how, and what is exported."""
 
+import copy
+
 import pytest
 import torch
 from conftest import TINY, deviation
 from tiny import SHAPE, normal, rules, samples
 
 from models.zoo import build_network
-from quant.checkpoint import load_quantized, save_quantized
+from quant.checkpoint import load_quantized, save_quantized, stored_names
 from quant.convert import convert
 from quant.network import input_quantizers, quant_layers
 from quant.qat import finish, prepare, scales_of
@@ -20,7 +22,9 @@ def prepared(net, dynamic):
     """A converted network that is learned, with its functions moved away from where they start."""
     quantized = convert(net, RULES)
     torch.manual_seed(0)  # what the functions begin with
-    functions = prepare(quantized, samples(16), dynamic)
+    prepare(quantized, samples(16), dynamic)
+    quantizers = input_quantizers(quantized).items()
+    functions = {name: q.soft_scale for name, q in quantizers if q.soft_scale is not None}
     for i, soft in enumerate(functions.values()):
         torch.nn.init.normal_(
             soft.layers[-1].weight, std=0.01, generator=torch.Generator().manual_seed(i)
@@ -82,7 +86,6 @@ def test_gradients_of_weight_and_scale_are_those_of_lsq(tiny_net):
 def test_gradient_of_an_activation_scale_counts_the_values_of_a_sample(tiny_net):
     net, _ = prepared(tiny_net, dynamic=False)
     q = input_quantizers(net)["down.0.block.0.conv2.input_quantizer"]
-    assert q.num_values == 8 * 8 * 8
     x = normal(3, 8, 8, 8)
     (q.codes(x) * q.table(q.scales(), x)).sum().backward()
     ratio, low = x / q.scale.detach(), -float(q.zero_point)
@@ -96,13 +99,25 @@ def test_the_table_is_the_function_at_the_samplers_steps(tiny_net):
     done, stored = finish(net, reversed(TIMES))
     assert done.timeline.num_segments == len(TIMES)
     for name, q in input_quantizers(done).items():
-        assert torch.equal(q.scale, functions[name.replace(".", "|")].at(torch.tensor(TIMES)))
+        assert torch.equal(q.scale, functions[name].at(torch.tensor(TIMES)))
         assert q.soft_scale is None and not q.scale.requires_grad
     assert stored.keys() == {
-        f"{n.replace('|', '.')}|{key}"
-        for n, soft in functions.items()
-        for key, _ in soft.named_parameters()
+        f"{name}|{key}" for name, soft in functions.items() for key, _ in soft.named_parameters()
     }
+
+
+def test_functions_are_modules_of_the_network_and_no_part_of_its_file(tiny_net):
+    """Who moves, copies, averages or counts the network has them too."""
+    net, functions = prepared(tiny_net, dynamic=True)
+    parameters = {id(p) for p in net.parameters()}
+    assert all(id(p) in parameters for soft in functions.values() for p in soft.parameters())
+    twin = copy.deepcopy(net)
+    for name, q in input_quantizers(twin.double()).items():
+        assert q.soft_scale is not functions[name]
+        assert q.soft_scale.layers[0].weight.dtype == torch.float64
+    assert not any("soft_scale" in name for name in stored_names(net))
+    done, _ = finish(net, TIMES)
+    assert not any("made_by" in name for name in stored_names(done))
 
 
 def test_the_static_baseline_has_one_scale(tiny_net):

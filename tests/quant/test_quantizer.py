@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import normal
 
-from quant import quantizer
 from quant.grid import scale_zero_point
 from quant.groups import activation_groups, weight_groups
+from quant.observer import VALUES_PER_GROUP, Observer, fit_scales
 from quant.quantizer import Quantizer
 from quant.ranges import find_range
 from quant.spec import QuantSpec
@@ -25,12 +25,12 @@ def with_range(low, high, *, bits=4, symmetric=False, group_of=torch.tensor(0), 
 
 def observed(q, *batches, steps=None, neighbours=0, batch_size=64):
     """`q` fitted by watching the batches pass."""
-    q.begin_observing(sum(map(len, batches)))
+    observer = Observer(q, sum(map(len, batches)))
     for i, x in enumerate(batches):
         if steps is not None:
             q.timeline.set_time(steps[i])
-        q.active(x)
-    q.fit_observed(neighbours, batch_size)
+        observer.note(x)
+    observer.fit(neighbours, batch_size)
     return q
 
 
@@ -143,10 +143,9 @@ def test_observing_few_values_equals_fitting_them_all(name, per, size):
 @pytest.mark.parametrize("count", range(2, 200, 7))
 def test_every_value_is_kept_once_when_there_is_room(count):
     x = torch.arange(count, dtype=torch.float32)[None]
-    q = Quantizer(QuantSpec(bits=8), torch.tensor(0))
-    q.begin_observing(1)
-    q.observe(x)
-    assert q.observed[0][0].flatten()[:count].tolist() == x.flatten().tolist()
+    observer = Observer(Quantizer(QuantSpec(bits=8), torch.tensor(0)), 1)
+    observer.note(x)
+    assert observer.noted[0][0].flatten()[:count].tolist() == x.flatten().tolist()
 
 
 def test_extremes_are_kept_however_many_values_pass():
@@ -169,7 +168,7 @@ def test_percentile_of_a_subsample_is_that_of_all_values():
     spec = QuantSpec(bits=8, range="percentile", tail=tail)
     q = observed(Quantizer(spec, torch.tensor(0)), *x.view(num, size).split(64))
     # standard deviation of a sample's quantile
-    spread = 2 * math.sqrt(2 * tail / quantizer.VALUES_PER_GROUP)
+    spread = 2 * math.sqrt(2 * tail / VALUES_PER_GROUP)
     assert float(q.scale) * 255 == pytest.approx(2 - 4 * tail, abs=5 * spread)
 
 
@@ -283,8 +282,8 @@ def test_weight_per_channel_equals_a_loop_over_rows():
     q = Quantizer(
         QuantSpec(bits=4, per="channel", range="mse"), weight_groups("channel", weight.shape)
     )
-    q.fit([weight.flatten(1)])
+    fit_scales(q, [weight.flatten(1)])
     for row, found in zip(weight, q(weight)):
         alone = Quantizer(QuantSpec(bits=4, range="mse"), torch.tensor(0))
-        alone.fit([row.reshape(1, -1)])
+        fit_scales(alone, [row.reshape(1, -1)])
         assert torch.equal(found, alone(row))
