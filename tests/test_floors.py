@@ -25,7 +25,7 @@ QUANT = [
     ["observer", "rules"],
     ["layers"],
     ["network", "graph"],
-    ["scales", "convert", "inventory", "analysis"],
+    ["scales", "folds", "convert", "inventory", "analysis"],
     ["checkpoint"],
     ["calibration", "reconstruction", "integer", "export"],
     ["passes"],

@@ -77,7 +77,7 @@ def package(config: PackageConfig) -> dict[str, Any]:
             "IS-cifar-resnet": inception_score["inception_score_mean"],
             "IS-cifar-resnet-std": inception_score["inception_score_std"],
         }
-    facts = {
+    metadata = {
         "split": "cifar10 train",
         "count": scores["train"]["count"],
         "note": config.note,
@@ -89,7 +89,7 @@ def package(config: PackageConfig) -> dict[str, Any]:
         "pixels_sha256": features["train"]["sha256"],
         "tool": f"torch-fidelity {fidelity_version}",
     }
-    write_statistics(statistics_path, features["train"], facts)
+    write_statistics(statistics_path, features["train"], metadata)
     test, train = statistics_of(features["test"]), read_statistics(statistics_path)[0]
     scores["test"]["FD-cifar-resnet"] = frechet_distance(test["pooled"], train["pooled"])
     scores["test"]["sFD-cifar-resnet"] = frechet_distance(test["spatial"], train["spatial"])
@@ -102,7 +102,7 @@ def package(config: PackageConfig) -> dict[str, Any]:
         seed=record["recipe"]["seed"],
         scores=scores,
         test_accuracy=scores["test"]["accuracy"],
-        weights_sha256=facts["extractor_sha256"],
+        weights_sha256=metadata["extractor_sha256"],
         statistics_sha256=sha256(statistics_path),
     )
     write_text(out / f"{NAME}.json", json.dumps(record, indent=2) + "\n")

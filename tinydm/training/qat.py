@@ -90,8 +90,8 @@ def _load_batches(
 
 
 def open_folder(config: TrainConfig) -> Run:
-    """Opens the run folder of a recipe, begun or as it is: its own recipe is the model YAML with
-    the rules and bits of the training. What sets trainings apart stands in the name of the preset.
+    """Opens the run folder of a training, new or as it is: its recipe is the model YAML with the
+    rules and bits of the training. What sets trainings apart stands in the name of the preset.
     Raises ValueError where the folder has another recipe, or no rules are named."""
     bits = [f"bits.{part}={width}" for part, width in asdict(config.bits).items()]
     recipe = load(RunConfig, [config.model, *([config.rules] if config.rules else [])], bits)
