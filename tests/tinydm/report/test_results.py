@@ -58,12 +58,12 @@ def test_a_damaged_file_is_said_with_its_line(line, tmp_path):
 
 
 def test_a_recipe_of_an_earlier_version_is_todays_with_defaults():
-    inner = [{"reconstruct": {"memory_gb": 4.0, "drop": 0.5}}]
+    inner = [{"fit_ranges": {"memory_gb": 4.0, "batch_size": 2}}]
     config = config_of(
         {"name": "tiny", "bits": {"weight": 3}, "passes": [{"segment_models": {"passes": inner}}]}
     )
     assert config.bits.weight == 3 and config.bits.input == RunConfig().bits.input
-    assert config.passes == [{"segment_models": {"passes": [{"reconstruct": {"drop": 0.5}}]}}]
+    assert config.passes == [{"segment_models": {"passes": [{"fit_ranges": {"batch_size": 2}}]}}]
     with pytest.raises(ValueError, match="unknown key 'bitz' in a recipe; did you mean 'bits'"):
         config_of({"bitz": {}})
 
