@@ -5,15 +5,20 @@ Axes: S network evaluations of a sampler ("steps"), C channels. What is measured
 iterable `batches_by_step` of (step, arguments of the network) in any order, every batch at one
 step; nothing of it is kept."""
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from base.hooks import watching
 from base.network import Matmul
 from quant.layers import SWAP
-from quant.network import modules_of
+from quant.network import QuantizedNet, modules_of
+
+Batches = Iterable[tuple[int, Sequence[torch.Tensor]]]  # step, arguments of the network
 
 # a channel that never gets larger is left out of all ratios
 DEAD = 1e-8
@@ -21,7 +26,9 @@ CONSTANT = 1e-6  # deviation of ln r below which it is rounding of float32
 
 
 @torch.no_grad()
-def step_sqnr(record, quantized_eps):
+def step_sqnr(
+    record: Iterable[tuple], quantized_eps: Callable[..., torch.Tensor]
+) -> list[dict[str, Any]]:
     """record: (step, t, x, cond, eps) of a full-precision run, one after the other -> [{"step",
     "t", "sqnr_db"}].
 
@@ -36,7 +43,7 @@ def step_sqnr(record, quantized_eps):
     return [{"step": step, "t": t, "sqnr_db": decibels(*sums[step, t])} for step, t in sums]
 
 
-def decibels(signal, noise):
+def decibels(signal: torch.Tensor, noise: torch.Tensor) -> float:
     """Signal to noise ratio of two sums of squares; noise of 0 counts as 1e-30, so that the number
     stays finite."""
     return float(10 * (signal / noise.clamp(min=1e-30)).log10())
@@ -56,13 +63,13 @@ class Ranges:
     std: torch.Tensor
 
     @property
-    def r_abs(self):
-        """max |x|."""
+    def r_abs(self) -> torch.Tensor:
+        """max |x| (S, C)."""
         return torch.maximum(-self.r_min, self.r_max)
 
 
 @torch.no_grad()
-def observe_ranges(net, batches_by_step):
+def observe_ranges(net: nn.Module, batches_by_step: Batches) -> dict[str, Ranges]:
     """Ranges of every quantization point of a float network -> {point: Ranges} in execution order,
     the rows by ascending step. Memory is that of the tables, S * C numbers of each kind per point.
 
@@ -72,31 +79,30 @@ def observe_ranges(net, batches_by_step):
     scales); of the softmax output the heads (what its quantizer tells apart)."""
     tables = {}  # point -> {step: (5, C)}
 
-    def watch(name):
-        def hook(module, inputs):
-            for point, x, axes in operands(name, module, inputs):
-                table, found = tables.setdefault(point, {}), moments(x, axes)
-                table[step] = merged(table[step], found) if step in table else found
+    def note(name, module, inputs):
+        for point, x, axes in operands(name, module, inputs):
+            table, found = tables.setdefault(point, {}), moments(x, axes)
+            table[step] = merged(table[step], found) if step in table else found
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in replaced(net):
-            stack.callback(module.register_forward_pre_hook(watch(name)).remove)
-        for step, arguments in batches_by_step:  # `step` is what the hooks above read
+    callbacks = {name: partial(note, name) for name, _ in replaced(net)}
+    with watching(net, callbacks, before=True):
+        for step, arguments in batches_by_step:  # `step` is what `note` reads
             net(*arguments)
     return {point: finished(table) for point, table in tables.items()}
 
 
-def replaced(net):
+def replaced(net: nn.Module) -> list[tuple[str, nn.Module]]:
     """[(name, module)] of everything that quantization can replace."""
     return [(name, module) for name, module in net.named_modules() if type(module) in SWAP]
 
 
-def operands(name, module, inputs):
+def operands(
+    name: str, module: nn.Module, inputs: Sequence[torch.Tensor]
+) -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
     """What a layer or product reads -> [(point, x, axes of x that tell its channels apart)]."""
     if not isinstance(module, Matmul):
-        return [(name, inputs[0], (inputs[0].dim() - 1 if isinstance(module, nn.Linear) else 1,))]
+        channels = inputs[0].dim() - 1 if isinstance(module, nn.Linear) else 1
+        return [(name, inputs[0], (channels,))]
     found = []
     for side, (role, x) in enumerate(zip(module.roles, inputs)):
         # (N, heads, rows, columns)
@@ -108,37 +114,30 @@ def operands(name, module, inputs):
     return found
 
 
-def moments(x, axes):
+def moments(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
     """-> (5, C) float64: -min, max, count, sum and sum of squares over all axes but `axes`."""
     x, rest = x.float(), [axis for axis in range(x.dim()) if axis not in axes]
     var, mean = (v.double().flatten() for v in torch.var_mean(x, dim=rest, correction=0))
     count = torch.full_like(mean, x.numel() / len(mean))
-    return torch.stack(
-        [
-            -x.amin(rest).flatten(),
-            x.amax(rest).flatten(),
-            count,
-            count * mean,
-            count * (var + mean**2),
-        ]
-    )
+    low, high = x.amin(rest).flatten(), x.amax(rest).flatten()
+    return torch.stack([-low, high, count, count * mean, count * (var + mean**2)])
 
 
-def merged(a, b):
+def merged(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Moments of two batches together."""
     return torch.cat([torch.maximum(a[:2], b[:2]), a[2:] + b[2:]])
 
 
-def finished(table):
+def finished(table: Mapping[int, torch.Tensor]) -> Ranges:
     """{step: moments} -> Ranges."""
-    low, high, count, total, squares = torch.stack(
-        [table[step] for step in sorted(table)], dim=1
-    ).cpu()
+    rows = [table[step] for step in sorted(table)]
+    low, high, count, total, squares = torch.stack(rows, dim=1).cpu()
     mean = total / count
     std = (squares / count - mean**2).clamp(min=0).sqrt()
     return Ranges(*(v.float() for v in (-low, high, mean, std)))
 
 
-def range_model(r_abs):
+def range_model(r_abs: torch.Tensor) -> dict[str, Any]:
     """r_abs (S, C) -> {"mu", "a" (S,), "b" (C,), "rho"}, float64: ln r[t, c] ~ mu + a[t] + b[c] by
     two-way analysis of variance, where row and column means are the least-squares solution.
 
@@ -161,13 +160,13 @@ def range_model(r_abs):
     }
 
 
-def temporal_variation(a):
+def temporal_variation(a: torch.Tensor) -> float:
     """V_t = standard deviation of a (S,), the logarithm of the scale over time: 0.7 is a factor of
     2."""
     return float(a.std(correction=0))
 
 
-def channel_imbalance(r_abs):
+def channel_imbalance(r_abs: torch.Tensor) -> float:
     """V_c = max_c r / median_c r of the largest range over time: the factor by which one channel
     widens the scale that all share; 1 if all are alike. Channels that are always dead are left out;
     NaN if no other is there."""
@@ -176,7 +175,7 @@ def channel_imbalance(r_abs):
     return float(largest.max() / largest.quantile(0.5)) if len(largest) else float("nan")
 
 
-def describe(r_abs):
+def describe(r_abs: torch.Tensor) -> dict[str, float]:
     """r_abs (S, C) -> {"temporal_variation", "channel_imbalance", "rho"}."""
     model = range_model(r_abs)
     return {
@@ -186,7 +185,13 @@ def describe(r_abs):
     }
 
 
-def decide(facts, *, segments_above=0.25, balance_above=4.0, by_range_above=0.3):
+def decide(
+    facts: Mapping[str, float],
+    *,
+    segments_above: float = 0.25,
+    balance_above: float = 4.0,
+    by_range_above: float = 0.3,
+) -> dict[str, bool]:
     """What one point asks for, by what `describe` gave -> {"segments", "balance", "by_range"}, all
     bool.
 
@@ -206,11 +211,13 @@ def decide(facts, *, segments_above=0.25, balance_above=4.0, by_range_above=0.3)
 
 
 @torch.no_grad()
-def layer_errors(net, quantized, batches_by_step):
+def layer_errors(
+    net: nn.Module, quantized: QuantizedNet, batches_by_step: Batches
+) -> list[dict[str, Any]]:
     """The error that each layer and attention product of `quantized` adds by itself: its output
     minus that of its original, both fed the input that the full-precision `net` has there, so that
     no error of earlier layers counts. An attention block with balanced layers counts as one: exact
-    folds (quant/balance.py) give its inside other scales.
+    folds (quant/passes/balance.py) give its inside other scales.
 
     What finetune or quantization-aware training changed on purpose, biases and norms, counts as
     error here.
@@ -220,22 +227,16 @@ def layer_errors(net, quantized, batches_by_step):
     of exactly 0."""
     twins, sums, times = modules_of(quantized), {}, {}
 
-    def compare(name):
-        def hook(module, inputs, out):
-            error = twins[name](*inputs).float() - out.float()
-            found = torch.stack(
-                [v.sum(dtype=torch.float64) for v in (error.abs(), error**2, out.float() ** 2)]
-            )
-            table = sums.setdefault(name, {})
-            old, count = table.get(step, (0, 0))
-            table[step] = old + found, count + out.numel()
+    def compare(name, module, inputs, out):
+        error = twins[name](*inputs).float() - out.float()
+        values = error.abs(), error**2, out.float() ** 2
+        found = torch.stack([v.sum(dtype=torch.float64) for v in values])
+        table = sums.setdefault(name, {})
+        old, count = table.get(step, (0, 0))
+        table[step] = old + found, count + out.numel()
 
-        return hook
-
-    with ExitStack() as stack:
-        for name in comparable(net, twins):
-            stack.callback(net.get_submodule(name).register_forward_hook(compare(name)).remove)
-        for step, arguments in batches_by_step:
+    with watching(net, {name: partial(compare, name) for name in comparable(net, twins)}):
+        for step, arguments in batches_by_step:  # `step` is what `compare` reads
             times[step] = float(arguments[1][0])
             quantized.timeline.set_time(arguments[1])
             net(*arguments)
@@ -253,7 +254,7 @@ def layer_errors(net, quantized, batches_by_step):
     ]
 
 
-def comparable(net, twins):
+def comparable(net: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
     """Names of the modules that compute what their quantized twin {name: module} does, up to its
     error."""
     folded = [

@@ -2,13 +2,17 @@
 nothing else: what runs in which order, what it costs, and which reconstruction unit reads the
 output of which."""
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from base.hooks import watching
 from base.network import Matmul, Operand
 from quant.layers import SWAP
 
@@ -20,10 +24,10 @@ class Graph:
     none does. sizes: unit -> (values of its inputs, the network's condition left out; values of its
     output) for one sample."""
 
-    macs: dict
-    units: list
-    last_use: dict
-    sizes: dict
+    macs: dict[str, int]
+    units: list[str]
+    last_use: dict[str, int]
+    sizes: dict[str, tuple[int, int]]
 
 
 class Origins(TorchFunctionMode):
@@ -34,10 +38,12 @@ class Origins(TorchFunctionMode):
         # id -> (the tensor, which keeps its id alive; names of units)
         self.known = {}
 
-    def of(self, tensors):
+    def of(self, tensors: Iterable[Any]) -> set[str]:
+        """Names of the units that any of these was computed from."""
         return set().union(*(self.known[id(t)][1] for t in tensors if id(t) in self.known))
 
-    def set(self, tensor, names):
+    def set(self, tensor: torch.Tensor, names: set[str]) -> None:
+        """Say where a tensor comes from."""
         self.known[id(tensor)] = tensor, names
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -49,42 +55,32 @@ class Origins(TorchFunctionMode):
         return out
 
 
-def trace(net, arguments):
+def trace(net: nn.Module, arguments: Sequence[torch.Tensor]) -> Graph:
     """The Graph of a float network. `arguments` are those of one sample: x (1, C, H, W), t (1,) and
     the condition if the network takes one."""
-    macs, modules = {}, dict(net.named_modules())
     arguments = [a.to("meta") for a in arguments]
+    layers = [name for name, module in net.named_modules() if type(module) in SWAP]
+    macs, sizes, readers, origins = {}, {}, {}, Origins()
 
-    def count(name):
-        def hook(module, inputs, out):
-            macs[name] = macs.get(name, 0) + out.numel() * products(module, inputs[0])
+    def count(name, module, inputs, out):
+        macs[name] = macs.get(name, 0) + out.numel() * products(module, inputs[0])
 
-        return hook
+    def note(name, module, inputs, out):
+        for read in origins.of(inputs):
+            readers.setdefault(read, []).append(units.index(name))
+        own = [a for a in inputs if a is not arguments[-1]] if len(arguments) == 3 else inputs
+        sizes[name] = sum(a.numel() for a in own), out.numel()
+        origins.set(out, {name})
 
-    run_on_meta(
-        net, arguments, {name: count(name) for name, m in modules.items() if type(m) in SWAP}
-    )
-
-    units, sizes, readers, origins = units_in_order(net, macs), {}, {}, Origins()
-
-    def note(name):
-        def hook(module, inputs, out):
-            for read in origins.of(inputs):
-                readers.setdefault(read, []).append(units.index(name))
-            own = [a for a in inputs if a is not arguments[-1]] if len(arguments) == 3 else inputs
-            sizes[name] = sum(a.numel() for a in own), out.numel()
-            origins.set(out, {name})
-
-        return hook
-
+    run_on_meta(net, arguments, {name: partial(count, name) for name in layers})
+    units = units_in_order(net, macs)
     with origins:
-        run_on_meta(net, arguments, {name: note(name) for name in units})
-    return Graph(
-        macs, units, {name: max(readers.get(name, [i])) for i, name in enumerate(units)}, sizes
-    )
+        run_on_meta(net, arguments, {name: partial(note, name) for name in units})
+    last_use = {name: max(readers.get(name, [i])) for i, name in enumerate(units)}
+    return Graph(macs, units, last_use, sizes)
 
 
-def products(module, x):
+def products(module: nn.Module, x: torch.Tensor) -> int:
     """Multiply-adds for one value of what a module gives for x."""
     if isinstance(module, Operand):
         return 0
@@ -92,21 +88,21 @@ def products(module, x):
 
 
 @torch.no_grad()
-def run_on_meta(net, arguments, hooks):
-    """Call `net` with stand-ins for its weights; hooks {module name: function(module, inputs,
-    output)}."""
+def run_on_meta(
+    net: nn.Module, arguments: Sequence[torch.Tensor], callbacks: Mapping[str, Callable[..., None]]
+) -> None:
+    """Call `net` with stand-ins for its weights, its modules watched by callbacks {name:
+    function(module, inputs, output)}."""
     ghosts = {
         name: tensor.to("meta")
         for named in (net.named_parameters(), net.named_buffers())
         for name, tensor in named
     }
-    with ExitStack() as stack:
-        for name, hook in hooks.items():
-            stack.callback(net.get_submodule(name).register_forward_hook(hook).remove)
+    with watching(net, callbacks):
         torch.func.functional_call(net, ghosts, tuple(arguments))
 
 
-def captured_bytes(graph, num_samples):
+def captured_bytes(graph: Graph, num_samples: int) -> int:
     """Memory that reconstruction wants at its worst unit for `num_samples` calibration samples:
     inputs, output and what later units read, in float32, of the full-precision and of the quantized
     network."""
@@ -118,10 +114,11 @@ def captured_bytes(graph, num_samples):
     return 2 * 4 * num_samples * peak
 
 
-def units_in_order(net, layers):
+def units_in_order(net: nn.Module, layers: Iterable[str]) -> list[str]:
     """Names of the reconstruction units in execution order: of each executed layer the enclosing
     block that says `is_unit = True`, or the layer itself."""
-    blocks, units = [name for name, m in net.named_modules() if getattr(m, "is_unit", False)], []
+    blocks = [name for name, m in net.named_modules() if getattr(m, "is_unit", False)]
+    units = []
     for layer in layers:
         unit = next((b for b in blocks if layer.startswith(b + ".")), layer)
         if unit not in units:

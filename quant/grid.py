@@ -1,15 +1,19 @@
 """The arithmetic of quantization: from an interval to scale and zero point, from a number to its
 code, and gradients."""
 
+from typing import Any
+
 import torch
 
 
-def code_range(bits, symmetric):
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """Smallest and largest integer code."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
-def scale_zero_point(low, high, bits, symmetric):
+def scale_zero_point(
+    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Interval -> (scale, zero_point), float tensors shaped as low. Asymmetric: scale = (high -
     low)/(2^b - 1), zero_point = -round(low/scale) in 0..2^b-1. Symmetric: scale = max(|low|,
     high)/(2^(b-1) - 1), zero_point = 0."""
@@ -21,7 +25,13 @@ def scale_zero_point(low, high, bits, symmetric):
     return scale, (-(low / scale).round()).clamp(0, 2**bits - 1)
 
 
-def centered_codes(x, scale, zero_point, low_code, high_code):
+def centered_codes(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    low_code: int | torch.Tensor,
+    high_code: int | torch.Tensor,
+) -> torch.Tensor:
     """The quantizer: integer code minus zero point, clamp(round(x / scale), low - z, high - z), as
     floats.
 
@@ -36,7 +46,7 @@ def centered_codes(x, scale, zero_point, low_code, high_code):
 LOG2_TOP = 14  # exponent of the largest integer of the log2 grid
 
 
-def log2_codes(x, bits):
+def log2_codes(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Powers of two as integers: round(-log2 x) = q in 0..min(2^b-2, LOG2_TOP) gives 2^(LOG2_TOP -
     q), what lies below gives 0; times the scale 2^-LOG2_TOP that is 2^-q. So more than 4 bits have
     no more codes, which end at 6e-5. Gradients pass straight through. x in [0, 1]."""
@@ -51,7 +61,15 @@ class StraightThrough(torch.autograd.Function):
     """Centred codes with the gradients of LSQ for x and the scale."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, low, high):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        low: int | torch.Tensor,
+        high: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """The codes of x."""
         code = centered_codes(x, scale, zero_point, low, high)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, code, scale, zero_point)
@@ -59,7 +77,8 @@ class StraightThrough(torch.autograd.Function):
         return code
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x and the scale."""
         x, code, scale, zero_point = ctx.saved_tensors
         low, high = ctx.codes
         inverse = scale.reciprocal()

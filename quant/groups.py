@@ -6,17 +6,26 @@ group of channels, per head and the split of concatenated inputs (Q-Diffusion, L
 arXiv:2302.04304: a shortcut's two parts, whose ranges differ, each with own scales) are all this
 one line."""
 
+from collections.abc import Sequence
+
 import torch
 
 
-def split_of(splits, num_channels):
+def split_of(splits: Sequence[int] | None, num_channels: int) -> torch.Tensor:
     """(C,) index of the concatenated part each channel belongs to; zeros without splits."""
     if not splits:
         return torch.zeros(num_channels, dtype=torch.long)
     return torch.repeat_interleave(torch.arange(len(splits)), torch.tensor(splits))
 
 
-def activation_groups(per, num_channels, trailing, *, group_size=0, splits=None):
+def activation_groups(
+    per: str,
+    num_channels: int,
+    trailing: int,
+    *,
+    group_size: int = 0,
+    splits: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Map for an activation with `num_channels` channels followed by `trailing` axes.
 
     `per`: "tensor" (one group, or one per concatenated part), "channel", "group" (`group_size`
@@ -43,7 +52,9 @@ def activation_groups(per, num_channels, trailing, *, group_size=0, splits=None)
     return group_of.reshape(num_channels, *[1] * trailing)
 
 
-def weight_groups(per, shape, *, splits=None):
+def weight_groups(
+    per: str, shape: Sequence[int], *, splits: Sequence[int] | None = None
+) -> torch.Tensor:
     """Map for a weight (out, in, ...): per "tensor" or per output "channel", times the concatenated
     parts of `in`."""
     out, inner = shape[0], shape[1]
@@ -57,5 +68,6 @@ def weight_groups(per, shape, *, splits=None):
     return group_of.reshape(*group_of.shape, *[1] * (len(shape) - 2))
 
 
-def num_groups(group_of):
+def num_groups(group_of: torch.Tensor) -> int:
+    """How many scales a map asks for."""
     return int(group_of.max()) + 1

@@ -17,7 +17,7 @@ A balanced layer (quant/passes/balance.py) reads x * inverse_balance, one factor
 and its weight holds the balance: W_c * balance_c. An integer engine merges that factor with the
 1/s_x of its quantize step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -73,19 +73,12 @@ class QuantLayer(nn.Module):
         self.parts = splits or (self.shape[1],)
         self.weight_quantizer = self.input_quantizer = self.rounding = None
         if weight_spec.bits < 32:
-            self.weight_quantizer = Quantizer(
-                weight_spec,
-                weight_groups(weight_spec.per, self.shape, splits=splits),
-                timeline if weight_spec.per_segment else None,
-            )
+            group_of = weight_groups(weight_spec.per, self.shape, splits=splits)
+            own = timeline if weight_spec.per_segment else None
+            self.weight_quantizer = Quantizer(weight_spec, group_of, own)
         if input_spec.bits < 32:
-            group_of = activation_groups(
-                input_spec.per,
-                self.shape[1],
-                self.trailing,
-                group_size=input_spec.group_size,
-                splits=splits,
-            )
+            options = {"group_size": input_spec.group_size, "splits": splits}
+            group_of = activation_groups(input_spec.per, self.shape[1], self.trailing, **options)
             self.input_quantizer = Quantizer(input_spec, group_of, timeline)
         self.register_buffer("weight_int", None)
         self.register_buffer("inverse_balance", torch.ones(self.shape[1]) if balanced else None)
@@ -94,10 +87,9 @@ class QuantLayer(nn.Module):
         """The layer's answer to x (N, in, ...), or (N, ..., in) of a Linear."""
         x, scales = self.quantize_input(self.balanced_input(x))
         weight = self.weight_in_use()
+        pieces = [(x, weight)]
         if len(self.parts) > 1:
             pieces = zip(x.split(self.parts, dim=1), weight.split(self.parts, dim=1))
-        else:
-            pieces = [(x, weight)]
         out = 0
         for part, (x_part, weight_part) in enumerate(pieces):
             term = self.operation(x_part, weight_part, None)
@@ -118,9 +110,7 @@ class QuantLayer(nn.Module):
         q = self.input_quantizer
         return [] if q is None else [(q, self.balanced_input(x))]
 
-    def quantize_input(
-        self, x: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor] | tuple[torch.Tensor, ...] | None]:
+    def quantize_input(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor] | None]:
         """-> what is multiplied, and the scales to multiply the product of each part with (None: no
         factor)."""
         q = self.input_quantizer

@@ -9,7 +9,7 @@ does, that gradient pulls the scale the wrong way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,7 +133,7 @@ class Quantizer(nn.Module):
         """x on its grid: codes times scale."""
         return self.codes(x) * self.table(self.scales(), x)
 
-    def part_scales(self, x: torch.Tensor) -> list[torch.Tensor] | tuple[torch.Tensor, ...]:
+    def part_scales(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Scales of a per-tensor quantizer, one per concatenated part, each a scalar or (N, 1, ...)
         to multiply a result with as many axes as x."""
         rows = self.scales()[self.segment()]

@@ -14,6 +14,8 @@ those of a symmetric interval).
 The interval always contains zero, so zero is exactly representable (convolutions pad with it).
 """
 
+from typing import Any
+
 import torch
 
 from quant.grid import centered_codes, code_range, scale_zero_point
@@ -22,31 +24,32 @@ NORM = 2.4  # p of the searches
 NUM_SHRINKS = 80  # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
 CHUNK_ELEMENTS = 2**22  # working set of one batch of candidates
 
+Interval = tuple[torch.Tensor, torch.Tensor]  # low, high, (groups,) each
 
-def minmax(values, bits, symmetric):
+
+def minmax(values: torch.Tensor, bits: int, symmetric: bool) -> Interval:
+    """The extremes."""
     return values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
 
 
-def percentile(values, bits, symmetric, tail=0.001):
+def percentile(values: torch.Tensor, bits: int, symmetric: bool, tail: float = 0.001) -> Interval:
     """Leave out the fraction `tail` of the values at either end."""
     ordered = values.sort(dim=1).values
     last = values.shape[1] - 1
-    return ordered[:, round(tail * last)].clamp(max=0), ordered[:, last - round(tail * last)].clamp(
-        min=0
-    )
+    left_out = round(tail * last)
+    return ordered[:, left_out].clamp(max=0), ordered[:, last - left_out].clamp(min=0)
 
 
-def search_1d(values, bits, symmetric):
+def search_1d(values: torch.Tensor, bits: int, symmetric: bool) -> Interval:
     """Shrink both ends together; keep the candidate of least mean |x - Q(x)|^2.4 (first one
     wins)."""
     low, high = minmax(values, bits, symmetric)
     factors = 1 - 0.01 * torch.arange(NUM_SHRINKS, dtype=values.dtype, device=values.device)
-    return _best(
-        values, low[None] * factors[:, None], high[None] * factors[:, None], bits, symmetric
-    )
+    factors = factors[:, None]
+    return _best(values, low[None] * factors, high[None] * factors, bits, symmetric)
 
 
-def search_2d(values, bits, symmetric):
+def search_2d(values: torch.Tensor, bits: int, symmetric: bool) -> Interval:
     """Both ends on their own (QDrop's search for two-sided data): from the best of the 1-D search
     on, rounds of nearby zero points and widths, in ever smaller steps of the zero point. Costs 2 (4
     bits) to 3.5 (8 bits) of the 1-D search; all 100 widths x 2^b zero points would cost 20 and
@@ -59,16 +62,10 @@ def search_2d(values, bits, symmetric):
     for stride in (2**power for power in reversed(range(bits - 1))):
         scale, zero = scale_zero_point(*best, bits, symmetric)
         zeros = torch.stack([zero - stride, zero, zero + stride]).clamp(0, levels)
-        lows, highs = _intervals(
-            (scale * levels)[None, None] * factors[:, None, None], zeros[None], levels
-        )
-        best = _best(
-            values,
-            torch.cat([best[0][None], lows]),
-            torch.cat([best[1][None], highs]),
-            bits,
-            symmetric,
-        )
+        widths = (scale * levels)[None, None] * factors[:, None, None]
+        lows, highs = _intervals(widths, zeros[None], levels)
+        lows, highs = torch.cat([best[0][None], lows]), torch.cat([best[1][None], highs])
+        best = _best(values, lows, highs, bits, symmetric)
     return best
 
 
@@ -86,11 +83,8 @@ def _best(values, lows, highs, bits, symmetric):
     errors = []
     for scale, zero in zip(scales.split(size), zeros.split(size)):
         scale, zero = scale[:, :, None], zero[:, :, None]
-        error = (
-            centered_codes(values[None], scale, zero, low_code, high_code)
-            .mul_(scale)
-            .sub_(values[None])
-        )
+        codes = centered_codes(values[None], scale, zero, low_code, high_code)
+        error = codes.mul_(scale).sub_(values[None])
         errors.append(error.abs_().pow_(NORM).mean(2))
     best = torch.cat(errors).argmin(0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
@@ -99,7 +93,9 @@ def _best(values, lows, highs, bits, symmetric):
 RANGES = {"minmax": minmax, "percentile": percentile, "mse": search_1d, "mse2d": search_2d}
 
 
-def find_range(name, values, bits, symmetric, **options):
+def find_range(
+    name: str, values: torch.Tensor, bits: int, symmetric: bool, **options: Any
+) -> Interval:
     """Run the search called `name`; raises ValueError that quotes an unknown word."""
     if name not in RANGES:
         raise ValueError(f"range search '{name}' is unknown; choose one of {', '.join(RANGES)}")

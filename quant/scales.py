@@ -2,9 +2,13 @@
 scale for every segment. At its end the table stays and the model goes, so running it costs
 nothing."""
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
-from quant.network import input_quantizers
+from quant.network import QuantizedNet, input_quantizers
+from quant.quantizer import Quantizer
 
 
 class SoftScale(nn.Module):
@@ -12,20 +16,20 @@ class SoftScale(nn.Module):
 
     done = 0.0  # share of its learning that is over
 
-    def codes(self, quantizer, x):
+    def codes(self, quantizer: Quantizer, x: torch.Tensor) -> torch.Tensor:
         """Codes of x, in units of the table."""
         return quantizer.codes_at(self(), x)
 
-    def hard(self):
+    def hard(self) -> torch.Tensor:
         """The table that stays."""
         return self()
 
-    def penalty(self):
+    def penalty(self) -> float | torch.Tensor:
         """What is added to the loss."""
         return 0.0
 
 
-def attach(net, make):
+def attach(net: QuantizedNet, make: Callable[[Quantizer], SoftScale]) -> int:
     """Give every activation quantizer of `net` that is learnable and not static the soft scale
     make(quantizer); returns how many. Raises ValueError on a timeline of one segment, where there
     is nothing to model, and where scales are modelled already."""

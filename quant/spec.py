@@ -23,7 +23,8 @@ class QuantSpec:
     segment_bits: tuple = ()
     static: bool = False  # of an input: one scale for all time segments
 
-    def options(self):
+    def options(self) -> dict[str, float]:
+        """Options of the range search."""
         return {"tail": self.tail} if self.range == "percentile" else {}
 
 

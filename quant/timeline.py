@@ -4,6 +4,10 @@ belongs to.
 With one segment for every sampled step, each activation has a scale of its own there: x_q = s[k(t)]
 (code - z[k(t)]), the finite-set calibration of TFMQ-DM (Huang et al. 2024, arXiv:2311.16503)."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from base.errors import unknown_word
@@ -11,7 +15,7 @@ from base.errors import unknown_word
 PER_STEP = "per_step"
 
 
-def segment_boundaries(times, segments):
+def segment_boundaries(times: Iterable[float], segments: int | str | Sequence) -> list[float]:
     """Boundaries that cut a sampler's network times (in any order) into `segments`: 1; k parts of
     as equal numbers of steps as possible; "per_step", one for each time; or a list of the
     boundaries themselves, as network times. Those that are chosen here lie midway between
@@ -39,7 +43,9 @@ def segment_boundaries(times, segments):
     return sorted((times[cut - 1] + times[cut]) / 2 for cut in cuts)
 
 
-def checked_boundaries(times, boundaries):
+def checked_boundaries(times: Sequence[float], boundaries: Sequence) -> list[float]:
+    """The boundaries as ascending floats. Raises ValueError for what is no number, and where none
+    of the ascending `times` lies between two."""
     if any(isinstance(b, bool) or not isinstance(b, (int, float)) for b in boundaries):
         raise ValueError(f"segments {list(boundaries)} must be network times, such as [300, 700]")
     ends = [float("-inf"), *sorted(map(float, boundaries)), float("inf")]
@@ -47,48 +53,48 @@ def checked_boundaries(times, boundaries):
         if not any(low <= t < high for t in times):
             raise ValueError(
                 f"segments {list(boundaries)}: no step of the sampler lies between {low:g} and "
-                f"{high:g}; "
-                f"its network times are {times[0]:g} to {times[-1]:g}"
+                f"{high:g}; its network times are {times[0]:g} to {times[-1]:g}"
             )
     return ends[1:-1]
 
 
 class Timeline:
-    """Segments of the network's step axis. `boundaries` are ascending step values; step t lies in
+    """Segments of the axis of network times. `boundaries` are times, kept ascending; t lies in
     segment #{b : b <= t}. Without boundaries there is one segment and every quantizer is static.
 
-    `segment` is an int, or (N,) when the samples of a batch lie in several segments; a pre-hook on
-    the network reads t and sets it, so that no call is ever counted."""
+    `segment` is an int, or (N,) when the samples of a batch lie in several segments; the network
+    sets it by the t that it is called with, so that no call is ever counted."""
 
-    def __init__(self, boundaries=()):
+    def __init__(self, boundaries: Iterable[float] = ()):
         self.boundaries = torch.tensor(sorted(boundaries), dtype=torch.float32)
-        self.segment = 0
+        self.segment: int | torch.Tensor | slice = 0
 
     @property
-    def num_segments(self):
+    def num_segments(self) -> int:
+        """One more than boundaries."""
         return len(self.boundaries) + 1
 
-    def set_time(self, t):
-        """t (N,) steps of the samples in the coming forward pass."""
+    def set_time(self, t: torch.Tensor) -> None:
+        """Tell it the network times t (N,) of the samples in the coming forward pass."""
         if self.num_segments == 1:
             return
         segment = self.segments_of(t)
         self.segment = int(segment[0]) if bool((segment == segment[0]).all()) else segment
 
-    def restricted_to(self, t):
-        """A timeline of the segments that hold the steps t (N,) alone, set to these samples: for
+    def restricted_to(self, t: torch.Tensor) -> Timeline:
+        """A timeline of the segments that hold the times t (N,) alone, set to these samples: for
         trials on few."""
         known = self.segments_of(t).float().unique()
         few = Timeline(((known[1:] + known[:-1]) / 2).tolist())
         few.set_time(self.segments_of(t))
         return few
 
-    def segments_of(self, t):
-        """Segment of every step t (N,)."""
+    def segments_of(self, t: torch.Tensor) -> torch.Tensor:
+        """Segment of every time t (N,)."""
         return torch.bucketize(t.float(), self.boundaries.to(t.device), right=True)
 
-    def segment_times(self, t):
-        """Mean step of each segment over t (N,) -> (segments,). Raises ValueError for a segment
+    def segment_times(self, t: torch.Tensor) -> torch.Tensor:
+        """Mean time of each segment over t (N,) -> (segments,). Raises ValueError for a segment
         without any."""
         segment, times = self.segments_of(t), []
         for s in range(self.num_segments):
@@ -96,8 +102,7 @@ class Timeline:
             if not len(own):
                 raise ValueError(
                     f"calibration data hold no sample in time segment {s} of {self.num_segments}; "
-                    "add "
-                    "steps to the calibration set or use fewer segments"
+                    "add steps to the calibration set or use fewer segments"
                 )
             times.append(own.mean())
         return torch.stack(times)
