@@ -15,7 +15,7 @@ from ddim.schedule import make_schedule
 from models.sampling import Sampling
 from quant.calibration.builders import check_builder
 from quant.passes.order import check_needs
-from quant.passes.run import changed_passes, check_passes, find_pass
+from quant.passes.run import changed_passes, check_passes, find_pass, with_effort
 from quant.rules import check_bits, check_rules
 from quant.timeline import segment_boundaries
 from tinydm.stages.trajectories import STARTS
@@ -128,6 +128,10 @@ class RunConfig:
     max_batch: int = 256
     force: bool = False  # do a finished stage again
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if all(isinstance(entry, str | dict) for entry in self.passes):
+            self.passes = with_effort(self.passes, vars(self.effort))
 
     @property
     def all_rules(self) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Mixed precision: bits for every layer by its measured sensitivity, under a budget of size or of
 bit operations.
 
-    minimise  sum_l e_l(w_l) [+ e_l(a_l)]   subject to  sum_l n_l w_l <= budget            (size: bits of weights)
-                                                   or   sum_l m_l w_l a_l <= budget        (bops: bit operations)
+    minimise    sum_l e_l(w_l) [+ e_l(a_l)]
+    subject to  sum_l n_l w_l <= budget        (size: bits of weights)
+            or  sum_l m_l w_l a_l <= budget    (bops: bit operations)
 
 with one choice of weight bits w_l, and for bops of input bits a_l, for each layer of n_l weights
 and m_l multiply-adds: the integer programme of HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680), solved
@@ -12,29 +13,41 @@ widths that takes 2 k runs in place of k^2, and to add them up assumes no more t
 layers, that errors of different roundings do not correlate."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from quant.network import in_full_precision, quant_layers
+from quant.layers import QuantLayer
+from quant.network import QuantizedNet, in_full_precision, quant_layers
+from quant.passes.declare import Moment, quant_pass
+from quant.passes.job import Job
 
 # what gets widths out of `choices`
 BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}
 UNITS = {"size": "bits of weights", "bops": "bit operations"}
+Widths = tuple[int, ...]  # of the parts that a budget is about
+Errors = dict[str, dict[str, dict[int, float]]]  # layer -> part -> bits -> squared error
 
 
+@quant_pass(
+    moment=Moment.DECIDE,
+    once=True,
+    one_network=True,
+    inside_segments="it decides for the whole network; list it before segment_models",
+)
 def allocate_bits(
-    job,
+    job: Job,
     *,
     budget: Literal[tuple(BUDGETS)] = "size",
-    average=None,
-    choices=(2, 3, 4, 6, 8),
-    num_samples=16,
-):
+    average: float | None = None,
+    choices: Sequence[int] = (2, 3, 4, 6, 8),
+    num_samples: int = 16,
+) -> list[dict[str, Any]]:
     """The pass, before any that changes the network: choose bits out of `choices` and add a rule
     for each layer. All layers together take no more than they would with `average` bits everywhere
     (None: with the widths that the rules give them). Layers that the rules make an exception of,
@@ -44,60 +57,48 @@ def allocate_bits(
     bits and errors of every layer."""
     if not set(choices) <= set(range(2, 9)):
         raise ValueError(f"allocate_bits chooses among widths of 2 to 8 bits, not {list(choices)}")
-    parts = BUDGETS[budget]
+    parts, unit = BUDGETS[budget], UNITS[budget]
     layers, usual = ordinary_layers(job.net, parts)
     amounts = {
         name: prod(m.shape) if budget == "size" else job.graph.macs[name]
         for name, m in layers.items()
     }
-    costs = {
-        name: {bits: n * prod(bits) for bits in product(choices, repeat=len(parts))}
-        for name, n in amounts.items()
-    }
-    allowed = int(
-        sum(amounts.values()) * (prod(usual) if average is None else average ** len(parts))
-    )
+    widths = list(product(choices, repeat=len(parts)))
+    costs = {name: {bits: n * prod(bits) for bits in widths} for name, n in amounts.items()}
+    everywhere = prod(usual) if average is None else average ** len(parts)
+    allowed = int(sum(amounts.values()) * everywhere)
     least = sum(min(row.values()) for row in costs.values())
     if least > allowed:
         raise ValueError(
-            f"the budget of {allowed:,} {UNITS[budget]} cannot be met: with {min(choices)} bits "
-            f"everywhere it takes {least:,}"
+            f"the budget of {allowed:,} {unit} cannot be met: with {min(choices)} bits everywhere "
+            f"it takes {least:,}"
         )
     apart = sensitivities(job, layers, parts, choices, num_samples)
     errors = {
-        name: {bits: sum(apart[name][part][b] for part, b in zip(parts, bits)) for bits in row}
-        for name, row in costs.items()
+        name: {bits: sum(apart[name][part][b] for part, b in zip(parts, bits)) for bits in widths}
+        for name in costs
     }
     chosen = solve(errors, costs, allowed)
     used = sum(costs[name][bits] for name, bits in chosen.items())
-    rules = [
-        {"match": name, "kind": "layer", **{part: {"bits": b} for part, b in zip(parts, bits)}}
-        for name, bits in chosen.items()
-    ]
+    rules = [_rule(name, dict(zip(parts, bits))) for name, bits in chosen.items()]
     job.add_rules(rules)
-    job.log(f"allocate_bits: {used:,} {UNITS[budget]} in {len(layers)} layers, {allowed:,} allowed")
-    return [
-        {
-            "pass": "allocate_bits",
-            "budget": budget,
-            "allowed": allowed,
-            "used": used,
-            "rules": rules,
-        },
-        *(
-            {
-                "pass": "allocate_bits",
-                "unit": name,
-                "bits": dict(zip(parts, bits)),
-                "errors": apart[name],
-            }
-            for name, bits in chosen.items()
-        ),
-    ]
+    job.log(f"allocate_bits: {used:,} {unit} in {len(layers)} layers, {allowed:,} allowed")
+    spent = {"budget": budget, "allowed": allowed, "used": used, "rules": rules}
+    facts = [{"pass": "allocate_bits", **spent}]
+    for name, bits in chosen.items():
+        found = {"unit": name, "bits": dict(zip(parts, bits)), "errors": apart[name]}
+        facts.append({"pass": "allocate_bits", **found})
+    return facts
 
 
-def ordinary_layers(net, parts):
-    """-> (name -> layer whose `parts` have the widths that most layers have, those widths)"""
+def _rule(name, bits):
+    return {"match": name, "kind": "layer", **{part: {"bits": b} for part, b in bits.items()}}
+
+
+def ordinary_layers(
+    net: QuantizedNet, parts: Sequence[str]
+) -> tuple[dict[str, QuantLayer], Widths]:
+    """Returns (name -> layer whose `parts` have the widths that most layers have, those widths)."""
     widths = {}
     for name, layer in quant_layers(net).items():
         quantizers = [getattr(layer, f"{part}_quantizer") for part in parts]
@@ -114,9 +115,15 @@ def ordinary_layers(net, parts):
 
 
 @torch.no_grad()
-def sensitivities(job, layers, parts, choices, num_samples):
-    """{layer: {part: {bits: squared error of the network's output, mean over samples}}}, each part
-    quantized alone."""
+def sensitivities(
+    job: Job,
+    layers: Mapping[str, QuantLayer],
+    parts: Sequence[str],
+    choices: Sequence[int],
+    num_samples: int,
+) -> Errors:
+    """Returns {layer: {part: {bits: squared error of the network's output, mean over samples}}},
+    each part quantized alone."""
     sample = job.calibration.spread(num_samples, job.net.timeline, job.seed)
     batches = [
         tuple(a.to(job.device) for a in arguments) for arguments in sample.batches(job.batch(16))
@@ -124,10 +131,7 @@ def sensitivities(job, layers, parts, choices, num_samples):
     targets = [job.model.net(*arguments) for arguments in batches]
     errors = {name: {part: {} for part in parts} for name in layers}
     for bits in choices:
-        rules = [
-            {"match": name, "kind": "layer", **{part: {"bits": bits} for part in parts}}
-            for name in layers
-        ]
+        rules = [_rule(name, dict.fromkeys(parts, bits)) for name in layers]
         net = replace(job, calibration=sample).fitted_copy(rules)
         with in_full_precision(net):
             for name, part in product(layers, parts):
@@ -143,7 +147,11 @@ def sensitivities(job, layers, parts, choices, num_samples):
     return errors
 
 
-def solve(errors, costs, budget):
+def solve(
+    errors: Mapping[str, Mapping[Widths, float]],
+    costs: Mapping[str, Mapping[Widths, float]],
+    budget: float,
+) -> dict[str, Widths]:
     """{name: {choice: error}}, {name: {choice: cost}} -> {name: choice} of least total error at no
     more cost than `budget`, which the cheapest choices keep."""
     # takes a second to import, and most methods have no use for it

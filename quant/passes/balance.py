@@ -12,25 +12,31 @@ exact. Behind SiLU and in the residual stream there is no exact fold: the layer 
 by 1/s (`inverse_balance`), which an integer engine does in its quantize step."""
 
 import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
-from base.network import Matmul, attention_parts
-from quant.network import core_of, in_full_precision, input_quantizers, quant_layers
+from base.network import AttentionPart, Matmul, attention_parts
+from quant.calibration.dataset import CalibrationSet
+from quant.folds import check_folds, fold_into_norm, scale_rows
+from quant.layers import QuantLayer
+from quant.network import QuantizedNet, core_of, in_full_precision, input_quantizers, quant_layers
 from quant.observer import refit
+from quant.passes.declare import Moment, Plan, quant_pass
+from quant.passes.job import Job
 from quant.reconstruction.capture import inputs_of
+from quant.timeline import Timeline
 
 DEAD = 1e-5  # channels whose data or weights stay below take no part
 LIMITS = 1e-3, 1e3  # of s, relative to its geometric mean
-# largest change of the network's answer that is float32's rounding
-SAME = 1e-4
+ROUNDING = 1e-4  # largest change of the network's answer that is float32's rounding
 PRODUCT_SAMPLES = 16  # attention maps are large
 CAPTURED_BYTES = 2**28  # inputs of layers that are held at a time
 
 
-def balance_vector(data_max, weight_max, alpha):
-    """s (C,) of data_max and weight_max (C,); 1 for dead channels."""
+def balance_vector(data_max: torch.Tensor, weight_max: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Returns s (C,) of data_max and weight_max (C,); 1 for dead channels."""
     alive = (data_max > DEAD) & (weight_max > DEAD)
     log = alpha * data_max.clamp(min=DEAD).log() - (1 - alpha) * weight_max.clamp(min=DEAD).log()
     if not alive.any():
@@ -39,12 +45,26 @@ def balance_vector(data_max, weight_max, alpha):
     return torch.where(alive, s, torch.ones_like(s))
 
 
-def channel_max(x, trailing):
-    """Largest |x| of each channel; `trailing` axes follow the channels."""
+def channel_max(x: torch.Tensor, trailing: int) -> torch.Tensor:
+    """Returns the largest |x| of each channel; `trailing` axes follow the channels."""
     return x.abs().movedim(-1 - trailing, -1).flatten(0, -2).amax(0)
 
 
-def balance(job, *, num_samples=64, num_alphas=11):
+def _check(plan: Plan) -> None:
+    if not any(rule.get("balance") for rule in plan.rules):
+        raise ValueError(
+            "no layer is to be balanced; say balance: true in a rule, or leave out the pass balance"
+        )
+
+
+@quant_pass(
+    moment=Moment.BALANCE,
+    excludes={"segment_models": "segments begin with the network as it was, without balance"},
+    inside_segments="it changes what scales are fitted to, also of norms, which the segments "
+    "share; leave it out",
+    check=_check,
+)
+def balance(job: Job, *, num_samples: int = 64, num_alphas: int = 11) -> list[dict[str, Any]]:
     """The pass, before fit_ranges. Layers whose rule says `balance: true` are balanced; attention
     blocks also fold norm -> q, k, v, q <-> k and v -> proj where these are such layers.
     `num_samples` calibration samples, spread over the time segments; `num_alphas` candidates from 0
@@ -56,7 +76,8 @@ def balance(job, *, num_samples=64, num_alphas=11):
     job.need_float_weights("balance")
     if any(q.is_fitted for q in input_quantizers(job.net).values()):
         raise ValueError("balance changes what scales are fitted to; list it before fit_ranges")
-    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed)
+    timeline = job.net.timeline
+    sample = job.calibration.spread(num_samples, timeline, job.seed)
     layers = {
         name: m
         for name, m in quant_layers(job.net).items()
@@ -69,43 +90,34 @@ def balance(job, *, num_samples=64, num_alphas=11):
     check_folds(job.model.net, parts, sample.arguments(slice(0, 1)))
     groups = [part.readers for part in parts] + [[name] for name in layers if name not in shared]
     alphas, facts = torch.linspace(0, 1, num_alphas).tolist(), []
-    segments = job.net.timeline.segments_of(sample.t)
-    for captured in chunks(job, sample, groups):
+    segments = timeline.segments_of(sample.t)
+    for captured in _chunks(job, sample, groups):
         for names, x in captured:
-            facts.append(
-                balance_group(
-                    names, [layers[n] for n in names], x, segments, job.net.timeline, alphas
-                )
-            )
-            part = shared.get(names[0])
+            readers, part = [layers[name] for name in names], shared.get(names[0])
+            facts.append(balance_group(names, readers, x, segments, timeline, alphas))
             if part and facts[-1]["alpha"] is not None:
-                fold_into_norm(job.net, part, [layers[n] for n in names])
+                fold_into_norm(job.net, part, readers)
     few = sample.thinned(job.batch(PRODUCT_SAMPLES))
     for part in parts:
         facts.append(balance_product(job, part, few))
         fold_into_values(job, part, few)
-    changed = deviation(job, sample.arguments(slice(0, job.batch(4))))
-    if not changed <= SAME:
+    changed = _deviation(job, sample.arguments(slice(0, job.batch(4))))
+    if not changed <= ROUNDING:
         raise ValueError(
             f"balancing changed the full-precision network's answer by {changed:.1e} of its "
-            "largest, "
-            "which is more than rounding; set balance: false for what cannot be folded"
+            "largest, which is more than rounding; set balance: false for what cannot be folded"
         )
-    gained = [
-        f["error_after"] / max(f["error_before"], 1e-30) for f in facts if f["pass"] == "balance"
-    ]
+    gained = [f["error_after"] / max(f["error_before"], 1e-30) for f in facts]
     job.log(
         f"balance: {sum(f['alpha'] is not None for f in facts)} of {len(facts)} groups balanced, "
-        "mean error "
-        f"{sum(gained) / max(len(gained), 1):.2f} of that without; without quantizers the network "
-        "changed by "
-        f"{changed:.0e}"
+        f"mean error {sum(gained) / max(len(gained), 1):.2f} of that without; without quantizers "
+        f"the network changed by {changed:.0e}"
     )
     return facts
 
 
 @torch.no_grad()
-def deviation(job, arguments):
+def _deviation(job, arguments):
     """max |difference| / max |answer| of the balanced network without quantizers and the float
     network."""
     arguments = [a.to(job.device) for a in arguments]
@@ -114,59 +126,74 @@ def deviation(job, arguments):
         return float((job.net(*arguments) - wanted).abs().max() / wanted.abs().max())
 
 
-def chunks(job, sample, groups):
+def _chunks(
+    job: Job, sample: CalibrationSet, groups: Iterable[list[str]]
+) -> Iterator[list[tuple[list[str], torch.Tensor]]]:
     """(names, input over the sample) of each group, captured for as many groups at a time as memory
     allows."""
-    size = {g[0]: None for g in groups}
-    first = inputs_of(job.model.net, list(size), sample.rows(torch.tensor([0])), 1)
-    for name in size:
-        size[name] = first[name].numel() * 4 * len(sample)
-    todo = list(groups)
+    todo, one = list(groups), sample.rows(torch.tensor([0]))
+    first = inputs_of(job.model.net, [names[0] for names in todo], one, 1)
+    size = {name: x.numel() * 4 * len(sample) for name, x in first.items()}
     while todo:
         taken, used = [], 0
         while todo and (not taken or used + size[todo[0][0]] <= CAPTURED_BYTES):
             used += size[todo[0][0]]
             taken.append(todo.pop(0))
-        found = inputs_of(job.model.net, [g[0] for g in taken], sample, job.batch(32))
-        yield [(g, found[g[0]]) for g in taken]
+        found = inputs_of(job.model.net, [names[0] for names in taken], sample, job.batch(32))
+        yield [(names, found[names[0]]) for names in taken]
 
 
 @torch.no_grad()
-def balance_group(names, layers, x, segments, timeline, alphas):
-    """Choose s for layers that read the same x, and balance them."""
+def balance_group(
+    names: list[str],
+    layers: list[QuantLayer],
+    x: torch.Tensor,
+    segments: torch.Tensor,
+    timeline: Timeline,
+    alphas: Sequence[float],
+) -> dict[str, Any]:
+    """Chooses s for layers that read the same x, and balances them; returns the fact."""
     data_max = channel_max(x, layers[0].trailing)
-    weight_max = torch.stack(
-        [m.weight.movedim(1, -1).flatten(0, -2).abs().amax(0) for m in layers]
-    ).amax(0)
+    of_layers = [m.weight.movedim(1, -1).flatten(0, -2).abs().amax(0) for m in layers]
+    weight_max = torch.stack(of_layers).amax(0)
     targets = [m.operation(x, m.weight, None) for m in layers]
-    best, before = (None, None, None), None
-    for alpha in [None, *alphas]:
-        s = (
-            torch.ones_like(data_max)
-            if alpha is None
-            else balance_vector(data_max, weight_max, alpha)
-        )
-        error = sum(
-            error_with(m, s, x, target, segments, timeline) for m, target in zip(layers, targets)
-        )
-        before = error if before is None else before
-        if best[0] is None or error < best[0]:  # the identity comes first and wins ties
-            best = error, alpha, s
-    if best[1] is not None:
+    vectors = {alpha: balance_vector(data_max, weight_max, alpha) for alpha in alphas}
+
+    def error_of(s):
+        pairs = zip(layers, targets)
+        return sum(error_with(m, s, x, target, segments, timeline) for m, target in pairs)
+
+    alpha, fact = _best(names, {None: torch.ones_like(data_max)} | vectors, error_of)
+    if alpha is not None:
         for layer in layers:
-            layer.balance(best[2])
-    return {
-        "pass": "balance",
-        "layers": names,
-        "alpha": best[1],
-        "error_before": before,
-        "error_after": best[0],
-    }
+            layer.balance(vectors[alpha])
+    return fact
 
 
-def error_with(layer, s, x, target, segments, timeline):
-    """Squared error of the layer's product, quantized behind the balance s, per element of the
-    target."""
+def _best(
+    names: list[str],
+    vectors: dict[float | None, torch.Tensor],
+    error_of: Callable[[torch.Tensor], float],
+) -> tuple[float | None, dict[str, Any]]:
+    """The key of the vector of least error, and the fact about it. The identity comes first, under
+    None, and wins ties."""
+    errors = {alpha: error_of(s) for alpha, s in vectors.items()}
+    best = min(errors, key=errors.get)
+    before, after = errors[None], errors[best]
+    found = {"alpha": best, "error_before": before, "error_after": after}
+    return best, {"pass": "balance", "layers": names} | found
+
+
+def error_with(
+    layer: QuantLayer,
+    s: torch.Tensor,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    segments: torch.Tensor,
+    timeline: Timeline,
+) -> float:
+    """Returns the squared error of the layer's product, quantized behind the balance s, per element
+    of the target."""
     trial = copy.deepcopy(layer, {id(timeline): timeline, id(layer.weight): layer.weight})
     trial.bias = None
     trial.balance(s)
@@ -177,93 +204,33 @@ def error_with(layer, s, x, target, segments, timeline):
 
 
 @torch.no_grad()
-def check_folds(net, parts, arguments):
-    """Raises ValueError unless the readers of each part read what its norm answers, and nothing
-    else does: s goes through no activation and must meet 1/s wherever it comes."""
-    modules, answers, readers = dict(net.named_modules()), {}, {part.norm: [] for part in parts}
-
-    def answered(norm):
-        # kept, so that its storage is its own
-        return lambda module, inputs, out: answers.__setitem__(norm, out)
-
-    def asked(name):
-        def note(module, inputs):
-            for norm, out in answers.items():
-                if any(
-                    x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-                    for x in inputs
-                    if torch.is_tensor(x)
-                ):
-                    readers[norm].append(name)
-
-        return note
-
-    hooks = [modules[part.norm].register_forward_hook(answered(part.norm)) for part in parts]
-    hooks += [
-        m.register_forward_pre_hook(asked(name))
-        for name, m in modules.items()
-        if not any(m.children())
-    ]
-    try:
-        net(*(a.to(next(net.parameters()).device) for a in arguments))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for part in parts:
-        if sorted(readers[part.norm]) != sorted(part.readers):
-            raise ValueError(
-                f"{part.norm} cannot take the balance of {', '.join(part.readers)}: what it "
-                "answers is "
-                f"read by {', '.join(readers[part.norm]) or 'none of the layers'}; set balance: "
-                "false "
-                "for them"
-            )
-
-
-@torch.no_grad()
-def fold_into_norm(net, part, layers):
-    """Take 1/s from the layers that read a norm to the norm itself: exact, as nothing lies
-    between."""
-    norm, inverse = net.get_submodule(part.norm), layers[0].inverse_balance
-    norm.weight = nn.Parameter(norm.weight * inverse, requires_grad=False)
-    if norm.bias is not None:
-        norm.bias = nn.Parameter(norm.bias * inverse, requires_grad=False)
-    for layer in layers:
-        layer.inverse_balance = torch.ones_like(inverse)
-
-
-@torch.no_grad()
-def balance_product(job, part, sample):
+def balance_product(job: Job, part: AttentionPart, sample: CalibrationSet) -> dict[str, Any]:
     """q <-> k: only their product matters, so row d of q is divided and row d of k multiplied by
-    s_d = (max|q_d| / max|k_d|)^(power / 2), where that lowers the error of the quantized
-    product."""
+    s_d = (max|q_d| / max|k_d|)^(power / 2), where that lowers the error of the quantized product;
+    returns the fact."""
     q, k = inputs_of(job.model.net, [part.qk], sample, len(sample), whole=True)[part.qk]
     q_max, k_max = q.abs().amax((0, -2)), k.abs().amax((0, -1))  # ([heads,] D)
     ratio = (q_max.clamp(min=DEAD) / k_max.clamp(min=DEAD)).sqrt()
-    best, before = (None, None, None), None
-    for power in (None, 0.5, 1.0):
-        s = torch.ones_like(ratio) if power is None else ratio**power
-        found = quantized_product(
-            job.net, part.qk, q / s[..., None, :], k * s[..., :, None], sample
-        )
-        error = float((found - q @ k).double().square().mean())
-        before = error if before is None else before
-        if best[0] is None or error < best[0]:
-            best = error, power, s.flatten()
-    if best[1] is not None:
-        scale_rows(job.net.get_submodule(part.q), part.q_rows, 1 / best[2])
-        scale_rows(job.net.get_submodule(part.k), part.k_rows, best[2])
-    return {
-        "pass": "balance",
-        "layers": [part.qk],
-        "alpha": best[1],
-        "error_before": before,
-        "error_after": best[0],
-    }
+    vectors = {None: torch.ones_like(ratio)} | {power: ratio**power for power in (0.5, 1.0)}
+
+    def error_of(s):
+        left, right = q / s[..., None, :], k * s[..., :, None]
+        found = quantized_product(job.net, part.qk, left, right, sample)
+        return float((found - q @ k).double().square().mean())
+
+    power, fact = _best([part.qk], vectors, error_of)
+    if power is not None:
+        s = vectors[power].flatten()
+        scale_rows(job.net.get_submodule(part.q), part.q_rows, 1 / s)
+        scale_rows(job.net.get_submodule(part.k), part.k_rows, s)
+    return fact
 
 
-def quantized_product(net, name, a, b, sample):
-    """What an attention product of `net` would answer, its quantizers fitted to these operands."""
+def quantized_product(
+    net: QuantizedNet, name: str, a: torch.Tensor, b: torch.Tensor, sample: CalibrationSet
+) -> torch.Tensor:
+    """Returns what an attention product of `net` would answer, its quantizers fitted to these
+    operands."""
     product, timeline = net.get_submodule(name), net.timeline
     if isinstance(product, Matmul):  # left in floating point
         return a @ b
@@ -276,17 +243,7 @@ def quantized_product(net, name, a, b, sample):
 
 
 @torch.no_grad()
-def scale_rows(layer, rows, factors):
-    """Multiply the rows (output channels) of a layer, and its bias, with factors (len(rows),)."""
-    whole = torch.ones(layer.shape[0], device=layer.weight.device)
-    whole[rows] = factors
-    layer.scale_weight(whole[:, None])
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias * whole, requires_grad=False)
-
-
-@torch.no_grad()
-def fold_into_values(job, part, sample):
+def fold_into_values(job: Job, part: AttentionPart, sample: CalibrationSet) -> None:
     """v -> proj: averaging by attention is linear, so proj's 1/s can go to the rows of v. It does
     where the quantized product of attention and values gains by it, or loses nothing."""
     proj, roles = job.net.get_submodule(part.proj), job.model.net.get_submodule(part.av).roles

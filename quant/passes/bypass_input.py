@@ -15,15 +15,25 @@ output channel, in floating point.
 Axes: N samples, C channels of x, S time segments.
 """
 
+from typing import Any
+
 import torch
 
 from quant.network import Bypass, stem_of
+from quant.passes.declare import Moment, quant_pass
+from quant.passes.job import Job
 
 RIDGE = 1e-6  # share of the mean variance of x - x_q
 
 
+@quant_pass(
+    moment=Moment.FINISH,
+    once=True,
+    measures=True,
+    inside_segments="it fits the finished network; list it after segment_models",
+)
 @torch.no_grad()
-def bypass_input(job, *, num_samples=1024):
+def bypass_input(job: Job, *, num_samples: int = 1024) -> list[dict[str, Any]]:
     """The pass: fit K by `num_samples` calibration samples, alike of every segment, to the network
     as it is then.
 
@@ -42,13 +52,8 @@ def bypass_input(job, *, num_samples=1024):
         return []
     calibration = job.calibration.spread(num_samples, timeline, job.seed)
     timeline.segment_times(calibration.t)  # says which segment has no samples
-    segments, gains, before, explained, values = (
-        timeline.segments_of(calibration.t),
-        [],
-        0.0,
-        0.0,
-        0,
-    )
+    segments = timeline.segments_of(calibration.t)
+    gains, before, explained, values = [], 0.0, 0.0, 0
     for segment in range(timeline.num_segments):
         squares, products = 0, 0
         for arguments in calibration.rows(segments == segment).batches(job.batch(64)):
@@ -58,23 +63,15 @@ def bypass_input(job, *, num_samples=1024):
             squares, products = squares + rounding.T @ rounding, products + error.T @ rounding
             before, values = before + float(error.square().sum()), values + error.numel()
         floor = (RIDGE * squares.diagonal().mean()).clamp(min=1e-30)
-        gains.append(
-            torch.linalg.solve(
-                squares + floor * torch.eye(len(squares)).to(squares), products, left=False
-            )
-        )
+        squares = squares + floor * torch.eye(len(squares)).to(squares)
+        gains.append(torch.linalg.solve(squares, products, left=False))
         explained += float((gains[-1] * products).sum())
     job.net.bypass = Bypass(timeline, len(gains[0]), stem.shape[1]).to(job.device)
     job.net.bypass.gain.copy_(torch.stack(gains))
-    return [
-        {
-            "pass": "bypass_input",
-            "mse_before": before / values,
-            "mse_after": (before - explained) / values,
-        }
-    ]
+    before, after = before / values, (before - explained) / values
+    return [{"pass": "bypass_input", "mse_before": before, "mse_after": after}]
 
 
-def pixels(x):
+def pixels(x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) -> (N H W, C), float64."""
     return x.permute(0, 2, 3, 1).flatten(0, 2).double()

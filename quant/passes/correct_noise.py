@@ -11,12 +11,14 @@ k)^2, and a sampler that adds noise of its own adds that much less (ddim/sampler
 Axes: S times, N images, C channels of eps of H x W pixels.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from base.network import batch_of
 from quant.network import Correction, quant_layers
+from quant.passes.declare import Moment, quant_pass
+from quant.passes.job import Job
 
 # Lowest k that is corrected
 SLOPES = {
@@ -34,17 +36,22 @@ BIASES = {
 SUMMED = {"channel": (0, 2, 3), "line": (0,)}  # `per`: axes of eps to sum over
 
 
+@quant_pass(
+    moment=Moment.MEASURE,
+    measures=True,
+    inside_segments="it measures the finished network; list it after segment_models",
+)
 @torch.no_grad()
 def correct_noise(
-    job,
+    job: Job,
     *,
-    num_images=1024,
-    seed=2000,
+    num_images: int = 1024,
+    seed: int = 2000,
     slope: Literal[tuple(SLOPES)] = True,
     bias: Literal[tuple(BIASES)] = "residual",
     per: Literal[tuple(SUMMED)] = "channel",
-    variance=True,
-):
+    variance: bool = True,
+) -> list[dict[str, Any]]:
     """The pass: measure k, b and sigma_q^2 at every time that the sampler visits, both networks on
     the full-precision trajectories of `num_images` images of `seed`, and give them to the quantized
     network as `correction`. `slope` (true: of errors that enlarge eps; signed; false), `bias`
@@ -90,26 +97,27 @@ def correct_noise(
     ]
 
 
-def sums(e, d, axes=SUMMED["channel"]):
-    """n, sum e, sum d, sum e d, sum e^2, sum d^2 over `axes` of eps e and its error d (N, C, H, W)
-    -> (6, C, 1, 1) or (6, C, H, W) float64. Those of several batches add up."""
+def sums(
+    e: torch.Tensor, d: torch.Tensor, axes: tuple[int, ...] = SUMMED["channel"]
+) -> torch.Tensor:
+    """Returns n, sum e, sum d, sum e d, sum e^2, sum d^2 over `axes` of eps e and its error d (N,
+    C, H, W) -> (6, C, 1, 1) or (6, C, H, W) float64. Those of several batches add up."""
     e, d = e.double(), d.double()
-    return torch.stack(
-        [a.sum(axes, keepdim=True)[0] for a in (torch.ones_like(e), e, d, e * d, e * e, d * d)]
-    )
+    terms = (torch.ones_like(e), e, d, e * d, e * e, d * d)
+    return torch.stack([term.sum(axes, keepdim=True)[0] for term in terms])
 
 
-def fit(total, slope, bias, variance):
-    """Correction at one time from its `sums`, in closed form: k from the regression of d on eps
-    over all elements; b nearest to the means of r, a number for every row plus one for every
-    column; sigma_q^2 from the variance of r about these means."""
+def fit(
+    total: torch.Tensor, slope: bool | str, bias: bool | str, variance: bool
+) -> dict[str, torch.Tensor]:
+    """Returns the correction at one time from its `sums`, in closed form: k from the regression of
+    d on eps over all elements; b nearest to the means of r, a number for every row plus one for
+    every column; sigma_q^2 from the variance of r about these means."""
     n, e, d, ed, ee, dd = total
     k = n.new_zeros(())
     if slope:
-        covariance, spread = (
-            ed.sum() - e.sum() * d.sum() / n.sum(),
-            ee.sum() - e.sum() ** 2 / n.sum(),
-        )
+        covariance = ed.sum() - e.sum() * d.sum() / n.sum()
+        spread = ee.sum() - e.sum() ** 2 / n.sum()
         k = (covariance / spread.clamp(min=1e-30)).clamp(min=SLOPES[slope])
     # sums of r and r^2
     r, rr = d - k * e, dd - 2 * k * ed + k**2 * ee

@@ -7,12 +7,17 @@ A continuous function gets gradients from all steps, where a free scale per step
 at the sampler's steps it is a table, which is what runs; evaluated at other steps it is the table
 of another step count."""
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from base.network import timestep_embedding
-from quant.network import input_quantizers
+from quant.network import QuantizedNet, input_quantizers
+from quant.passes.declare import Moment, quant_pass
+from quant.passes.job import Job
 from quant.scales import SoftScale, attach
 from quant.timeline import PER_STEP, Timeline, segment_boundaries
 
@@ -25,7 +30,7 @@ class DynamicScale(SoftScale):
     it, and draws random scales while training). The last layer starts at zero weight: s(t) =
     `start` (groups,) for every t."""
 
-    def __init__(self, times, start, hidden=64, depth=4):
+    def __init__(self, times: torch.Tensor, start: torch.Tensor, hidden: int = 64, depth: int = 4):
         super().__init__()
         widths = [EMBEDDING, *[hidden] * (depth - 1), len(start)]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
@@ -37,7 +42,7 @@ class DynamicScale(SoftScale):
         # no buffer: a batch is no state, and is not averaged or saved
         self.times = times
 
-    def at(self, times):
+    def at(self, times: torch.Tensor) -> torch.Tensor:
         """times (S,) -> scales (S, groups), in float32 under autocast too."""
         device = self.layers[-1].bias.device
         with torch.autocast(device.type, enabled=False):
@@ -46,11 +51,20 @@ class DynamicScale(SoftScale):
                 h = F.relu(layer(h))
             return F.softplus(self.layers[-1](h))
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
+        """Returns the table at its own times."""
         return self.at(self.times)
 
 
-def dynamic_scales(job, *, hidden=64, depth=4, warm_steps=300, warm_lr=1e-3):
+@quant_pass(
+    moment=Moment.MODEL,
+    needs_segments="per_step",
+    excludes={"group_scales": "both give the scales"},
+    inside_segments="each of the segments has one scale alone; leave it out",
+)
+def dynamic_scales(
+    job: Job, *, hidden: int = 64, depth: int = 4, warm_steps: int = 300, warm_lr: float = 1e-3
+) -> list[dict[str, Any]]:
     """The pass: replace the fitted table of every activation quantizer by an MLP that follows it,
     by regression of ln s(t) on the table, `warm_steps` Adam steps; what comes after (reconstruct)
     learns the MLP. Scales must have been fitted, on a timeline of several segments."""
@@ -62,9 +76,8 @@ def dynamic_scales(job, *, hidden=64, depth=4, warm_steps=300, warm_lr=1e-3):
         table = q.scale.detach()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
-            soft = DynamicScale(times, table.log().mean(0).exp().cpu(), hidden, depth).to(
-                table.device
-            )
+            mean = table.log().mean(0).exp().cpu()
+            soft = DynamicScale(times, mean, hidden, depth).to(table.device)
         optimizer = torch.optim.Adam(soft.parameters(), lr=warm_lr)
         for _ in range(warm_steps):
             loss = (soft().log() - table.log()).square().mean()
@@ -76,17 +89,12 @@ def dynamic_scales(job, *, hidden=64, depth=4, warm_steps=300, warm_lr=1e-3):
         return soft
 
     count = attach(job.net, make)
-    return [
-        {
-            "pass": "dynamic_scales",
-            "inputs": count,
-            "mean_log_deviation": sum(errors) / max(count, 1),
-        }
-    ]
+    deviation = sum(errors) / max(count, 1)
+    return [{"pass": "dynamic_scales", "inputs": count, "mean_log_deviation": deviation}]
 
 
-def functions_of(net):
-    """Parameters of the MLPs that gave a hardened network its tables, by quantizer:
+def functions_of(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of the MLPs that gave a hardened network its tables, by quantizer:
     {"NAME|layers.0.weight": ...}."""
     return {
         f"{name}|{key}": value
@@ -97,17 +105,21 @@ def functions_of(net):
 
 
 @torch.no_grad()
-def retabulated(net, functions, times):
-    """The hardened network with tables for other network times (S,). Quantizers without a function,
-    all zero points and the bypass of the input take those of the nearest old step; static ones
-    stay. Raises ValueError for functions of another network."""
-    quantizers = input_quantizers(net)
-    unknown = sorted({key.partition("|")[0] for key in functions} - quantizers.keys())
+def retabulated(
+    net: QuantizedNet, functions: dict[str, torch.Tensor], times: Iterable[float]
+) -> QuantizedNet:
+    """Gives the hardened network tables for other network times (S,). Quantizers without a
+    function, all zero points and the bypass of the input take those of the nearest old step; static
+    ones stay. Raises ValueError for functions of another network."""
+    quantizers, by_name = input_quantizers(net), {}
+    for key, value in functions.items():
+        name, _, part = key.partition("|")
+        by_name.setdefault(name, {})[part] = value
+    unknown = sorted(by_name.keys() - quantizers.keys())
     if not functions or unknown:
         raise ValueError(
             "the functions of time do not belong to this network "
-            f"({', '.join(unknown[:3]) or 'none'}); "
-            "use the files of one run"
+            f"({', '.join(unknown[:3]) or 'none'}); use the files of one run"
         )
     times = torch.tensor(sorted(map(float, times)))
     nearest = net.timeline.segments_of(times).tolist()
@@ -115,17 +127,7 @@ def retabulated(net, functions, times):
     for name, q in quantizers.items():
         if q.spec.static:
             continue
-        own = {
-            key.partition("|")[2]: v
-            for key, v in functions.items()
-            if key.partition("|")[0] == name
-        }
-        table = q.scale[nearest]
-        if own:
-            widths = [v.shape[0] for key, v in own.items() if key.endswith("bias")]
-            soft = DynamicScale(times, torch.ones(widths[-1]), widths[0], len(widths))
-            soft.load_state_dict(own)
-            table = soft()
+        table = _table(by_name[name], times) if name in by_name else q.scale[nearest]
         q.scale, q.zero_point = nn.Parameter(table, requires_grad=False), q.zero_point[nearest]
         q.bits = [q.bits[i] for i in nearest]
     if net.bypass is not None:
@@ -133,16 +135,21 @@ def retabulated(net, functions, times):
     return net
 
 
-def retimed(rules, nearest):
-    """Rules for a network whose segment i has become what segment nearest[i] was: those with widths
-    by segment."""
-    return [
-        rule
-        | {
-            "input": rule["input"]
-            | {"segment_bits": [rule["input"]["segment_bits"][i] for i in nearest]}
-        }
-        if rule.get("input", {}).get("segment_bits")
-        else rule
-        for rule in rules
-    ]
+def _table(parameters, times):
+    """Scales (S, groups) that the MLP with these parameters gives."""
+    widths = [value.shape[0] for key, value in parameters.items() if key.endswith("bias")]
+    soft = DynamicScale(times, torch.ones(widths[-1]), widths[0], len(widths))
+    soft.load_state_dict(parameters)
+    return soft()
+
+
+def retimed(rules: Iterable[dict[str, Any]], nearest: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns the rules for a network whose segment i has become what segment nearest[i] was: those
+    with widths by segment change."""
+    result = []
+    for rule in rules:
+        widths = rule.get("input", {}).get("segment_bits")
+        if widths:
+            rule = rule | {"input": rule["input"] | {"segment_bits": [widths[i] for i in nearest]}}
+        result.append(rule)
+    return result

@@ -1,19 +1,48 @@
 """What a pass works on."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from quant.calibration.dataset import CalibrationSet
 from quant.convert import convert
 from quant.graph import Graph
-from quant.network import input_quantizers, quant_layers
-from quant.passes.fit_ranges import fit_ranges
+from quant.layers import QuantLayer
+from quant.network import QuantizedNet, fit, input_quantizers, observing, quant_layers
 from quant.quantizer import Quantizer
 from quant.timeline import Timeline
+
+
+class NoiseSchedule(Protocol):
+    """What passes ask of the schedule of a model."""
+
+    time_scale: float  # network time of one step
+
+    def level(self, step: int) -> Any:
+        """Returns abar of a step, a number."""
+
+
+class Model(Protocol):
+    """What passes ask of a model; any object with these will do."""
+
+    net: nn.Module  # in full precision: eps of x (N, C, H, W) at the network times t (N,)
+    shape: tuple[int, int, int]  # of one x: C, H, W
+    schedule: NoiseSchedule
+
+    def eps(self, x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        """Returns what the sampler is told: the answer of `net`, guided and corrected."""
+
+    def with_net(self, net: nn.Module) -> "Model":
+        """Returns the same model around another network."""
+
+
+def _ignore(facts: list[dict[str, Any]]) -> None:
+    pass
 
 
 @dataclass
@@ -21,78 +50,88 @@ class Job:
     """What a pass works on: the float model, its quantized copy `net`, calibration data, the
     network's graph."""
 
-    model: Any  # anything with .net and .shape
-    net: torch.nn.Module
+    model: Model
+    net: QuantizedNet
     calibration: CalibrationSet
     graph: Graph  # of the float network
     resume_folder: Path  # finished parts of the running pass
-    rules: list = ()  # that `net` was converted by; passes may add to them
+    # that `net` was converted by; passes may add to them
+    rules: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 0
     max_batch: int = 256  # samples measured at once, which memory has to hold
     # captured activations held in memory; the rest spills to disk
     memory_gb: float = 4.0
-    log: Callable = print  # one line of progress
-    note: Callable = lambda facts: None  # facts so far of the running pass
+    log: Callable[[str], Any] = logging.getLogger("tinydm").info  # one line of progress
+    note: Callable[[list[dict[str, Any]]], Any] = _ignore  # facts so far of the running pass
     # (num_images, seed) -> x_0 (N, C, H, W), with gradients, of batch by batch
-    differentiable: Callable = None
+    differentiable: Callable[[int, int], Iterator[torch.Tensor]] | None = None
     # (num_images, seed) -> (step, t, x, cond, eps) of the float model, in turn
-    trajectory: Callable = None
+    trajectory: Callable[[int, int], Iterator[tuple]] | None = None
 
-    def batch(self, usual):
-        """Samples that a pass measures at once: as many as usual, if that many are allowed."""
+    def batch(self, usual: int) -> int:
+        """Returns how many samples a pass measures at once: as many as usual, if that many are
+        allowed."""
         return min(usual, self.max_batch)
 
-    def add_rules(self, rules, timeline=None):
-        """Convert the network again, by further rules and if need be on another timeline: for
+    def add_rules(self, rules: list[dict[str, Any]], timeline: Timeline | None = None) -> None:
+        """Converts the network again, by further rules and if need be on another timeline: for
         passes that decide about widths or grids, which therefore come before all that fit or change
         the network."""
-        if any(q.is_fitted for q in input_quantizers(self.net).values()) or any(
-            m.weight is not f.weight for m, f in self.layer_pairs()
-        ):
+        fitted = any(q.is_fitted for q in input_quantizers(self.net).values())
+        if fitted or any(m.weight is not f.weight for m, f in self.layer_pairs()):
             raise ValueError(
                 "a pass that adds rules begins with the network as it was; list it before the "
-                "passes that "
-                "balance, fit or reconstruct"
+                "passes that balance, fit or reconstruct"
             )
         self.rules = [*self.rules, *rules]
-        self.net = convert(
-            self.model.net, self.rules, timeline or Timeline(self.net.timeline.boundaries.tolist())
-        )
+        timeline = timeline or Timeline(self.net.timeline.boundaries.tolist())
+        self.net = convert(self.model.net, self.rules, timeline)
 
     @property
-    def has_ranges(self):
+    def has_ranges(self) -> bool:
         """Whether every scale has been fitted."""
         return all(q.is_fitted for q in self.net.modules() if isinstance(q, Quantizer))
 
-    def need_ranges(self, name):
+    def need_ranges(self, name: str) -> None:
         """Raises ValueError unless every scale has been fitted, which the pass `name` begins
         with."""
         if not self.has_ranges:
             raise ValueError(f"{name} needs scales to begin with; list it after fit_ranges")
 
-    def need_float_weights(self, name):
+    def need_float_weights(self, name: str) -> None:
         """Raises ValueError where weights are integers already, which the pass `name` was to see
         before."""
         if any(layer.weight_int is not None for layer in quant_layers(self.net).values()):
             raise ValueError(
                 f"weights are integers already when {name} begins; list it before the passes that "
-                "learn "
-                "or harden them"
+                "learn or harden them"
             )
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
+        """Where the network is."""
         return next(self.net.parameters()).device
 
-    def fitted_copy(self, rules):
-        """A copy of the network with fitted ranges, by the own rules and these, for
+    def fit_ranges(
+        self, num_samples: int | None = 256, batch_size: int = 64, neighbours: int = 0
+    ) -> None:
+        """Chooses every scale and zero point, as the pass of this name says."""
+        sample = self.calibration.subset(num_samples, self.net.timeline, self.seed)
+        with torch.no_grad(), observing(self.net, len(sample)):
+            if input_quantizers(self.net):
+                for arguments in sample.batches(self.batch(batch_size)):
+                    self.net(*(a.to(self.device) for a in arguments))
+        fit(self.net, neighbours=neighbours, batch_size=batch_size)
+
+    def fitted_copy(self, rules: list[dict[str, Any]]) -> QuantizedNet:
+        """Returns a copy of the network with fitted ranges, by the own rules and these, for
         measurements."""
         copy = replace(self, net=convert(self.model.net, [*self.rules, *rules], self.net.timeline))
-        fit_ranges(copy)
+        copy.fit_ranges()
         return copy.net
 
-    def layer_pairs(self):
-        """Quantized layers and their originals."""
+    def layer_pairs(self) -> list[tuple[QuantLayer, nn.Module]]:
+        """Returns quantized layers and their originals."""
         return [
             (m, self.model.net.get_submodule(name)) for name, m in quant_layers(self.net).items()
         ]

@@ -1,10 +1,11 @@
 """Block reconstruction (BRECQ, Li et al. 2021, arXiv:2102.05426; Q-Diffusion, Li et al. 2023,
 arXiv:2302.04304).
 
-Unit by unit in execution order. In two stages: weights first; learn the rounding so that the unit,
+Unit by unit in execution order. In two phases: weights first; learn the rounding so that the unit,
 fed by the network quantized so far (activations in full precision), gives the full-precision
 output:
-    L = lp(out, target; 2) + lambda * sum(1 - |2h - 1|^beta),  beta 20 -> 2 after a warm-up without the second term.
+    L = lp(out, target; 2) + lambda * sum(1 - |2h - 1|^beta),
+    beta 20 -> 2 after a warm-up without the second term.
 Then, with hard weights, learn the activation scales (LSQ) from full-precision inputs to
 full-precision outputs,
     L = lp(out, target; 2.4).
@@ -13,75 +14,87 @@ network with quantized weights and activations, elements of whose output are rep
 full-precision ones at random."""
 
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
-from base.config import Share
 from base.seeds import mix
 from quant.network import input_quantizers, quant_layers, set_input_quantization
+from quant.passes.declare import Moment, Plan, quant_pass, with_fields
+from quant.passes.find import declaration_of
+from quant.passes.job import Job
 from quant.reconstruction.capture import Store, Stream
 from quant.reconstruction.frequency import FrequencyFilter
-from quant.reconstruction.learn import learn_jointly, learn_rounding, learn_scales
+from quant.reconstruction.learn import Lesson, learn_jointly, learn_rounding, learn_scales
 from quant.reconstruction.saliency import Saliency
+from quant.reconstruction.settings import Objective, Schedule
 from quant.reconstruction.unit import Unit, load_unit, mixed, relative_error, save_unit
 
 
-def reconstruct(
-    job,
-    *,
-    weight_iters=20000,
-    input_iters=5000,
-    batch_size=32,
-    weight_lr=1e-3,
-    input_lr=4e-4,
-    soft_lr=1e-4,
-    weight_cosine=False,
-    round_weight=0.01,
-    warmup: Share = 0.2,
-    beta_start=20.0,
-    beta_end=2.0,
-    weight_norm=2.0,
-    input_norm=2.4,
-    joint=False,
-    drop: Share = 0.5,
-    layer_weight=0.0,
-    saliency: Share = 0.0,
-    smooth=0.0,
-    frequency: Share = 0.0,
-    active=0.0,
-    visit_cost=0.0,
-    gptq=False,
-    bfloat16=False,
-):
+def _check(plan: Plan) -> None:
+    if plan.options.get("active") and "group_scales" not in plan.names:
+        raise ValueError(
+            "the active choice of batches goes by how undecided group_scales is, which this "
+            "method lacks; list it before reconstruct, or leave out active"
+        )
+
+
+def _idle(options: dict[str, Any], names: list[str]) -> set[str]:
+    """Of the counts and rates: those of a phase that is left out, and the rate of free scales where
+    a pass has put functions in their place, which learn at soft_lr."""
+    modelled = any(declaration_of(name).moment is Moment.MODEL for name in names)
+    idle = {"input_iters"} if options.get("joint") else set()
+    idle |= {"weight_lr"} if options.get("weight_iters") == 0 else set()
+    return idle | ({"input_lr"} if modelled or options.get("input_iters") == 0 else set())
+
+
+EFFORT = "weight_iters", "input_iters", "weight_lr", "input_lr", "batch_size", "bfloat16"
+
+
+@quant_pass(
+    moment=Moment.LEARN,
+    one_network=True,
+    effort=dict(zip(EFFORT, EFFORT)),
+    idle=_idle,
+    check=_check,
+)
+@with_fields
+def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> list[dict[str, Any]]:
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `bfloat16`
     computes the steps under autocast. Captured activations beyond `job.memory_gb` spill to disk.
 
     Rates of scales fall to 0 along a cosine, that of the rounding only with `weight_cosine`.
     `joint` learns both at once in `weight_iters` steps, each activation unquantized with
     probability `drop`. With `gptq` the rounding begins halfway between the weight and second-order
-    codes (quant/gptq.py), else at the weight. `layer_weight` adds the error of a block's inner
-    layers. `saliency` in [0, 1] is the share of the error's weights that follows received attention
-    (quant/attention.py); `frequency` in [0, 1] how far it is weighed by what errors of each spatial
-    frequency do to the image (quant/frequency.py). `smooth` holds the scales of neighbouring time
-    segments together. `active` or `visit_cost` > 0 takes the batches from the segment that needs
-    them most (quant/learn.py). `soft_lr` is the rate of what gives scales while they are learned
-    (quant/tdq.py, quant/apq.py).
+    codes (quant/reconstruction/gptq.py), else at the weight. `layer_weight` adds the error of a
+    block's inner layers. `saliency` in [0, 1] is the share of the error's weights that follows
+    received attention (quant/reconstruction/saliency.py); `frequency` in [0, 1] how far it is
+    weighed by what errors of each spatial frequency do to the image
+    (quant/reconstruction/frequency.py). `smooth` holds the scales of neighbouring time segments
+    together. `active` or `visit_cost` > 0 takes the batches from the segment that needs them most
+    (quant/reconstruction/learn.py). `soft_lr` is the rate of what gives scales while they are
+    learned (dynamic_scales, group_scales).
 
     Each finished unit is saved in `job.resume_folder`; a run that is killed and started again ends
-    in the same bytes. Returns one fact per unit and stage: error before and after (relative to the
+    in the same bytes. Returns one fact per unit and phase: error before and after (relative to the
     mean square of the target), seconds."""
-    settings = {k: v for k, v in locals().items() if k != "job"} | {"capture_batch": job.batch(64)}
     job.need_ranges("reconstruct")
-    store, calibration = Store(job.memory_gb, job.resume_folder), job.calibration
-    names, uses = job.graph.units, job.graph.last_use
+    calibration, timeline, batch_size = job.calibration, job.net.timeline, job.batch(64)
+    store, names = Store(job.memory_gb, job.resume_folder), job.graph.units
     original, quantized = (
-        Stream(net, names, uses, calibration, batch_size=job.batch(64), store=store)
+        Stream(net, names, job.graph.last_use, calibration, batch_size=batch_size, store=store)
         for net in (job.model.net, job.net)
     )
-    weights_of = Saliency(job.model.net, calibration, saliency, job.batch(64)) if saliency else None
-    filters = FrequencyFilter(job, names, frequency) if frequency else None
-    segments = job.net.timeline.segments_of(calibration.t)
-    set_input_quantization(job.net, joint)
+    saliency = filters = None
+    if objective.saliency:
+        saliency = Saliency(job.model.net, calibration, objective.saliency, batch_size)
+    if objective.frequency:
+        filters = FrequencyFilter(job, names, objective.frequency)
+    segments = timeline.segments_of(calibration.t)
+    set_input_quantization(job.net, schedule.joint)
     share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()
     for i, name in enumerate(names):
         path = job.resume_folder / f"{i:03d}_{name}.safetensors"
@@ -89,11 +102,12 @@ def reconstruct(
             name,
             quantized.modules[name],
             quantized.device,
-            lambda rows: job.net.timeline.set_time(calibration.t[rows]),
+            lambda rows: timeline.set_time(calibration.t[rows]),
+            batch_size=batch_size,
             original=original.modules[name],
-            saliency=weights_of,
+            saliency=saliency,
             segments=segments,
-            visits=torch.zeros(job.net.timeline.num_segments),
+            visits=torch.zeros(timeline.num_segments),
         )
         if filters:
             unit.frequency = lambda rows, error: filters(name, calibration.t[rows], error)
@@ -102,7 +116,7 @@ def reconstruct(
         new = load_unit(unit.module, path) if path.is_file() else None
         if new is None:
             generator = torch.Generator().manual_seed(mix(job.seed, i))
-            new = optimise_unit(unit, quant_inputs, target, generator, settings)
+            new = _learn_unit(Lesson(unit, quant_inputs, target, generator, objective, schedule))
             save_unit(unit.module, path, new)
         quantized.advance(name, quant_inputs)
         original.free(unit.float_inputs + quant_inputs)
@@ -112,90 +126,66 @@ def reconstruct(
         facts += new
         done = sum(share[n] for n in names[: i + 1])
         left = (time.monotonic() - started) * (1 - done) / done
-        errors = "  ".join(
-            f"{f['stage']} error {f['error_before']:.2e} -> {f['error_after']:.2e}" for f in new
-        )
-        job.log(f"[{i + 1}/{len(names)}] {name:20} {errors}  about {left:.0f} s left")
+        job.log(f"[{i + 1}/{len(names)}] {name:20} {_errors(new)}  about {left:.0f} s left")
         job.note(facts)
     set_input_quantization(job.net, True)
     return facts
 
 
-def shares_of_work(names, macs):
-    """Fraction of the whole work for each unit: half by multiply-adds, half alike, as a step of a
-    tiny unit costs time too."""
+def shares_of_work(names: Iterable[str], macs: dict[str, int]) -> dict[str, float]:
+    """Returns the fraction of the whole work for each unit: half by multiply-adds, half alike, as a
+    step of a tiny unit costs time too."""
     work = {
         name: sum(m for layer, m in macs.items() if f"{layer}.".startswith(f"{name}."))
         for name in names
     }
-    return {name: work[name] / sum(work.values()) / 2 + 1 / len(names) / 2 for name in names}
+    total = sum(work.values())
+    return {name: work[name] / total / 2 + 1 / len(work) / 2 for name in work}
 
 
-def optimise_unit(unit, quant_inputs, target, generator, settings):
-    """Learn one unit, which ends hardened; returns its facts. Layers that are hard already stay as
-    they are."""
+def _learn_unit(lesson):
+    """Learn the unit of a lesson whose inputs are those of the quantized network; it ends hardened.
+    Returns its facts. Layers that are hard already stay as they are."""
+    unit = lesson.unit
     layers = [
         m
         for m in quant_layers(unit.module).values()
         if m.weight_quantizer is not None and m.weight_int is None
     ]
     quantizers = list(input_quantizers(unit.module).values())
-    if settings["joint"]:
+    if lesson.schedule.joint:
         if not layers and not quantizers:
             return []
-        inputs = mixed(quant_inputs, unit.float_inputs, generator)
-        return [
-            measured(
-                unit,
-                "joint",
-                quant_inputs,
-                target,
-                settings,
-                lambda: learn_jointly(
-                    unit, layers, quantizers, inputs, target, generator, settings
-                ),
-            )
-        ]
+        inputs = mixed(lesson.inputs, unit.float_inputs, lesson.generator)
+        learn = partial(learn_jointly, replace(lesson, inputs=inputs), layers, quantizers)
+        return [_measured("joint", lesson, learn)]
     facts = []
     if layers:
-        facts.append(
-            measured(
-                unit,
-                "weight",
-                quant_inputs,
-                target,
-                settings,
-                lambda: learn_rounding(unit, layers, quant_inputs, target, generator, settings),
-            )
-        )
+        facts.append(_measured("weight", lesson, partial(learn_rounding, lesson, layers)))
     if quantizers:
+        lesson = replace(lesson, inputs=unit.float_inputs)
         set_input_quantization(unit.module, True)
-        facts.append(
-            measured(
-                unit,
-                "input",
-                unit.float_inputs,
-                target,
-                settings,
-                lambda: learn_scales(
-                    unit, quantizers, unit.float_inputs, target, generator, settings
-                ),
-            )
-        )
+        facts.append(_measured("input", lesson, partial(learn_scales, lesson, quantizers)))
         set_input_quantization(unit.module, False)
     return facts
 
 
-def measured(unit, stage, inputs, target, settings, optimise):
-    """Error before, optimise(), error after."""
-    batch = settings["capture_batch"]
-    before, started = relative_error(unit, inputs, target, batch), time.monotonic()
-    optimise()
+def _measured(phase: str, lesson: Lesson, learn: Callable[[], None]) -> dict[str, Any]:
+    """Error before, learn(), error after."""
+    unit, inputs, target = lesson.unit, lesson.inputs, lesson.target
+    before, started = relative_error(unit, inputs, target), time.monotonic()
+    learn()
     return {
         "pass": "reconstruct",
-        "stage": stage,
+        "phase": phase,
         "unit": unit.name,
         "error_before": before,
-        "error_after": relative_error(unit, inputs, target, batch),
+        "error_after": relative_error(unit, inputs, target),
         "seconds": time.monotonic() - started,
     }
+
+
+def _errors(facts):
+    return "  ".join(
+        f"{f['phase']} error {f['error_before']:.2e} -> {f['error_after']:.2e}" for f in facts
+    )

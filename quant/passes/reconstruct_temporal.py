@@ -8,49 +8,60 @@ The steps of a sampler are a finite set, so the whole input of these layers is k
 """
 
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from base.config import Share
 from base.seeds import mix
 from quant.network import core_of, modules_of, quant_layers, set_input_quantization
-from quant.reconstruction.learn import learn_rounding
+from quant.passes.declare import Moment, quant_pass
+from quant.passes.job import Job
+from quant.reconstruction.learn import Lesson, learn_rounding
+from quant.reconstruction.settings import Objective, Schedule
 from quant.reconstruction.unit import Unit, load_unit, relative_error, save_unit
 
 ROLES = ("temb", "emb_proj")
 
 
-class TemporalBlock(torch.nn.Module):
+class TemporalBlock(nn.Module):
     """t (N,)[, condition] -> the projections of the time embedding of all blocks, side by side (N,
     sum of C)."""
 
-    def __init__(self, net):
+    def __init__(self, net: nn.Module):
         super().__init__()
         self.__dict__["embed_time"] = core_of(net).embed_time
-        self.projections = torch.nn.ModuleDict(
-            {
-                name.replace(".", "|"): m
-                for name, m in modules_of(net).items()
-                if getattr(m, "role", None) == "emb_proj"
-            }
+        self.projections = _by_name(
+            {n: m for n, m in modules_of(net).items() if getattr(m, "role", None) == "emb_proj"}
         )
 
-    def forward(self, t, *cond):
+    def forward(self, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+        """Runs the embedding, then every projection."""
         emb = F.silu(self.embed_time(t, *cond))
         return torch.cat([projection(emb) for projection in self.projections.values()], dim=1)
 
 
+def _by_name(modules):
+    return nn.ModuleDict({name.replace(".", "|"): m for name, m in modules.items()})
+
+
+@quant_pass(
+    moment=Moment.TEMPORAL,
+    effort={"iters": "weight_iters", "lr": "weight_lr", "batch_size": "batch_size"},
+)
 def reconstruct_temporal(
-    job,
+    job: Job,
     *,
-    iters=20000,
-    lr=1e-3,
-    batch_size=32,
-    round_weight=0.01,
-    warmup=0.2,
-    beta_start=20.0,
-    beta_end=2.0,
-):
+    iters: int = 20000,
+    lr: float = 1e-3,
+    batch_size: int = 32,
+    round_weight: float = 0.01,
+    warmup: Share = 0.2,
+    beta_start: float = 20.0,
+    beta_end: float = 2.0,
+) -> list[dict[str, Any]]:
     """The pass: AdaRound on the temporal layers, which are hard afterwards; `reconstruct` then
     leaves them alone."""
     path = job.resume_folder / "temporal.safetensors"
@@ -65,51 +76,41 @@ def reconstruct_temporal(
         )
     job.need_ranges("reconstruct_temporal")
     job.need_float_weights("reconstruct_temporal")
-    holder = torch.nn.ModuleDict({name.replace(".", "|"): m for name, m in layers.items()})
+    holder = _by_name(layers)
     facts = load_unit(holder, path) if path.is_file() else None
     if facts is not None:
         job.log("temporal information block: learned already")
         return facts
-    started, settings = (
-        time.monotonic(),
-        dict(
+    started, inputs = time.monotonic(), distinct_times(job)
+    with torch.no_grad():
+        target = TemporalBlock(job.model.net)(*(a.to(job.device) for a in inputs))
+    unit = Unit("temporal", TemporalBlock(job.net), job.device, lambda rows: None)
+    lesson = Lesson(
+        unit,
+        inputs,
+        target,
+        torch.Generator().manual_seed(mix(job.seed, -1)),
+        Objective(round_weight=round_weight),
+        Schedule(
             weight_iters=iters,
             weight_lr=lr,
             batch_size=batch_size,
-            round_weight=round_weight,
             warmup=warmup,
             beta_start=beta_start,
             beta_end=beta_end,
-            weight_norm=2.0,
-            layer_weight=0.0,
-            bfloat16=False,
-            weight_cosine=False,
-            gptq=False,
         ),
     )
-    inputs = distinct_times(job)
-    device = next(job.net.parameters()).device
-    with torch.no_grad():
-        target = TemporalBlock(job.model.net)(*(a.to(device) for a in inputs))
-    unit = Unit("temporal", TemporalBlock(job.net), device, lambda rows: None)
     set_input_quantization(job.net, False)
     try:
         before = relative_error(unit, inputs, target)
-        learn_rounding(
-            unit,
-            list(layers.values()),
-            inputs,
-            target,
-            torch.Generator().manual_seed(mix(job.seed, -1)),
-            settings,
-        )
+        learn_rounding(lesson, list(layers.values()))
         after = relative_error(unit, inputs, target)
     finally:
         set_input_quantization(job.net, True)
     facts = [
         {
             "pass": "reconstruct_temporal",
-            "stage": "weight",
+            "phase": "weight",
             "unit": "temporal",
             "error_before": before,
             "error_after": after,
@@ -121,9 +122,9 @@ def reconstruct_temporal(
     return facts
 
 
-def distinct_times(job):
-    """The network's arguments without x, one row for each distinct time (and class label, where it
-    takes labels)."""
+def distinct_times(job: Job) -> list[torch.Tensor]:
+    """Returns the network's arguments without x, one row for each distinct time (and class label,
+    where it takes labels)."""
     labels = getattr(job.model.net, "num_classes", None) is not None
     rows, seen = [], set()
     for i, t in enumerate(job.calibration.t.tolist()):

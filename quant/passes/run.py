@@ -1,50 +1,23 @@
-"""Passes: functions (job, **options) -> facts, run in the order of the method's YAML.
+"""Runs a method's list of passes: functions (job, **options) -> rows of facts.
 
-The YAML names a pass by its key in PASSES or, which needs no key here, as module.function: any
-function that Python can import, so quant.shrink.shrink for the function shrink of a new
-quant/shrink.py. Such a module is imported only where passes run, by scripts/quantize.py: to open,
+Those of this folder are found by the names of their files, others as module.function
+(quant/passes/find.py). These are imported only where passes run, by scripts/quantize.py: to open,
 sample or score a run folder from elsewhere runs no code that it names; before quantizing by a
 recipe from elsewhere, read its passes."""
 
-import importlib
 import inspect
-from typing import get_args
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 from base.config import Share
-from base.errors import unknown_word
-from quant.network import input_quantizers, quant_layers
-from quant.passes.allocate_bits import allocate_bits
-from quant.passes.balance import balance
-from quant.passes.bypass_input import bypass_input
-from quant.passes.correct_noise import correct_noise
-from quant.passes.decide_by_ranges import decide_by_ranges
-from quant.passes.dynamic_scales import dynamic_scales
-from quant.passes.finetune import finetune
-from quant.passes.fit_ranges import fit_ranges
-from quant.passes.group_scales import group_scales
+from base.errors import check_options, unknown_word
+from quant.network import harden
+from quant.passes.find import declaration_of, find_pass
+from quant.passes.job import Job
 from quant.passes.order import check_order
-from quant.passes.reconstruct import reconstruct
-from quant.passes.reconstruct_temporal import reconstruct_temporal
-from quant.passes.segment_models import segment_models
-from quant.passes.softmax_grid import softmax_grid
-from quant.passes.step_bits import step_bits
 
-PASSES = {
-    "fit_ranges": fit_ranges,
-    "reconstruct": reconstruct,
-    "balance": balance,
-    "softmax_grid": softmax_grid,
-    "allocate_bits": allocate_bits,
-    "step_bits": step_bits,
-    "dynamic_scales": dynamic_scales,
-    "group_scales": group_scales,
-    "reconstruct_temporal": reconstruct_temporal,
-    "segment_models": segment_models,
-    "bypass_input": bypass_input,
-    "finetune": finetune,
-    "correct_noise": correct_noise,
-    "decide_by_ranges": decide_by_ranges,
-}
+Entry = str | dict[str, dict[str, Any] | None]  # of the YAML: a name, or {name: options}
 # Kind of an option's default, what may stand in its place, how that is called
 KINDS = [
     (bool, bool, "true or false"),
@@ -54,67 +27,54 @@ KINDS = [
 ]
 
 
-def find_pass(name):
-    """The function behind a name in the YAML."""
-    module, _, function = name.rpartition(".")
-    if not module:
-        if name not in PASSES:
-            raise ValueError(unknown_word(f"pass '{name}' is unknown", name, PASSES))
-        return PASSES[name]
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"pass '{name}' cannot be imported ({error}); is its folder in PYTHONPATH?"
-        ) from None
-    if (
-        not inspect.isfunction(found)
-        or next(iter(inspect.signature(found).parameters), None) != "job"
-    ):
-        raise ValueError(
-            f"'{name}' is no pass; write it as a function (job, *, option=default) -> facts"
-        )
-    return found
-
-
-def named(entry):
+def named(entry: Entry) -> tuple[str, dict[str, Any]]:
     """An entry of a list of passes -> (name, options)."""
     if isinstance(entry, dict) and len(entry) != 1:
         raise ValueError(
             f"pass entry {entry} must be one name with its options, for example {{fit_ranges: "
-            f"{{}}}}"
+            "{}}"
         )
     ((name, options),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
-    if not isinstance(name, str) or not isinstance(options or {}, dict):
+    options = options or {}
+    if not isinstance(name, str) or not isinstance(options, dict):
         raise ValueError(f"pass entry {entry} must be a name, or one with a mapping of its options")
-    if not isinstance((options or {}).get("passes", []), list):
+    if not isinstance(options.get("passes", []), list):
         raise ValueError(f"passes of {name} must be a list; found {options['passes']}")
-    return name, options or {}
+    return name, options
 
 
-def changed_passes(passes, changes):
+def with_effort(passes: Iterable[Entry], effort: Mapping[str, Any]) -> list[Entry]:
+    """Gives the learning passes of a list, also those inside another one, the counts and rates of
+    `effort` that the list does not say itself."""
+    passes = list(passes)
+    names = [name for name, _ in map(named, passes)]
+    return [_with_effort(entry, effort, names) for entry in passes]
+
+
+def _with_effort(entry, effort, names):
+    name, options = named(entry)
+    declared, filled = declaration_of(name), dict(options)
+    idle = declared.idle(options, names)
+    for option, key in declared.effort.items():
+        if option not in options and option not in idle:
+            filled[option] = effort[key]
+    if "passes" in options:
+        filled["passes"] = with_effort(options["passes"], effort)
+    return entry if filled == options else {name: filled}
+
+
+def changed_passes(passes: Iterable[Entry], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The list of passes with {name: {option: value}} on top of what it says; {name: None} leaves
     that pass out, also of the passes inside another one. Raises ValueError for a name that is not
     in the list."""
-    found = set()
-
-    def changed(entries):
-        result = []
-        for name, options in map(named, entries):
-            found.add(name)
-            if "passes" in options:
-                options = options | {"passes": changed(options["passes"])}
-            if changes.get(name, {}) is not None:
-                result.append({name: options | changes.get(name, {})})
-        return result
-
     for name, own in changes.items():
         if not isinstance(own, dict | None):
             raise ValueError(
                 f"pass_options.{name} is {own}; it must be a mapping such as {{batch_size: 16}}, "
                 "or null"
             )
-    result = changed(passes)
+    found = set()
+    result = _changed(passes, changes, found)
     for name in changes:
         if name not in found:
             complaint = f"pass_options names the pass '{name}', which this method does not have"
@@ -122,66 +82,76 @@ def changed_passes(passes, changes):
     return result
 
 
-def check_passes(passes, *, importing=False):
+def _changed(passes, changes, found):
+    """As `changed_passes`; adds the names in the list to `found`."""
+    result = []
+    for name, options in map(named, passes):
+        found.add(name)
+        if "passes" in options:
+            options = options | {"passes": _changed(options["passes"], changes, found)}
+        change = changes.get(name, {})
+        if change is not None:
+            result.append({name: options | change})
+    return result
+
+
+def check_passes(
+    passes: Iterable[Entry], *, importing: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
     """Raises ValueError for an unknown pass or option, a value of another kind than the option's
     default, or an order that cannot work; returns [(name, options)]. Passes named module.function
     are taken as they are unless `importing`."""
     checked = []
-    for entry in passes:
-        name, options = named(entry)
+    for name, options in map(named, passes):
         if importing or "." not in name:
             known = dict(inspect.signature(find_pass(name)).parameters)
             del known["job"]
+            check_options(f"pass '{name}'", options, known)
             for key, value in options.items():
-                if key not in known:
-                    raise ValueError(
-                        unknown_word(f"pass '{name}' has no option '{key}'", key, known)
-                    )
-                check_option(name, key, value, known[key])
+                _check_value(name, key, value, known[key])
         check_passes(options.get("passes", []), importing=importing)
         checked.append((name, options))
     check_order(checked)
     return checked
 
 
-def check_option(name, key, value, parameter):
+def _check_value(name, key, value, parameter):
     """Raises ValueError for a word that is none of the option's Literal, a value of another kind
     than its default, or a Share that is none; null is left to the pass."""
-    words, default = get_args(parameter.annotation), parameter.default
+    annotation, default = parameter.annotation, parameter.default
+    words = get_args(annotation) if get_origin(annotation) is Literal else ()
     if words and value not in words:
         *most, last = (str(word).lower() for word in words)
         raise ValueError(
             f"{key} '{value}' of {name} is unknown; choose {', '.join(most)} or {last}"
         )
-    kind, accepted, called = next(
-        (row for row in KINDS if isinstance(default, row[0])), (None, object, "")
-    )
-    if words or value is None or kind is None:
+    row = next((row for row in KINDS if isinstance(default, row[0])), None)
+    if words or value is None or row is None:
         return
-    if (
-        not isinstance(value, accepted)
-        or isinstance(value, bool) != (kind is bool)
-        or kind is int
-        and value < 0
-    ):
+    kind, accepted, called = row
+    fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+    if not fits or kind is int and value < 0:
         raise ValueError(f"{key} of {name} is {value}; it must be {called}")
-    if parameter.annotation is Share and not 0 <= value <= 1:
+    if annotation is Share and not 0 <= value <= 1:
         raise ValueError(f"{key} of {name} is {value}; it must lie between 0 and 1")
 
 
-def run_passes(job, passes):
-    """Run them in order, then harden what is still soft; returns all facts. Each has a resume
-    folder of its own."""
-    facts, write, folder = [], job.note, job.resume_folder
-    for i, (name, options) in enumerate(check_passes(passes, importing=True)):
-        job.note, job.resume_folder = lambda new: write(facts + new), folder / f"{i}_{name}"
-        facts += find_pass(name)(job, **options)
-        write(facts)
-    job.resume_folder = folder
+def run_passes(job: Job, passes: Iterable[Entry]) -> list[dict[str, Any]]:
+    """Runs them in order, then hardens what is still soft; returns the facts of all, those of each
+    pass closed by the seconds that it took. Each has a resume folder of its own; in the end the job
+    has its old one again."""
+    facts, note, folder = [], job.note, job.resume_folder
+    try:
+        for i, (name, options) in enumerate(check_passes(passes, importing=True)):
+            job.note = lambda new, earlier=tuple(facts): note([*earlier, *new])
+            job.resume_folder = folder / f"{i}_{name}"
+            started = time.monotonic()
+            facts += find_pass(name)(job, **options)
+            facts.append({"pass": name, "seconds": time.monotonic() - started})
+            note(facts)
+    finally:
+        job.note, job.resume_folder = note, folder
     if not job.has_ranges:
         raise ValueError("the passes are over and no one has fitted all scales; list fit_ranges")
-    for layer in quant_layers(job.net).values():
-        layer.harden()
-    for q in input_quantizers(job.net).values():
-        q.harden()
+    harden(job.net)
     return facts

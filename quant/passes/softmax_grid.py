@@ -1,15 +1,26 @@
 """The grid of softmax outputs, chosen per layer: even steps, or powers of two, which follow the
 long tail of small weights (log2 quantization of attention: Lin et al. 2022, arXiv:2111.13824)."""
 
+from typing import Any
+
 import torch
 
 from base.network import attention_parts
 from quant.layers import QuantMatmul
-from quant.observer import refit
+from quant.observer import Observer
+from quant.passes.declare import Moment, quant_pass
+from quant.passes.job import Job
+from quant.quantizer import Quantizer
 from quant.reconstruction.capture import inputs_of
+from quant.rules import rule_for
+from quant.timeline import Timeline
 
 
-def softmax_grid(job, *, num_samples=16):
+@quant_pass(
+    moment=Moment.DECIDE,
+    inside_segments="it decides for the whole network; list it before segment_models",
+)
+def softmax_grid(job: Job, *, num_samples: int = 16) -> list[dict[str, Any]]:
     """The pass, before any that changes the network: for every attention the grid with the smaller
     ||A V - A^ V||^2 / ||A V||^2 on `num_samples` calibration samples. V is that of full precision,
     so that the error of its own grid, which both share, does not blur the choice. Adds a rule for
@@ -17,9 +28,8 @@ def softmax_grid(job, *, num_samples=16):
 
     Facts: both errors and row_drift, the mean |sum of a row of A^ - 1|, of the grid that was
     chosen."""
-    sample = job.calibration.spread(num_samples, job.net.timeline, job.seed).thinned(
-        job.batch(num_samples)
-    )
+    spread = job.calibration.spread(num_samples, job.net.timeline, job.seed)
+    sample = spread.thinned(job.batch(num_samples))
     facts, rules = [], []
     for name in (part.av for part in attention_parts(job.model.net)):
         product = job.net.get_submodule(name)
@@ -37,9 +47,7 @@ def softmax_grid(job, *, num_samples=16):
             )
         best = min(errors, key=errors.get)  # the uniform one wins ties
         if best == "log2":
-            rules.append(
-                {"match": name, "kind": "matmul", "role": "probs", "input": {"grid": "log2"}}
-            )
+            rules.append(rule_for(name, "probs", "matmul") | {"input": {"grid": "log2"}})
         facts.append(
             {
                 "pass": "softmax_grid",
@@ -56,17 +64,25 @@ def softmax_grid(job, *, num_samples=16):
 
 
 @torch.no_grad()
-def grid_error(quantizer, grid, operands, at, timeline, t):
-    """-> (relative squared error of the product, mean |row sum - 1|) with the attention map on this
-    grid."""
+def grid_error(
+    quantizer: Quantizer,
+    grid: str,
+    operands: tuple[torch.Tensor, torch.Tensor],
+    at: int,
+    timeline: Timeline,
+    t: torch.Tensor,
+) -> tuple[float, float]:
+    """Returns (relative squared error of the product, mean |row sum - 1|) with the attention map,
+    which is operand number `at`, on this grid; t (N,) are the steps of the samples."""
     trial = quantizer.unfitted(timeline.restricted_to(t), grid=grid)
     probs = operands[at]
-    refit([trial], lambda: trial.active(probs), len(probs))
+    observer = Observer(trial, len(probs))
+    observer.note(probs)
+    observer.fit()
     quantized = list(operands)
     quantized[at] = trial(probs)
     wanted = operands[0] @ operands[1]
-    error = (quantized[0] @ quantized[1] - wanted).square().sum() / wanted.square().sum().clamp(
-        min=1e-30
-    )
+    error = (quantized[0] @ quantized[1] - wanted).square().sum()
     rows = quantized[at].sum(-2 if at == 1 else -1)  # a right operand is (keys, queries)
-    return float(error), float((rows - 1).abs().mean())
+    power = wanted.square().sum().clamp(min=1e-30)
+    return float(error / power), float((rows - 1).abs().mean())

@@ -7,37 +7,45 @@ SNR_F(t) = abar_t / (1 - abar_t) of the forward process, SNR_Q^b(t) = ||eps|| / 
 network with b-bit activations and full-precision weights, along full-precision trajectories.
 Neighbouring steps of the same width form one time segment."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
+from torch import nn
 
-from quant.network import input_quantizers, quant_layers
+from base.network import batch_of
+from quant.network import QuantizedNet, input_quantizers, quant_layers
+from quant.passes.declare import Moment, Plan, quant_pass
+from quant.passes.job import Job, NoiseSchedule
+from quant.rules import rule_for
 from quant.timeline import Timeline
 
 
-def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
+def _check(plan: Plan) -> None:
+    _check_segments(plan.num_segments)
+
+
+def _check_segments(num_segments):
+    if num_segments > 1:
+        raise ValueError("step_bits makes its own time segments; leave `segments` at 1")
+
+
+@quant_pass(
+    moment=Moment.DECIDE,
+    once=True,
+    inside_segments="it decides for the whole network; list it before segment_models",
+    check=_check,
+)
+def step_bits(
+    job: Job, *, choices: Sequence[int] = (4, 6, 8), num_images: int = 16, seed: int = 2000
+) -> list[dict[str, Any]]:
     """The pass, before any that changes the network: cut the timeline into ranges of steps with
     their own width out of `choices`, and add the rule. Needs a network whose rules quantize inputs
     on a timeline of one segment."""
-    if job.net.timeline.num_segments > 1:
-        raise ValueError("step_bits makes its own time segments; leave `segments` at 1")
+    _check_segments(job.net.timeline.num_segments)
     choices = sorted(choices)
-    noise, signal, times = {b: {} for b in choices}, {}, []
-    nets = {bits: job.fitted_copy(input_rules(job.net, {"bits": bits})) for bits in choices}
-    for layer in (layer for net in nets.values() for layer in quant_layers(net).values()):
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.enabled = False
-    for _, t, x, cond, eps in job.trajectory(num_images, seed):
-        times += [] if t in times else [t]
-        eps = eps[:, : x.shape[1]]  # without a learned variance
-        signal[t] = signal.get(t, 0.0) + float(eps.double().square().sum())
-        for bits, net in nets.items():
-            found = job.model.with_net(net).eps(
-                x, torch.full((len(x),), float(t), device=x.device), cond
-            )
-            error = found[:, : x.shape[1]] - eps
-            noise[bits][t] = noise[bits].get(t, 0.0) + float(error.double().square().sum())
-    ratio = {b: {t: (signal[t] / max(noise[b][t], 1e-30)) ** 0.5 for t in times} for b in choices}
+    ratio = _signal_to_noise(job, choices, num_images, seed)
+    times = list(ratio[choices[0]])
     forward = {t: forward_snr(job.model.schedule, t) for t in times}
     bits = {
         t: next((b for b in choices if ratio[b][t] > forward[t]), choices[-1])
@@ -45,11 +53,8 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
     }
     boundaries, widths = ranges_of(bits)
     job.add_rules(input_rules(job.net, {"segment_bits": widths}), Timeline(boundaries))
-    job.log(
-        "step_bits: "
-        + ", ".join(f"{b} bits" for b in widths)
-        + f" with boundaries at t = {boundaries}"
-    )
+    in_turn = ", ".join(f"{b} bits" for b in widths)
+    job.log(f"step_bits: {in_turn} with boundaries at t = {boundaries}")
     return [
         {
             "pass": "step_bits",
@@ -62,37 +67,60 @@ def step_bits(job, *, choices=(4, 6, 8), num_images=16, seed=2000):
     ]
 
 
-def input_rules(net, facts):
-    """Rules that give `facts` to the quantized activations of `net` but softmax outputs and
+def _signal_to_noise(job, choices, num_images, seed):
+    """{bits: {t: SNR_Q}} along the trajectories of `num_images` images of `seed`."""
+    noise, signal = {bits: defaultdict(float) for bits in choices}, defaultdict(float)
+    nets = {bits: _with_inputs_of(job, bits) for bits in choices}
+    for _, t, x, cond, eps in job.trajectory(num_images, seed):
+        eps = eps[:, : x.shape[1]]  # without a learned variance
+        signal[t] += float(eps.double().square().sum())
+        for bits, net in nets.items():
+            found = job.model.with_net(net).eps(x, batch_of(t, x), cond)
+            error = found[:, : x.shape[1]] - eps
+            noise[bits][t] += float(error.double().square().sum())
+    return {b: {t: (signal[t] / max(noise[b][t], 1e-30)) ** 0.5 for t in signal} for b in choices}
+
+
+def _with_inputs_of(job: Job, bits: int) -> QuantizedNet:
+    """The network with inputs of this width and weights in full precision."""
+    net = job.fitted_copy(input_rules(job.net, {"bits": bits}))
+    for layer in quant_layers(net).values():
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.enabled = False
+    return net
+
+
+def input_rules(net: nn.Module, spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns rules that give `spec` to the quantized activations of `net` but softmax outputs and
     exceptions, those of other widths than most."""
     rules, quantizers = [], input_quantizers(net)
     if not quantizers:
         raise ValueError(
             "step_bits gives widths to inputs, and none is quantized; choose bits.input below 32 "
-            "or leave "
-            "out step_bits"
+            "or leave out step_bits"
         )
     usual = Counter(q.spec.bits for q in quantizers.values()).most_common(1)[0][0]
     for name in (name for name, q in quantizers.items() if q.spec.bits == usual):
         owner, _, part = name.rpartition(".")
+        module = net.get_submodule(owner)
         if part == "input_quantizer":
-            role = net.get_submodule(owner).role
-            rules.append({"match": owner, "kind": "layer", "role": role, "input": facts})
+            rules.append(rule_for(owner, module.role, "layer") | {"input": spec})
             continue
-        role = net.get_submodule(owner).roles["ab".index(part[0])]
+        role = module.roles["ab".index(part[0])]
         if role != "probs":
-            rules.append({"match": owner, "kind": "matmul", "role": role, "input": facts})
+            rules.append(rule_for(owner, role, "matmul") | {"input": spec})
     return rules
 
 
-def forward_snr(schedule, t):
+def forward_snr(schedule: NoiseSchedule, t: float) -> float:
+    """Returns SNR_F at the network time t."""
     level = float(schedule.level(round(t / schedule.time_scale)))
     return level / max(1 - level, 1e-30)
 
 
-def ranges_of(bits):
+def ranges_of(bits: Mapping[float, int]) -> tuple[list[float], list[int]]:
     """{t ascending: bits} -> (boundaries between neighbours of different width, width of each
-    range)"""
+    range)."""
     times, boundaries, widths = list(bits), [], []
     for i, t in enumerate(times):
         if i == 0 or bits[t] != widths[-1]:

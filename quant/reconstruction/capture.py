@@ -9,11 +9,17 @@ network, O(L) instead of O(L^2)."""
 
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from base.hooks import watching
+from quant.calibration.dataset import CalibrationSet
 from quant.network import QuantizedNet, modules_of
 
 
@@ -21,13 +27,13 @@ class Store:
     """Tensors in memory up to `memory_gb`, beyond that in unlinked files under `folder`, mapped
     into memory."""
 
-    def __init__(self, memory_gb, folder):
+    def __init__(self, memory_gb: float, folder: Path):
         self.budget, self.folder = int(memory_gb * 2**30), Path(folder)
         self.used = self.peak = self.spilled = 0
         self.sizes = {}
 
-    def empty(self, shape):
-        """An uninitialised float32 tensor. Raises OSError when the disk is full."""
+    def empty(self, shape: Iterable[int]) -> torch.Tensor:
+        """Returns an uninitialised float32 tensor. Raises OSError when the disk is full."""
         count = int(torch.Size(shape).numel())
         if self.used + 4 * count <= self.budget:
             tensor = torch.empty(shape)
@@ -48,17 +54,18 @@ class Store:
         self.spilled += 4 * count
         return tensor
 
-    def free(self, tensor):
+    def free(self, tensor: torch.Tensor) -> None:
+        """Takes a tensor off the account."""
         self.used -= self.sizes.pop(id(tensor), 0)
 
 
 class Conditions:
     """The condition of every sample of a calibration set, read like a tensor (N, ...) by rows."""
 
-    def __init__(self, calibration):
+    def __init__(self, calibration: CalibrationSet):
         self.calibration = calibration
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
         return self.calibration.arguments(rows)[2]
 
 
@@ -67,7 +74,9 @@ class _Reached(Exception):
 
 
 @contextmanager
-def answering(modules, answers):
+def answering(
+    modules: Mapping[str, nn.Module], answers: Mapping[str, Callable[..., torch.Tensor]]
+) -> Iterator[None]:
     """While inside, modules[name](...) calls answers[name](...) instead of computing."""
     try:
         for name, answer in answers.items():
@@ -82,17 +91,20 @@ class Stream:
     """One network's activations over a calibration set. `advance` units in order; `inputs` looks
     one unit ahead."""
 
-    def __init__(self, net, units, last_use, calibration, *, batch_size, store):
-        self.net, self.modules, self.units, self.last_use = (net, modules_of(net), units, last_use)
-        self.calibration, self.store, self.device = (
-            calibration,
-            store,
-            next(net.parameters()).device,
-        )
-        self.rows = [
-            slice(i, min(i + batch_size, len(calibration)))
-            for i in range(0, len(calibration), batch_size)
-        ]
+    def __init__(
+        self,
+        net: nn.Module,
+        units: list[str],
+        last_use: Mapping[str, int],
+        calibration: CalibrationSet,
+        *,
+        batch_size: int,
+        store: Store,
+    ):
+        self.net, self.modules, self.units, self.last_use = net, modules_of(net), units, last_use
+        self.calibration, self.store = calibration, store
+        self.device, count = next(net.parameters()).device, len(calibration)
+        self.rows = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
         self.outputs, self.shapes = {}, {}
 
     def _recall(self, name, rows):
@@ -100,37 +112,24 @@ class Stream:
             if name in self.outputs:
                 return self.outputs[name][rows].to(self.device)
             # Nobody reads it any more: the right shape without memory.
-            return torch.zeros((), device=self.device).expand(
-                rows.stop - rows.start, *self.shapes[name]
-            )
+            shape = rows.stop - rows.start, *self.shapes[name]
+            return torch.zeros((), device=self.device).expand(shape)
 
         return answer
 
     @torch.no_grad()
-    def inputs(self, unit):
-        """Arguments of `unit` over the whole set: a list of tensors (N, ...) (or Conditions); give
-        them back with `free`."""
-
-        def stop(*arguments):
-            raise _Reached(arguments)
-
+    def inputs(self, unit: str) -> list[Any]:
+        """Returns the arguments of `unit` over the whole set: a list of tensors (N, ...) (or
+        Conditions); give them back with `free`."""
         gathered = None
         for rows in self.rows:
-            answers = {name: self._recall(name, rows) for name in self.shapes} | {unit: stop}
-            with answering(self.modules, answers):
-                batch = [a.to(self.device) for a in self.calibration.arguments(rows)]
-                try:
-                    self.net(*batch)
-                    raise RuntimeError(f"the network never calls {unit}")
-                except _Reached as reached:
-                    arguments = reached.args[0]
+            batch = [a.to(self.device) for a in self.calibration.arguments(rows)]
+            arguments = self._reach(unit, rows, batch)
             # The condition reaches units as it is: it stays in the calibration set, one row for
             # many samples.
             given = [len(batch) == 3 and a is batch[2] for a in arguments]
             gathered = gathered or [
-                Conditions(self.calibration)
-                if is_condition
-                else self.store.empty((len(self.calibration), *a.shape[1:]))
+                Conditions(self.calibration) if is_condition else self._whole(a)
                 for a, is_condition in zip(arguments, given)
             ]
             for whole, a, is_condition in zip(gathered, arguments, given):
@@ -138,52 +137,69 @@ class Stream:
                     whole[rows] = a
         return gathered
 
+    def _reach(self, unit, rows, batch):
+        """What the unit is called with when the network runs on the batch of these rows."""
+
+        def stop(*arguments):
+            raise _Reached(arguments)
+
+        answers = {name: self._recall(name, rows) for name in self.shapes} | {unit: stop}
+        try:
+            with answering(self.modules, answers):
+                self.net(*batch)
+        except _Reached as reached:
+            return reached.args[0]
+        raise RuntimeError(f"the network never calls {unit}")
+
+    def _whole(self, part):
+        """Room for what `part` is of some samples, for all."""
+        return self.store.empty((len(self.calibration), *part.shape[1:]))
+
     @torch.no_grad()
-    def advance(self, unit, inputs):
-        """Run `unit` on its inputs, keep the output (N, ...), drop what nobody reads any more;
+    def advance(self, unit: str, inputs: list[Any]) -> torch.Tensor:
+        """Runs `unit` on its inputs, keeps the output (N, ...), drops what nobody reads any more;
         returns the output."""
         whole = None
         for rows in self.rows:
             if isinstance(self.net, QuantizedNet):
                 self.net.timeline.set_time(self.calibration.t[rows])
             out = self.modules[unit](*(a[rows].to(self.device) for a in inputs))
-            whole = (
-                self.store.empty((len(self.calibration), *out.shape[1:]))
-                if whole is None
-                else whole
-            )
+            whole = self._whole(out) if whole is None else whole
             whole[rows] = out
         self.outputs[unit], self.shapes[unit] = whole, whole.shape[1:]
         return whole
 
-    def drop_dead(self, unit):
-        """Free the outputs that no unit after `unit` reads."""
+    def drop_dead(self, unit: str) -> None:
+        """Frees the outputs that no unit after `unit` reads."""
         done = self.units.index(unit)
         for name in [n for n in self.outputs if self.last_use[n] <= done]:
             self.free([self.outputs.pop(name)])
 
-    def free(self, tensors):
+    def free(self, tensors: Iterable[Any]) -> None:
+        """Gives back what `inputs` returned."""
         for tensor in tensors:
             self.store.free(tensor)
 
 
 @torch.no_grad()
-def inputs_of(net, names, calibration, batch_size, *, whole=False):
-    """Inputs of the modules `names` over a calibration set -> {name: tensor (N, ...)}; with `whole`
-    a tuple of all their arguments."""
+def inputs_of(
+    net: nn.Module,
+    names: Iterable[str],
+    calibration: CalibrationSet,
+    batch_size: int,
+    *,
+    whole: bool = False,
+) -> dict[str, Any]:
+    """Returns the inputs of the modules `names` over a calibration set -> {name: tensor (N, ...)};
+    with `whole` a tuple of all their arguments."""
     found, device = {name: [] for name in names}, next(net.parameters()).device
-    hooks = [
-        net.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: found[name].append(inputs)
-        )
-        for name in names
-    ]
-    try:
+
+    def note(name, _, inputs):
+        found[name].append(inputs)
+
+    with watching(net, {name: partial(note, name) for name in found}, before=True):
         for arguments in calibration.batches(batch_size):
             net(*(a.to(device) for a in arguments))
-    finally:
-        for hook in hooks:
-            hook.remove()
     joined = {
         name: tuple(torch.cat(parts) for parts in zip(*calls)) for name, calls in found.items()
     }

@@ -11,7 +11,8 @@ To first order an error e of a map h at step t moves the clean image x_0 by J e,
 the basis of the two-dimensional cosine transform (DCT-II), over which J is taken for diagonal, its
 mean square is
 
-    F(t, u, v) e_hat(u, v)^2,    F(t, u, v) = mean over images and channels of (J^T n)_hat(u, v)^2,  n ~ Normal(0, 1)
+    F(t, u, v) e_hat(u, v)^2,
+    F(t, u, v) = mean over images and channels of (J^T n)_hat(u, v)^2,  n ~ Normal(0, 1)
 
 and the error to minimise becomes the filtered one, W^(1/2) e_hat with W = F^p / mean over (u, v) of
 F^p: every step keeps its weight. With p = 1 it is the diagonal of the Fisher matrix, as BRECQ (Li
@@ -21,10 +22,16 @@ p = 0 is the plain error.
 Axes: N samples, C channels, H x W positions, G groups of steps.
 """
 
+from __future__ import annotations
+
 import functools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+
+from base.hooks import watching
 
 NUM_GROUPS = 10  # of successive steps that share a table
 NUM_IMAGES = 8
@@ -35,34 +42,29 @@ class FrequencyFilter:
     H, W), tokens (N, L, C) of a square map; others as they are. `power` is p above, in [0, 1].
     Raises ValueError beyond that, and where gradients are not finite."""
 
-    def __init__(self, job, names, power):
+    def __init__(self, job: Any, names: Iterable[str], power: float):
         if not 0 <= power <= 1:
             raise ValueError(f"frequency is {power}; it must lie in 0 to 1")
         energies = gradient_energies(job, names)
         self.times = torch.tensor(sorted({t for found in energies.values() for t in found}))
-        self.group = (
-            torch.arange(len(self.times))
-            * min(NUM_GROUPS, len(self.times))
-            // max(len(self.times), 1)
-        )
+        count = len(self.times)
+        self.group = torch.arange(count) * min(NUM_GROUPS, count) // max(count, 1)
         self.gains = {name: self.gain(found, power) for name, found in energies.items() if found}
 
-    def gain(self, energy, power):
+    def gain(self, energy: dict[float, torch.Tensor], power: float) -> torch.Tensor:
         """Energies by step {t: (H, W)} -> W^(1/2) (G, H, W)."""
         by_step = torch.stack([energy[float(t)] for t in self.times])
-        total = torch.zeros(int(self.group[-1]) + 1, *by_step.shape[1:]).index_add(
-            0, self.group, by_step
-        )
+        total = torch.zeros(int(self.group[-1]) + 1, *by_step.shape[1:])
+        total = total.index_add(0, self.group, by_step)
         if not torch.isfinite(total).all():
             raise ValueError(
                 "the gradient of the image by the network's maps is NaN or infinite on this "
-                "sampler; set "
-                "frequency: 0 in reconstruct"
+                "sampler; set frequency: 0 in reconstruct"
             )
         weight = total.clamp(min=1e-30) ** power
         return (weight / weight.mean((1, 2), keepdim=True)).sqrt()
 
-    def __call__(self, name, t, error):
+    def __call__(self, name: str, t: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
         if name not in self.gains:
             return error
         nearest = (t.cpu()[:, None] - self.times).abs().argmin(1)
@@ -71,40 +73,32 @@ class FrequencyFilter:
         return maps if error.dim() == 4 else maps.flatten(2).transpose(1, 2)
 
 
-def gradient_energies(job, names):
-    """Energy of the gradient of <n, x_0> by the outputs of units, summed over NUM_IMAGES images and
-    meaned over channels: name -> {t: (H, W)}, none for outputs without positions. One backward pass
-    through the sampler."""
+def gradient_energies(job: Any, names: Iterable[str]) -> dict[str, dict[float, torch.Tensor]]:
+    """Measures the energy of the gradient of <n, x_0> by the outputs of units, summed over
+    NUM_IMAGES images and meaned over channels: name -> {t: (H, W)}, none for outputs without
+    positions. One backward pass through the sampler of a Job (quant/passes/job.py)."""
     net, found, now = job.model.net, {name: {} for name in names}, {}
 
-    def note_time(module, arguments):
+    def note_time(_, arguments):
         now["t"] = float(arguments[1][0])
 
-    def watch(name):
-        def note(gradient, t):
-            energy = dct(as_maps(gradient)).square().mean(1).sum(0).cpu()
-            found[name][t] = found[name].get(t, 0) + energy
+    def add(name, t, gradient):
+        energy = dct(as_maps(gradient)).square().mean(1).sum(0).cpu()
+        found[name][t] = found[name].get(t, 0) + energy
 
-        def hook(module, arguments, out):
-            if out.requires_grad and as_maps(out) is not None:
-                out.register_hook(functools.partial(note, t=now["t"]))
+    def watch(name, _, inputs, out):
+        if out.requires_grad and as_maps(out) is not None:
+            out.register_hook(functools.partial(add, name, now["t"]))
 
-        return hook
-
-    hooks = [net.register_forward_pre_hook(note_time)]
-    hooks += [net.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     generator = torch.Generator().manual_seed(job.seed)
-    try:
-        with torch.enable_grad():
-            for x0 in job.differentiable(NUM_IMAGES, job.seed):
-                (x0 * torch.randn(x0.shape, generator=generator).to(x0.device)).sum().backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    units = {name: functools.partial(watch, name) for name in found}
+    with watching(net, {"": note_time}, before=True), watching(net, units), torch.enable_grad():
+        for x0 in job.differentiable(NUM_IMAGES, job.seed):
+            (x0 * torch.randn(x0.shape, generator=generator).to(x0.device)).sum().backward()
     return found
 
 
-def as_maps(x):
+def as_maps(x: torch.Tensor) -> torch.Tensor | None:
     """Maps (N, C, H, W), also of tokens (N, L, C) of a square map; None of anything else."""
     if x.dim() != 3:
         return x if x.dim() == 4 else None
@@ -112,18 +106,18 @@ def as_maps(x):
     return x.transpose(1, 2).unflatten(2, (side, side)) if side * side == x.shape[1] else None
 
 
-def dct(x):
+def dct(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal two-dimensional cosine transform (DCT-II) over the last two axes."""
     return basis(x.shape[-2], x.device) @ x @ basis(x.shape[-1], x.device).T
 
 
-def idct(x):
+def idct(x: torch.Tensor) -> torch.Tensor:
     """The inverse of `dct`."""
     return basis(x.shape[-2], x.device).T @ x @ basis(x.shape[-1], x.device)
 
 
 @functools.lru_cache
-def basis(n, device):
+def basis(n: int, device: torch.device) -> torch.Tensor:
     """(n, n): row k holds sqrt(2 / n) cos(pi (i + 1/2) k / n), row 0 sqrt(1 / n)."""
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     rows = (2 / n) ** 0.5 * torch.cos(math.pi * (i + 0.5) * k / n)

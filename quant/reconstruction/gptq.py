@@ -15,37 +15,48 @@ samples."""
 import torch
 import torch.nn.functional as F
 
+from base.hooks import watching
+from quant.layers import QuantLayer
+from quant.reconstruction.unit import Inputs, Unit
+
 BLOCK = 128  # columns between two updates of all that follow
 SAMPLES, POSITIONS = 256, 8192  # of a layer's inputs, for H
 RIDGE = 0.01  # share of the mean of H's diagonal
 
 
 @torch.no_grad()
-def second_order_codes(unit, layers, inputs, num_samples, generator, batch_size=64):
-    """Centred codes of the weight of each of the `layers` of a unit (quant/learn.py), fed with an
-    even pick of its `inputs`, weights in full precision."""
+def second_order_codes(
+    unit: Unit,
+    layers: list[QuantLayer],
+    inputs: Inputs,
+    num_samples: int,
+    generator: torch.Generator,
+) -> list[torch.Tensor]:
+    """Returns centred codes of the weight of each of the `layers` of a unit, fed with an even pick
+    of its `inputs` over `num_samples` samples, weights in full precision."""
     rows = torch.linspace(0, num_samples - 1, min(SAMPLES, num_samples)).long()
+    names = {layer: name for name, layer in unit.module.named_modules() if layer in layers}
     taken, each = {layer: [] for layer in layers}, max(1, POSITIONS // len(rows))
 
     # sample by sample: the columns of a batch would need gigabytes
     def take(layer, arguments):
-        taken[layer] += [some(columns(layer, x), each, generator) for x in arguments[0].split(1)]
+        parts = (columns(layer, x) for x in arguments[0].split(1))
+        taken[layer] += [_pick(part, each, generator) for part in parts]
 
-    hooks = [layer.register_forward_pre_hook(take) for layer in layers]
     for layer in layers:
         layer.weight_quantizer.enabled = False
     try:
-        for part in rows.split(batch_size):
-            unit(inputs, part)
+        with watching(unit.module, {names[layer]: take for layer in layers}, before=True):
+            for part in rows.split(unit.batch_size):
+                unit(inputs, part)
     finally:
-        for layer, hook in zip(layers, hooks):
+        for layer in layers:
             layer.weight_quantizer.enabled = True
-            hook.remove()
     return [rounded(layer, torch.cat(taken.pop(layer))) for layer in layers]
 
 
-def columns(layer, x):
-    """What the rows of the flat weight are multiplied with, of an input of a QuantLayer: (N
+def columns(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
+    """Returns what the rows of the flat weight are multiplied with, of an input of a layer: (N
     positions, M)."""
     if layer.inverse_balance is not None:
         x = x * layer.per_channel(layer.inverse_balance)
@@ -58,26 +69,31 @@ def columns(layer, x):
     return F.unfold(x, kernel, **options).transpose(1, 2).flatten(0, 1)
 
 
-def some(x, count, generator):
+def _pick(x, count, generator):
     """At most `count` of the rows of x, any."""
     return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
 
 
-def rounded(layer, x):
-    """Codes, of the weight's shape, of a layer that reads the columns x (n, M)."""
+def rounded(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
+    """Returns codes, of the weight's shape, of a layer that reads the columns x (n, M)."""
     q, weight = layer.weight_quantizer, layer.weight.detach()
     scale, zero_point = (
         q.table(v, weight).expand_as(weight).flatten(1) for v in (q.scale, q.zero_point)
     )
-    codes = optimal_codes(
-        weight.flatten(1), scale, q.low - zero_point, q.high - zero_point, x.T @ x / len(x)
-    )
+    low, high, hessian = q.low - zero_point, q.high - zero_point, x.T @ x / len(x)
+    codes = optimal_codes(weight.flatten(1), scale, low, high, hessian)
     return codes.reshape(weight.shape)
 
 
-def optimal_codes(weight, scale, low, high, hessian):
-    """Integers Q (O, M), as floats, within low and high; these and `scale` have the shape of
-    `weight`, `hessian` is (M, M) without its ridge."""
+def optimal_codes(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    hessian: torch.Tensor,
+) -> torch.Tensor:
+    """Returns integers Q (O, M), as floats, within low and high; these and `scale` have the shape
+    of `weight`, `hessian` is (M, M) without its ridge."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
     left, scale, low, high = (values[:, order] for values in (weight, scale, low, high))
     upper, codes = inverse_factor(hessian[order][:, order]), torch.empty_like(left)
@@ -91,8 +107,8 @@ def optimal_codes(weight, scale, low, high, hessian):
     return codes[:, order.argsort()]
 
 
-def inverse_factor(hessian):
-    """U of the module's docstring, computed in float64."""
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Returns U of the module's docstring, computed in float64."""
     ridge = (RIDGE * hessian.diagonal().double().mean()).clamp(min=1e-30)
     lower = torch.linalg.cholesky(hessian.double() + ridge * torch.eye(len(hessian)).to(hessian))
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(hessian)

@@ -1,204 +1,220 @@
 """What block reconstruction optimises in one unit: losses, and what is learned.
 
-    lp(a, b; p) = mean over samples and positions of sum over channels |a - b|^p                       (BRECQ's measure)
-    L = lp(out, target) + layer_weight * sum over inner layers lp(out_j, target_j) + round_weight * rounding penalty
+    lp(a, b; p) = mean over samples and positions of sum over channels |a - b|^p
+    L = lp(out, target) + layer_weight * sum over inner layers lp(out_j, target_j)
+        + round_weight * rounding penalty
 
-`layer_weight` is the fine-grained block reconstruction of EDA-DM (Liu et al. 2024,
-arXiv:2401.04585), random dropping of quantization that of QDrop (Wei et al. 2022,
+lp is BRECQ's measure, `layer_weight` the fine-grained block reconstruction of EDA-DM (Liu et al.
+2024, arXiv:2401.04585), random dropping of quantization that of QDrop (Wei et al. 2022,
 arXiv:2203.05740). Positions may be weighted by their saliency."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from quant.layers import QuantLayer
 from quant.network import input_quantizers
+from quant.quantizer import Quantizer
 from quant.reconstruction.gptq import second_order_codes
 from quant.reconstruction.loss import comparable, lp, output_loss, outputs_of
 from quant.reconstruction.rounding import Rounding
-from quant.reconstruction.unit import uniform_like
+from quant.reconstruction.settings import Objective, Schedule
+from quant.reconstruction.unit import Inputs, Unit, uniform_like
+
+SMALLEST = 1e-8  # scale
+Penalty = Callable[[float], torch.Tensor | float]  # of the share of the steps that is done
+Group = dict[str, Any]  # of an optimizer
 
 
-def learn_rounding(unit, layers, inputs, target, generator, s):
-    """Weights: AdaRound. Settings `s` are the options of quant.reconstruct.reconstruct. No scale is
-    learned here whose doubts could choose batches actively."""
-    begin_rounding(unit, layers, inputs, target, generator, s)
-    s = s | {"active": 0.0, "visit_cost": 0.0}
-    groups = [rounding_group(layers, s)]
+@dataclass(frozen=True)
+class Lesson:
+    """All that one phase of a unit learns from: what flows in over all samples, the output (N, ...)
+    that is wanted, what to learn towards and how. `generator` draws the samples of a batch and
+    what is dropped."""
+
+    unit: Unit
+    inputs: Inputs
+    target: torch.Tensor
+    generator: torch.Generator
+    objective: Objective
+    schedule: Schedule
+
+
+def learn_rounding(lesson: Lesson, layers: list[QuantLayer]) -> None:
+    """Learns weights: AdaRound. No scale is learned here whose doubts could choose batches
+    actively."""
+    lesson = replace(lesson, schedule=replace(lesson.schedule, active=0.0, visit_cost=0.0))
+    _begin_rounding(lesson, layers)
     optimise(
-        unit,
-        groups,
-        s["weight_iters"],
-        lambda done: rounding_penalty(layers, done, s),
-        inputs,
-        target,
-        generator,
-        s,
-        s["weight_norm"],
+        lesson,
+        [_rounding_group(layers, lesson.schedule)],
+        lesson.schedule.weight_iters,
+        lesson.objective.weight_norm,
+        lambda done: rounding_penalty(layers, done, lesson),
     )
     for layer in layers:
         layer.harden()
 
 
-def learn_scales(unit, quantizers, inputs, target, generator, s):
-    """Activation scales: LSQ."""
+def learn_scales(lesson: Lesson, quantizers: list[Quantizer]) -> None:
+    """Learns scales of activations: LSQ."""
     learned = [q for q in quantizers if q.learnable]
-    groups = scale_groups(learned, s)
+    groups = _scale_groups(learned, lesson.schedule)
     if groups:
         optimise(
-            unit,
+            lesson,
             groups,
-            s["input_iters"],
-            lambda done: scale_penalty(learned, s),
-            inputs,
-            target,
-            generator,
-            s,
-            s["input_norm"],
+            lesson.schedule.input_iters,
+            lesson.objective.input_norm,
+            lambda done: scale_penalty(learned, lesson.objective.smooth),
         )
-    end_scales(learned)
+    _end_scales(learned)
 
 
-def learn_jointly(unit, layers, quantizers, inputs, target, generator, s):
-    """Rounding and scales in one stage, quantization of activations dropped at random (QDrop)."""
-    begin_rounding(unit, layers, inputs, target, generator, s)
+def learn_jointly(lesson: Lesson, layers: list[QuantLayer], quantizers: list[Quantizer]) -> None:
+    """Learns rounding and scales in one phase, quantization of activations dropped at random
+    (QDrop)."""
+    _begin_rounding(lesson, layers)
+    schedule, smooth = lesson.schedule, lesson.objective.smooth
     learned = [q for q in quantizers if q.learnable]
-    groups = scale_groups(learned, s)
-    if layers:
-        groups.insert(0, rounding_group(layers, s))
+    groups = [_rounding_group(layers, schedule)] if layers else []
+    groups += _scale_groups(learned, schedule)
     for q in quantizers:
-        q.drop = lambda x: uniform_like(x, generator) < s["drop"]
+        q.drop = lambda x: uniform_like(x, lesson.generator) < schedule.drop
     try:
         if groups:
             optimise(
-                unit,
+                lesson,
                 groups,
-                s["weight_iters"],
-                lambda done: rounding_penalty(layers, done, s) + scale_penalty(learned, s),
-                inputs,
-                target,
-                generator,
-                s,
-                s["weight_norm"],
+                schedule.weight_iters,
+                lesson.objective.weight_norm,
+                lambda done: (
+                    rounding_penalty(layers, done, lesson) + scale_penalty(learned, smooth)
+                ),
             )
     finally:
         for q in quantizers:
             q.drop = None
     for layer in layers:
         layer.harden()
-    end_scales(learned)
+    _end_scales(learned)
 
 
-def begin_rounding(unit, layers, inputs, target, generator, s):
+def _begin_rounding(lesson, layers):
     """From the weights or, with `gptq`, from halfway to second-order codes."""
     starts = [None] * len(layers)
-    if s["gptq"]:
+    if lesson.schedule.gptq:
         starts = second_order_codes(
-            unit, layers, inputs, len(target), generator, s["capture_batch"]
+            lesson.unit, layers, lesson.inputs, len(lesson.target), lesson.generator
         )
     for layer, start in zip(layers, starts):
         layer.rounding = Rounding(layer.weight, layer.weight_quantizer, start)
 
 
-def rounding_group(layers, s):
+def _rounding_group(layers, schedule):
     return {
         "params": [layer.rounding.alpha for layer in layers],
-        "lr": s["weight_lr"],
-        "cosine": s["weight_cosine"],
+        "lr": schedule.weight_lr,
+        "cosine": schedule.weight_cosine,
     }
 
 
-def rounding_penalty(layers, done, s):
-    """lambda * sum(1 - |2h - 1|^beta), beta falling after a warm-up without the term."""
-    if done < s["warmup"] or not s["round_weight"]:
+def rounding_penalty(layers: list[QuantLayer], done: float, lesson: Lesson) -> torch.Tensor | float:
+    """Returns lambda * sum(1 - |2h - 1|^beta), beta falling after a warm-up without the term, when
+    the share `done` of the steps is over."""
+    schedule, weight = lesson.schedule, lesson.objective.round_weight
+    if done < schedule.warmup or not weight:
         return 0.0
-    share = (done - s["warmup"]) / (1 - s["warmup"])
-    beta = s["beta_start"] + (s["beta_end"] - s["beta_start"]) * share
-    return s["round_weight"] * sum(layer.rounding.penalty(beta) for layer in layers)
+    share = (done - schedule.warmup) / (1 - schedule.warmup)
+    beta = schedule.beta_start + (schedule.beta_end - schedule.beta_start) * share
+    return weight * sum(layer.rounding.penalty(beta) for layer in layers)
 
 
-def scale_groups(quantizers, s):
+def _scale_groups(quantizers, schedule):
     """Optimizer groups: tables of scales, and the parameters of whatever gives a table while it is
     learned."""
     free = [q.scale.requires_grad_(True) for q in quantizers if q.soft_scale is None]
     soft = [p for q in quantizers if q.soft_scale is not None for p in q.soft_scale.parameters()]
-    groups = [
-        {"params": free, "lr": s["input_lr"], "cosine": True},
-        {"params": soft, "lr": s["soft_lr"], "cosine": True},
-    ]
-    return [group for group in groups if group["params"]]
+    rates = ((free, schedule.input_lr), (soft, schedule.soft_lr))
+    return [{"params": params, "lr": rate, "cosine": True} for params, rate in rates if params]
 
 
-def end_scales(quantizers):
+def _end_scales(quantizers):
     for q in quantizers:
         q.harden()
         q.scale.requires_grad_(False)
 
 
-def scale_penalty(quantizers, s):
-    """Of soft scales their own; smooth * sum over steps (ln scale_i - ln scale_{i+1})^2: neighbours
-    differ little."""
+def scale_penalty(quantizers: list[Quantizer], smooth: float) -> torch.Tensor | float:
+    """Returns the penalties of soft scales, and smooth * sum over segments (ln scale_i -
+    ln scale_{i+1})^2: neighbours differ little."""
     penalty = sum(q.soft_scale.penalty() for q in quantizers if q.soft_scale is not None)
-    if s["smooth"]:
-        penalty = penalty + s["smooth"] * sum(
-            q.scales().log().diff(dim=0).square().sum() for q in quantizers
-        )
+    if smooth:
+        steps = (q.scales().log().diff(dim=0) for q in quantizers)
+        penalty = penalty + smooth * sum(step.square().sum() for step in steps)
     return penalty
 
 
-def optimise(unit, groups, iters, penalty, inputs, target, generator, s, norm):
-    """`iters` Adam steps on `groups`; `penalty(share of the steps done)` is added to the loss of a
-    batch."""
+def optimise(
+    lesson: Lesson, groups: list[Group], iters: int, norm: float, penalty: Penalty
+) -> None:
+    """Takes `iters` Adam steps on `groups`; `penalty` is added to the loss of a batch."""
     optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
-    quantizers = input_quantizers(unit.module).values()
+    quantizers = input_quantizers(lesson.unit.module).values()
     scales = {id(q.scale) for q in quantizers}
     soft = [q.soft_scale for q in quantizers if q.soft_scale is not None]
     for step in range(iters):
+        done = step / iters
         for model in soft:
-            model.done = step / iters
-        loss = batch_loss(unit, inputs, target, generator, s, norm) + penalty(step / iters)
+            model.done = done
+        loss = batch_loss(lesson, norm) + penalty(done)
         for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = grad
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = (
-                rate * (1 + math.cos(math.pi * step / iters)) / 2 if group["cosine"] else rate
-            )
+            falling = rate * (1 + math.cos(math.pi * step / iters)) / 2
+            group["lr"] = falling if group["cosine"] else rate
         optimizer.step()
         for parameter in parameters:
             if id(parameter) in scales:
-                parameter.data.clamp_(min=1e-8)
+                parameter.data.clamp_(min=SMALLEST)
 
 
-def batch_loss(unit, inputs, target, generator, s, norm):
-    rows = draw_rows(unit, target, generator, s)
-    with torch.autocast(unit.device.type, torch.bfloat16, enabled=s["bfloat16"]):
-        if not s["layer_weight"]:
-            return output_loss(unit, unit(inputs, rows), target, rows, norm)
+def batch_loss(lesson: Lesson, norm: float) -> torch.Tensor:
+    """Returns the loss of one batch that is drawn for it, without penalties."""
+    unit, target, layer_weight = lesson.unit, lesson.target, lesson.objective.layer_weight
+    rows = draw_rows(lesson)
+    with torch.autocast(unit.device.type, torch.bfloat16, enabled=lesson.schedule.bfloat16):
+        if not layer_weight:
+            return output_loss(unit, unit(lesson.inputs, rows), target, rows, norm)
         names = comparable(unit.module)
         with torch.no_grad(), outputs_of(unit.original, names) as wanted:
             unit.call(unit.original, unit.float_inputs, rows)
         with outputs_of(unit.module, names) as found:
-            out = unit(inputs, rows)
+            out = unit(lesson.inputs, rows)
         inner = sum(lp(found[name].float(), wanted[name].float(), norm) for name in names)
-        return output_loss(unit, out, target, rows, norm) + s["layer_weight"] * inner
+        return output_loss(unit, out, target, rows, norm) + layer_weight * inner
 
 
-def draw_rows(unit, target, generator, s):
-    """Samples of one batch: any; or, with `active` or `visit_cost`, all of the time segment that is
-    undecided or seldom visited most (APQ-DM, active timestep selection: the paper's second term,
-    its released code's third), argmax_t entropy(t) + active / (visits(t) + 1) - visit_cost
-    visits(t)."""
-    if not (s["active"] or s["visit_cost"]):
-        return torch.randint(len(target), (s["batch_size"],), generator=generator)
-    soft = [
-        q.soft_scale for q in input_quantizers(unit.module).values() if q.soft_scale is not None
-    ]
+def draw_rows(lesson: Lesson) -> torch.Tensor:
+    """Draws the samples of one batch: any; or, with `active` or `visit_cost`, all of the time
+    segment that is undecided or seldom visited most (APQ-DM, active timestep selection: the paper's
+    second term, its released code's third), argmax_t entropy(t) + active / (visits(t) + 1) -
+    visit_cost visits(t)."""
+    unit, schedule, generator = lesson.unit, lesson.schedule, lesson.generator
+    if not (schedule.active or schedule.visit_cost):
+        return torch.randint(len(lesson.target), (schedule.batch_size,), generator=generator)
+    quantizers = input_quantizers(unit.module).values()
+    soft = [q.soft_scale for q in quantizers if q.soft_scale is not None]
     visits = unit.visits
     score = sum(m.entropy().detach().cpu() for m in soft) / max(len(soft), 1)
-    score = score + s["active"] / (visits + 1) - s["visit_cost"] * visits
+    score = score + schedule.active / (visits + 1) - schedule.visit_cost * visits
     # no sample lies there
     score[torch.bincount(unit.segments, minlength=len(score)) == 0] = -torch.inf
     segment = int(score.argmax())
     visits[segment] += 1
     rows = (unit.segments == segment).nonzero()[:, 0]
-    return rows[torch.randint(len(rows), (s["batch_size"],), generator=generator)]
+    return rows[torch.randint(len(rows), (schedule.batch_size,), generator=generator)]

@@ -7,12 +7,16 @@ mean over p is 1, as every row of A sums to 1. Self-attention guidance masks ima
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from base.network import attention_parts
+from base.hooks import watching
+from base.network import Matmul, attention_parts
+from quant.calibration.dataset import CalibrationSet
 
 
-def received_attention(probs):
-    """probs (N, [heads,] L queries, L keys), rows sum to 1 -> (N, L), mean 1 over L."""
+def received_attention(probs: torch.Tensor) -> torch.Tensor:
+    """Sums what every position receives: probs (N, [heads,] L queries, L keys), rows sum to 1 ->
+    (N, L), mean 1 over L."""
     received = probs.sum(-2)
     return received.mean(1) if received.dim() == 3 else received
 
@@ -26,7 +30,7 @@ class Saliency:
     outputs without positions. `kappa` in [0, 1]. Maps are square; attention to a context does not
     count."""
 
-    def __init__(self, net, calibration, kappa, batch_size):
+    def __init__(self, net: nn.Module, calibration: CalibrationSet, kappa: float, batch_size: int):
         if not 0 <= kappa <= 1:
             raise ValueError(f"saliency is {kappa}; it must lie in 0 to 1")
         self.kappa, self.maps = kappa, record_maps(net, calibration, batch_size)
@@ -36,7 +40,7 @@ class Saliency:
                 "saliency: 0"
             )
 
-    def __call__(self, rows, out):
+    def __call__(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor | None:
         if out.dim() < 3:
             return None
         tokens = out.dim() == 3
@@ -51,30 +55,24 @@ class Saliency:
 
 
 @torch.no_grad()
-def record_maps(net, calibration, batch_size):
-    """Received attention over a calibration set: size -> (samples, size^2), the mean over the maps
-    of that size."""
-    found, modules = {}, dict(net.named_modules())
+def record_maps(
+    net: nn.Module, calibration: CalibrationSet, batch_size: int
+) -> dict[int, torch.Tensor]:
+    """Records the attention received over a calibration set: size -> (samples, size^2), the mean
+    over the maps of that size."""
+    found, maps, device = {}, {}, next(net.parameters()).device
 
-    def note(module, operands):
-        probs = operands[module.roles.index("probs")]
-        if module.roles[0] == "v":  # (.., keys, queries)
+    def note(product: Matmul, operands):
+        probs = operands[product.roles.index("probs")]
+        if product.roles[0] == "v":  # (.., keys, queries)
             probs = probs.transpose(-1, -2)
         found.setdefault(int(probs.shape[-1] ** 0.5), []).append(received_attention(probs.float()))
 
-    hooks = [
-        modules[part.av].register_forward_pre_hook(note)
-        for part in attention_parts(net)
-        if part.is_to_itself
-    ]
-    device, maps = next(net.parameters()).device, {}
-    try:
+    products = [part.av for part in attention_parts(net) if part.is_to_itself]
+    with watching(net, dict.fromkeys(products, note), before=True):
         for arguments in calibration.batches(batch_size):
             found.clear()
             net(*(a.to(device) for a in arguments))
             for size, parts in found.items():
                 maps.setdefault(size, []).append(torch.stack(parts).mean(0).cpu())
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {size: torch.cat(parts) for size, parts in maps.items()}

@@ -95,14 +95,15 @@ def _sqnr_curve(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 def _seconds(stages: list[dict], passes: list[dict]) -> list[list[str]]:
-    """Rows of a table: seconds of every stage and every pass. One that was interrupted and
-    continued counts with all its parts."""
+    """Rows of a table: seconds of every stage and every pass, and of its phases and the passes
+    inside it apart. A stage that was interrupted and continued counts with all its parts."""
     spent = defaultdict(float)
     for row in stages:
         spent[row["stage"]] += row["seconds"]
     for row in passes:
         if "seconds" in row:
-            name = f"{row['pass']} {row['phase'] or ''}".strip()
+            place = "in segments" if "segment" in row else None
+            name = " ".join(filter(None, (row["pass"], row["phase"], place)))
             spent[f"of which pass {name}"] += row["seconds"]
     return [[name, number(seconds, 1)] for name, seconds in spent.items()]
 

@@ -5,20 +5,24 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from textwrap import wrap
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import OmegaConf
 
 from base.config import load, read_yaml
 from base.files import PROJECT
 from quant.calibration.builders import BUILDERS
-from quant.passes.run import PASSES, find_pass, named
+from quant.passes.find import find_pass, pass_names
+from quant.passes.run import named, with_effort
 from tinydm.keys import describe_keys, show
 from tinydm.plan import CompareConfig
+from tinydm.recipe import Effort
 from tinydm.report.table import lines_of
 
 RELEASED = "_as_released"
+FROM_EFFORT = {one.name: f"${{effort.{one.name}}}" for one in fields(Effort)}
 WIDTH = 120  # columns of a page
 
 
@@ -95,7 +99,8 @@ def _section(name):
         *lines_of(["rule for", "weights", "inputs"], rules),
         "",
         *lines_of(
-            ["pass", "of the method", "from the preset"], _pass_rows(method.get("passes", []))
+            ["pass", "of the method", "from the preset"],
+            _pass_rows(with_effort(method.get("passes", []), FROM_EFFORT)),
         ),
     ]
 
@@ -156,7 +161,7 @@ def keys_block(path: str) -> list[str]:
 
 def passes_block() -> list[str]:
     """Every pass with what it does and its options."""
-    return _options_block({name: find_pass(name) for name in PASSES})
+    return _options_block({name: find_pass(name) for name in pass_names()})
 
 
 def builders_block() -> list[str]:
@@ -173,8 +178,9 @@ def _options_block(functions: dict[str, Callable[..., Any]]) -> list[str]:
 
 def _paragraphs(function):
     """The docstring up to what it returns and raises, in lines of a page."""
-    lines = []
-    for paragraph in inspect.getdoc(function).split("\n\n"):
+    lines, text = [], re.sub(r"^The pass[:.] ", "", inspect.getdoc(function))
+    text = text[0].upper() + text[1:]
+    for paragraph in text.split("\n\n"):
         said = re.split(r"(?:^|(?<=\. ))(?:Facts|Raises|Returns)\b", " ".join(paragraph.split()))[0]
         if said:
             lines += [*wrap(said, WIDTH, break_long_words=False, break_on_hyphens=False), ""]
@@ -187,7 +193,8 @@ def _options(function):
     for option in inspect.signature(function).parameters.values():
         if option.kind is not option.KEYWORD_ONLY:
             continue
-        words = [show(word) for word in get_args(option.annotation)]
+        choices = get_origin(option.annotation) is Literal
+        words = [show(word) for word in get_args(option.annotation)] if choices else []
         default = "" if option.default is option.empty else show(_listed(option.default))
         rows.append([f"`{option.name}`", f"`{default}`" if default else "", " ".join(words)])
     if not rows:

@@ -3,7 +3,7 @@ changes."""
 
 import pytest
 import torch
-from tiny import EXAMPLE, make_job, normal, quantized, rules
+from tiny import EXAMPLE, facts_of, make_job, normal, quantized, rules
 
 from quant.analysis import decide, describe, observe_ranges
 from quant.network import input_quantizers, quant_layers
@@ -122,7 +122,7 @@ def test_dynamic_scales_leave_static_ones_alone(tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, wanted, boundaries=BOUNDARIES)
     facts = run_passes(job, [{"fit_ranges": {}}, {"dynamic_scales": {"warm_steps": 2}}])
     learnable = sum(q.learnable for q in input_quantizers(job.net).values())
-    assert facts[-1]["inputs"] == learnable - 1
+    assert facts_of("dynamic_scales", facts)[0]["inputs"] == learnable - 1
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from tiny import make_job, normal, rules
 from quant.network import input_quantizers, quant_layers
 from quant.passes.finetune import (
     eps_error,
-    error,
     errors_of,
     finetune,
+    mean_objective,
     objective,
+    pick_batches,
     rms_by_step,
-    some,
 )
 from quant.passes.run import run_passes
 
@@ -56,7 +56,7 @@ def test_integers_and_the_float_network_stay_and_the_error_falls(tiny_net, tmp_p
 def test_first_step_is_the_rate_against_the_sign_of_the_gradient(tiny_net, tmp_path, monkeypatch):
     """Adam's first step is lr * g / |g| for every value, whatever the gradient's size."""
     errors = iter([1.0, 0.5])  # it helped: nothing is put back
-    monkeypatch.setattr("quant.passes.finetune.error", lambda *_: next(errors))
+    monkeypatch.setattr("quant.passes.finetune.mean_objective", lambda *_: next(errors))
     job = fitted(tiny_net, tmp_path)
     layer = quant_layers(job.net)["conv_out"]
     scale, bias = layer.weight_quantizer.scale.clone(), layer.bias.clone()
@@ -107,13 +107,14 @@ def test_errors_are_those_of_the_samples_in_their_place(tiny_net, tmp_path):
 
 def test_a_planted_shift_of_a_bias_is_found(tiny_net, tmp_path):
     job = fitted(tiny_net, tmp_path, bits=8, num=32)
-    batches, layer = some(job.calibration.stretches(8), 1, 0), quant_layers(job.net)["conv_out"]
+    batches = pick_batches(job.calibration.stretches(8), 1, 0)
+    layer = quant_layers(job.net)["conv_out"]
     level = rms_by_step(job.calibration.t, batches, errors_of(job, batches))
     layer.bias = torch.nn.Parameter(layer.bias + 0.05, requires_grad=False)
-    assert error(errors_of(job, batches), batches, level) > 2
+    assert mean_objective(errors_of(job, batches), batches, level) > 2
     finetune(job, iters=200, bias_lr=2e-3, batch_size=16)
     assert (layer.bias - tiny_net.conv_out.bias).abs().max() < 0.02
-    assert error(errors_of(job, batches), batches, level) < 1.5
+    assert mean_objective(errors_of(job, batches), batches, level) < 1.5
 
 
 @pytest.mark.parametrize("rate", [10.0, float("nan")])

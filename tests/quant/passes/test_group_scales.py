@@ -13,13 +13,11 @@ from base.network import tag
 from quant.groups import activation_groups
 from quant.layers import QuantLayer
 from quant.network import input_quantizers
-from quant.passes import reconstruct
 from quant.passes.fit_ranges import fit_ranges
 from quant.passes.group_scales import GroupedScale, group_scales
 from quant.passes.run import run_passes
 from quant.quantizer import Quantizer
-from quant.reconstruction.learn import draw_rows, scale_penalty
-from quant.reconstruction.unit import Unit
+from quant.reconstruction.learn import scale_penalty
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
 
@@ -246,74 +244,6 @@ def test_mixture_over_the_groups_of_each_channel_is_the_formula():
     assert torch.allclose(q(x), decided, atol=1e-5)
     q.harden()
     assert torch.allclose(q(x), decided, atol=1e-5)
-
-
-def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first():
-    class Soft(torch.nn.Module):
-        def __init__(self, entropy):
-            super().__init__()
-            self.value = torch.tensor(entropy)
-
-        def entropy(self):
-            return self.value
-
-    def visits(entropy, rounds, active, segments=torch.arange(3).repeat(4), visit_cost=0.0):
-        module = torch.nn.Module()
-        module.q = quantizer(TABLE[:3])
-        module.q.soft_scale = Soft(entropy)
-        unit = Unit(
-            "x", module, torch.device("cpu"), None, segments=segments, visits=torch.zeros(3)
-        )
-        order = []
-        for _ in range(rounds):
-            rows = draw_rows(
-                unit,
-                torch.zeros(12),
-                torch.Generator().manual_seed(0),
-                {"batch_size": 5, "active": active, "visit_cost": visit_cost},
-            )
-            assert len(rows) == 5 and len(unit.segments[rows].unique()) == 1
-            order.append(int(unit.segments[rows][0]))
-        return order, unit.visits
-
-    order, counts = visits([0.5, 0.5, 0.5], 10, 1.5)
-    assert counts.max() - counts.min() <= 1
-    order, counts = visits([0.1, 0.9, 0.1], 10, 1.5)
-    assert order[0] == 1 and set(order) == {0, 1, 2} and counts[1] == counts.max()
-    # no sample in segment 1
-    order, counts = visits([0.1, 0.9, 0.1], 10, 1.5, torch.tensor([0, 2]).repeat(6))
-    assert set(order) == {0, 2} and counts[1] == 0
-    # 0.9; -1.1, so 0.1 and 0.1; -1.1; -1.9 each
-    order, counts = visits([0.1, 0.9, 0.1], 6, 0.0, visit_cost=2.0)
-    assert order == [1, 0, 2, 1, 0, 2] and counts.tolist() == [2, 2, 2]
-
-
-def test_reconstruction_visits_the_segments_by_turns(tiny_net, tmp_path, monkeypatch):
-    """Entropies differ, but have no say beside so large a weight of what was seldom visited."""
-    units = []
-    monkeypatch.setattr(
-        reconstruct, "Unit", lambda *a, **more: units.append(Unit(*a, **more)) or units[-1]
-    )
-    job = make_job(
-        tiny_net,
-        tmp_path,
-        [{"match": "mid.*", "input": {"bits": 6}}],
-        num=12,
-        boundaries=[200, 400],
-    )
-    run_passes(
-        job,
-        [
-            "fit_ranges",
-            {"group_scales": {"groups": 2}},
-            {"reconstruct": {"input_iters": 6, "batch_size": 4, "active": 1e6}},
-        ],
-    )
-    assert [unit.visits.tolist() for unit in units if unit.name.startswith("mid")] == [
-        [2, 2, 2]
-    ] * 3
-    # of 999, 908, .. 0
-    assert all(unit.segments.tolist() == [2] * 7 + [1] * 2 + [0] * 3 for unit in units)
 
 
 def test_the_pass_shares_few_scales_among_steps(tiny_net, tmp_path):

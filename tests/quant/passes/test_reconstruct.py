@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import capture_whole, make_job, normal, rules
+from tiny import capture_whole, facts_of, make_job, normal, rules
 from torch import nn
 
 from base.network import tag
@@ -10,8 +10,9 @@ from quant.layers import QuantLayer
 from quant.network import input_quantizers, quant_layers
 from quant.passes.run import run_passes
 from quant.reconstruction import learn
-from quant.reconstruction.learn import learn_rounding
+from quant.reconstruction.learn import Lesson, learn_rounding
 from quant.reconstruction.loss import lp
+from quant.reconstruction.settings import Objective, Schedule
 from quant.reconstruction.unit import Mixed, Unit
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
@@ -24,7 +25,7 @@ def reconstructed(net, folder, wanted, options, **more):
     """-> (hardened network, facts of reconstruction)"""
     job = make_job(net, folder, wanted, **more)
     facts = run_passes(job, ["fit_ranges", {"reconstruct": options}])
-    return job.net, facts[1:]
+    return job.net, facts_of("reconstruct", facts)
 
 
 def same(a, b):
@@ -49,29 +50,9 @@ def test_learned_rounding_beats_nearest_on_correlated_inputs():
     target = layer(x).detach()
     nearest = float((quant(x) - target).square().mean())
     unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
-    learn_rounding(
-        unit,
-        [quant],
-        [x],
-        target,
-        torch.Generator().manual_seed(0),
-        dict(
-            weight_lr=0.1,
-            weight_iters=400,
-            warmup=0.2,
-            beta_start=20.0,
-            beta_end=2.0,
-            round_weight=0.01,
-            batch_size=32,
-            weight_norm=2.0,
-            bfloat16=False,
-            layer_weight=0.0,
-            active=0.0,
-            visit_cost=0.0,
-            weight_cosine=False,
-            gptq=False,
-        ),
-    )
+    schedule = Schedule(weight_lr=0.1, weight_iters=400)
+    generator = torch.Generator().manual_seed(0)
+    learn_rounding(Lesson(unit, [x], target, generator, Objective(), schedule), [quant])
     assert float((quant(x) - target).square().mean()) < 0.6 * nearest
 
 
@@ -79,9 +60,9 @@ def test_every_unit_ends_closer_to_its_target_at_4_bits(tiny_net, tmp_path):
     net, facts = reconstructed(
         tiny_net, tmp_path, rules(4, 4), LONG | {"weight_lr": 2e-2, "input_lr": 4e-3}, num=16
     )
-    stages = {stage: [f for f in facts if f["stage"] == stage] for stage in ("weight", "input")}
-    assert len(stages["weight"]) == len(stages["input"]) == 18
-    for rows in stages.values():
+    phases = {phase: [f for f in facts if f["phase"] == phase] for phase in ("weight", "input")}
+    assert len(phases["weight"]) == len(phases["input"]) == 18
+    for rows in phases.values():
         assert all(f["error_after"] < 1.02 * f["error_before"] for f in rows)
         assert sum(f["error_after"] for f in rows) < 0.9 * sum(f["error_before"] for f in rows)
     assert all(layer.weight_int is not None for layer in quant_layers(net).values())
@@ -102,12 +83,13 @@ def test_scales_and_rounding_are_learned_and_nothing_else(tiny_net, tmp_path):
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_what_each_stage_learns_from_and_by_which_norm(tiny_net, tmp_path, monkeypatch, joint):
+def test_what_each_phase_learns_from_and_by_which_norm(tiny_net, tmp_path, monkeypatch, joint):
     """Rounding from inputs of the network quantized so far, scales from full-precision ones, both
     at once from a mix; all towards full-precision outputs."""
     job, norms = make_job(tiny_net, tmp_path, rules(4, 4)), []
 
-    def check(unit, groups, iters, penalty, inputs, target, generator, s, norm):
+    def check(lesson, groups, iters, norm, penalty):
+        unit, inputs, target = lesson.unit, lesson.inputs, lesson.target
         exact, wanted = capture_whole(tiny_net, unit.name, job.calibration, 64)
         so_far, _ = capture_whole(job.net, unit.name, job.calibration, 64)
         if joint:
@@ -207,10 +189,10 @@ def test_spilling_to_disk_changes_no_byte(tiny_net, tmp_path):
     }
 
 
-@pytest.mark.parametrize("weight, inputs, stage", [(4, 32, "weight"), (32, 4, "input")])
-def test_one_half_alone(tiny_net, tmp_path, weight, inputs, stage):
+@pytest.mark.parametrize("weight, inputs, phase", [(4, 32, "weight"), (32, 4, "input")])
+def test_one_half_alone(tiny_net, tmp_path, weight, inputs, phase):
     net, facts = reconstructed(tiny_net, tmp_path, rules(weight, inputs), SHORT)
-    assert {f["stage"] for f in facts} == {stage}
+    assert {f["phase"] for f in facts} == {phase}
     assert all((layer.weight_int is None) == (weight == 32) for layer in quant_layers(net).values())
     # answered from the files
     assert same(net, reconstructed(tiny_net, tmp_path, rules(weight, inputs), SHORT)[0])

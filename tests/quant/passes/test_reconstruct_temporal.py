@@ -2,6 +2,7 @@
 and once."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,17 +52,9 @@ def test_its_loss_is_the_sum_over_the_projections_of_what_each_adds_to_its_block
     job, seen = make_job(tiny_net.requires_grad_(False), tmp_path, rules(3, 8)), {}
     fit_ranges(job)
 
-    def learn(unit, layers, inputs, target, generator, settings):
-        settings = settings | {"active": 0.0, "visit_cost": 0.0}
-        loss = batch_loss(
-            unit,
-            inputs,
-            target,
-            torch.Generator().manual_seed(3),
-            settings,
-            settings["weight_norm"],
-        )
-        seen.update(t=inputs[0], loss=float(loss))
+    def learn(lesson, layers):
+        lesson = replace(lesson, generator=torch.Generator().manual_seed(3))
+        seen.update(t=lesson.inputs[0], loss=float(batch_loss(lesson, 2.0)))
 
     monkeypatch.setattr(temporal, "learn_rounding", learn)
     reconstruct_temporal(job, batch_size=4)

@@ -9,13 +9,10 @@ from torch import nn
 
 from base.network import tag
 from quant.layers import QuantLayer
-from quant.network import input_quantizers
-from quant.passes.run import run_passes
 from quant.quantizer import Quantizer
-from quant.reconstruction import learn
 from quant.reconstruction.learn import (
+    Lesson,
     batch_loss,
-    learn_jointly,
     learn_rounding,
     optimise,
     rounding_penalty,
@@ -23,25 +20,24 @@ from quant.reconstruction.learn import (
 )
 from quant.reconstruction.loss import comparable, output_loss
 from quant.reconstruction.rounding import Rounding
-from quant.reconstruction.unit import DROPPED_INPUTS, Mixed, Unit, mixed
+from quant.reconstruction.settings import Objective, Schedule
+from quant.reconstruction.unit import Unit
 from quant.scales import SoftScale
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
 
-ALL = dict(
-    batch_size=4,
-    bfloat16=False,
-    layer_weight=0.0,
-    active=0.0,
-    visit_cost=0.0,
-    weight_norm=2.0,
-    round_weight=0.1,
-    warmup=0.2,
-    beta_start=20.0,
-    beta_end=2.0,
-    smooth=0.0,
-    gptq=False,
-)
+CPU = torch.device("cpu")
+
+
+def lesson_of(unit, inputs=(), target=None, generator=None, objective=None, **schedule):
+    return Lesson(
+        unit,
+        inputs,
+        target,
+        generator or torch.Generator(),
+        objective or Objective(round_weight=0.1),
+        Schedule(**{"batch_size": 4} | schedule),
+    )
 
 
 class Two(nn.Module):
@@ -66,21 +62,12 @@ def test_inner_layers_add_their_own_error():
     for layer in (quant.first, quant.second):
         layer.fit_weight()
     x, exact, generator = normal(5, 3), normal(5, 3, seed=1), torch.Generator()
-    unit = Unit(
-        "x", quant, torch.device("cpu"), lambda rows: None, original=plain, float_inputs=[exact]
-    )
+    unit = Unit("x", quant, CPU, lambda rows: None, original=plain, float_inputs=[exact])
 
     def found(layer_weight):
-        return float(
-            batch_loss(
-                unit,
-                [x],
-                plain(exact),
-                generator.manual_seed(0),
-                ALL | {"layer_weight": layer_weight},
-                2.0,
-            )
-        )
+        objective = Objective(layer_weight=layer_weight)
+        lesson = lesson_of(unit, [x], plain(exact), generator.manual_seed(0), objective)
+        return float(batch_loss(lesson, 2.0))
 
     inner = outer = 0.0
     for row in torch.randint(5, (4,), generator=generator.manual_seed(0)):
@@ -94,13 +81,13 @@ def test_inner_layers_add_their_own_error():
 def test_saliency_weighs_the_positions_of_the_rows_that_were_drawn(shape):
     weight = normal(5, *shape[1:-1], 1).abs() if len(shape) == 3 else normal(5, 1, 2, 2).abs()
     out, target, rows = normal(*shape), normal(*shape, seed=1), torch.tensor([4, 1])
-    unit = Unit("x", None, torch.device("cpu"), None, saliency=lambda rows, out: weight[rows])
+    unit = Unit("x", None, CPU, None, saliency=lambda rows, out: weight[rows])
     found = output_loss(unit, out[rows], target, rows, 2.0)
     errors = [float((weight[r] * (out[r] - target[r]).square()).sum()) for r in rows]
     # the loss sums over axis 1 and means over the rest
     positions = out[0].numel() // shape[1]
     assert math.isclose(float(found), sum(errors) / 2 / positions, rel_tol=1e-5)
-    plain = output_loss(Unit("x", None, torch.device("cpu"), None), out[rows], target, rows, 2.0)
+    plain = output_loss(Unit("x", None, CPU, None), out[rows], target, rows, 2.0)
     unit.saliency = lambda rows, out: torch.ones_like(weight[rows])
     assert torch.equal(output_loss(unit, out[rows], target, rows, 2.0), plain)
 
@@ -112,12 +99,13 @@ def test_rounding_penalty_is_off_in_the_warm_up_then_sharpens():
     )
     quant.fit_weight()
     quant.rounding = Rounding(quant.weight, quant.weight_quantizer)
-    h = quant.rounding.h()
-    assert rounding_penalty([quant], 0.1, ALL) == 0.0
+    h, lesson = quant.rounding.h(), lesson_of(None)
+    assert rounding_penalty([quant], 0.1, lesson) == 0.0
     for done, beta in ((0.2, 20.0), (0.6, 11.0), (1.0, 2.0)):
         expected = 0.1 * float((1 - (2 * h - 1).abs() ** beta).sum())
-        assert math.isclose(float(rounding_penalty([quant], done, ALL)), expected, rel_tol=1e-4)
-    assert rounding_penalty([quant], 0.6, ALL | {"round_weight": 0.0}) == 0.0
+        assert math.isclose(float(rounding_penalty([quant], done, lesson)), expected, rel_tol=1e-4)
+    off = lesson_of(None, objective=Objective(round_weight=0.0))
+    assert rounding_penalty([quant], 0.6, off) == 0.0
 
 
 def test_rates_fall_along_a_cosine_or_stay():
@@ -127,18 +115,9 @@ def test_rates_fall_along_a_cosine_or_stay():
         {"params": [falling], "lr": 0.1, "cosine": True},
         {"params": [constant], "lr": 0.1, "cosine": False},
     ]
-    unit = Unit("x", nn.Identity(), torch.device("cpu"), lambda rows: None)
-    optimise(
-        unit,
-        groups,
-        9,
-        lambda done: -(falling + constant).sum(),
-        [normal(4, 3)],
-        normal(4, 3),
-        torch.Generator(),
-        ALL,
-        2.0,
-    )
+    unit = Unit("x", nn.Identity(), CPU, lambda rows: None)
+    lesson = lesson_of(unit, [normal(4, 3)], normal(4, 3))
+    optimise(lesson, groups, 9, 2.0, lambda done: -(falling + constant).sum())
     assert torch.allclose(constant, torch.tensor(0.9)) and torch.allclose(
         falling, torch.tensor(0.5), rtol=1e-4
     )
@@ -162,18 +141,9 @@ class Noting(SoftScale):
 def test_soft_scales_know_what_share_of_the_steps_is_done():
     quant = QuantLayer(tag("q", nn.Linear(3, 5)), QuantSpec(), QuantSpec(bits=4), Timeline(), False)
     fit(quant.requires_grad_(False), normal(4, 3)).input_quantizer.soft_scale = soft = Noting()
-    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
-    optimise(
-        unit,
-        [{"params": [soft.table], "lr": 0.1, "cosine": True}],
-        4,
-        lambda done: 0.0,
-        [normal(4, 3)],
-        normal(4, 5),
-        torch.Generator(),
-        ALL,
-        2.0,
-    )
+    unit = Unit("x", quant, CPU, lambda rows: None)
+    groups = [{"params": [soft.table], "lr": 0.1, "cosine": True}]
+    optimise(lesson_of(unit, [normal(4, 3)], normal(4, 5)), groups, 4, 2.0, lambda done: 0.0)
     assert soft.noted == [0, 0.25, 0.5, 0.75]
 
 
@@ -189,14 +159,8 @@ def test_steps_are_not_chosen_while_the_rounding_is_learned():
         segments=torch.arange(4),
         visits=torch.zeros(4),
     )
-    learn_rounding(
-        unit,
-        [quant],
-        [normal(4, 3)],
-        normal(4, 5),
-        torch.Generator(),
-        ALL | {"active": 1.5, "weight_iters": 3, "weight_lr": 0.1, "weight_cosine": False},
-    )
+    chosen = {"active": 1.5, "weight_iters": 3, "weight_lr": 0.1}
+    learn_rounding(lesson_of(unit, [normal(4, 3)], normal(4, 5), **chosen), [quant])
     assert quant.weight_int is not None and not unit.visits.any()
 
 
@@ -236,123 +200,7 @@ def test_the_layer_that_ends_a_block_is_none_of_its_inner_layers(layers, inner):
 def test_smoothness_is_the_squared_step_of_the_logarithm():
     q = Quantizer(QuantSpec(bits=8), torch.tensor(0), Timeline([1, 2]))
     q.scale.data = torch.tensor([[1.0], [math.e], [math.e]])
-    assert scale_penalty([q], ALL) == 0
+    assert scale_penalty([q], 0.0) == 0
     # the logarithm of e in float32 is one only to its seven digits
-    found = float(scale_penalty([q], ALL | {"smooth": 0.5}))
+    found = float(scale_penalty([q], 0.5))
     assert found == pytest.approx(0.5, rel=1e-6)
-
-
-def test_mixed_inputs_are_of_either_kind_half_and_half():
-    found = Mixed(torch.zeros(10, 500), torch.ones(10, 500), torch.Generator().manual_seed(0))[
-        torch.tensor([1, 4, 7])
-    ]
-    assert found.shape == (3, 500) and set(found.unique().tolist()) == {0.0, 1.0}
-    assert abs(float(found.mean()) - DROPPED_INPUTS) < 0.05
-
-
-def test_only_the_main_input_is_mixed_the_others_are_those_of_the_quantized_network():
-    # features, embedding, context
-    shapes, rows = [(6, 4, 8, 8), (6, 16), (6, 3, 5)], torch.tensor([5, 0, 3])
-    quant, exact = ([normal(*shape, seed=seed) for shape in shapes] for seed in (0, 1))
-    x, *others = (part[rows] for part in mixed(quant, exact, torch.Generator().manual_seed(0)))
-    taken = x == exact[0][rows]
-    assert 0.4 < float(taken.float().mean()) < 0.6 and torch.equal(
-        x[~taken], quant[0][rows][~taken]
-    )
-    assert len(others) == 2 and all(torch.equal(a, b[rows]) for a, b in zip(others, quant[1:]))
-
-
-def test_dropped_elements_are_not_quantized():
-    layer = tag("q", nn.Linear(8, 8))
-    quant = QuantLayer(layer, QuantSpec(), QuantSpec(bits=2), Timeline(), False).requires_grad_(
-        False
-    )
-    fit(quant, normal(9, 8))
-    x = normal(9, 8, seed=1)
-    quant.input_quantizer.drop = lambda x: torch.ones_like(x, dtype=torch.bool)
-    assert torch.allclose(quant(x), layer(x), atol=1e-5)
-    quant.input_quantizer.drop = lambda x: torch.zeros_like(x, dtype=torch.bool)
-    dropped = quant(x)
-    quant.input_quantizer.drop = None
-    assert torch.equal(dropped, quant(x)) and not torch.allclose(dropped, layer(x), atol=1e-2)
-
-
-@pytest.mark.parametrize("drop", [0.0, 0.2, 1.0])
-def test_the_share_of_dropped_elements_is_the_option(drop, monkeypatch):
-    """0 quantizes all of the input, 1 none, anew in every step."""
-    quant = QuantLayer(
-        tag("q", nn.Linear(100, 3)), QuantSpec(), QuantSpec(bits=2), Timeline(), False
-    )
-    x, q, steps = normal(300, 100), quant.requires_grad_(False).input_quantizer, []
-    rounded = fit(quant, x).input_quantizer(x)
-    monkeypatch.setattr(learn, "optimise", lambda *_: steps.extend(q(x).detach() for _ in range(2)))
-    unit = Unit("x", quant, torch.device("cpu"), lambda rows: None)
-    learn_jointly(
-        unit,
-        [],
-        [q],
-        [x],
-        quant(x),
-        torch.Generator().manual_seed(0),
-        ALL | {"drop": drop, "weight_iters": 1, "input_lr": 1e-3, "soft_lr": 1e-3},
-    )
-    for found in steps:
-        dropped = found != rounded
-        assert (
-            abs(float(dropped.float().mean()) - drop) <= 4 * (drop * (1 - drop) / x.numel()) ** 0.5
-        )
-        assert torch.allclose(found[dropped], x[dropped], atol=1e-6)
-    assert len(steps) == 2 and torch.equal(*steps) == (drop != 0.2)
-    assert q.drop is None and torch.equal(q(x), rounded)
-
-
-@pytest.mark.parametrize(
-    "soft", [{"dynamic_scales": {"warm_steps": 3}}, {"group_scales": {"groups": 2}}]
-)
-def test_what_gives_the_scales_is_learned_at_a_rate_of_its_own(tiny_net, tmp_path, soft):
-    def tables(name, *passes):
-        job = make_job(
-            tiny_net,
-            tmp_path / name,
-            [{"match": "mid.*", "input": {"bits": 6}}],
-            num=6,
-            boundaries=[500],
-        )
-        run_passes(job, ["fit_ranges", soft, *passes])
-        return [q.scale for q in input_quantizers(job.net).values()]
-
-    start, options = tables("start"), {"input_iters": 2, "batch_size": 4, "input_lr": 0.1}
-    assert all(map(torch.equal, tables("kept", {"reconstruct": options | {"soft_lr": 0.0}}), start))
-    assert not any(
-        map(torch.equal, tables("learned", {"reconstruct": options | {"soft_lr": 0.05}}), start)
-    )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"joint": True, "drop": 0.5},
-        {"joint": True, "layer_weight": 0.8, "round_weight": 0.0},
-        {"saliency": 0.5},
-        {"smooth": 0.01},
-        {"gptq": True},
-    ],
-)
-def test_every_form_lowers_the_error(tiny_net, tmp_path, options):
-    job = make_job(tiny_net, tmp_path, rules(4, 6), num=12, boundaries=[500])
-    facts = run_passes(
-        job,
-        [
-            "fit_ranges",
-            {
-                "reconstruct": dict(
-                    weight_iters=30, input_iters=10, batch_size=8, weight_lr=0.02, input_lr=1e-3
-                )
-                | options
-            },
-        ],
-    )[1:]
-    assert sum(f["error_after"] for f in facts) < sum(f["error_before"] for f in facts)
-    assert all(
-        q.drop is None and not q.scale.requires_grad for q in input_quantizers(job.net).values()
-    )

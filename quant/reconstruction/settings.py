@@ -1,0 +1,48 @@
+"""What block reconstruction learns towards, and how: the options of the pass `reconstruct`."""
+
+from dataclasses import dataclass
+
+from base.config import Share
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a unit (quant/reconstruction/loss.py, learn.py). `saliency` is the share of the
+    error's weights that follows received attention (saliency.py), `frequency` says how far the
+    error is weighed by what errors of each spatial frequency do to the image (frequency.py)."""
+
+    weight_norm: float = 2.0  # p of the error while the rounding is learned
+    input_norm: float = 2.4  # and while the scales of activations are
+    round_weight: float = 0.01  # of the penalty that drives the rounding to 0 or 1
+    layer_weight: float = 0.0  # of the error of a block's inner layers
+    saliency: Share = 0.0
+    frequency: Share = 0.0
+    smooth: float = 0.0  # holds the scales of neighbouring time segments together
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of learning. Counts are optimizer steps per unit and phase; rates of scales fall to
+    0 along a cosine, that of the rounding only with `weight_cosine`.
+
+    `joint` learns rounding and scales at once in `weight_iters` steps, each activation unquantized
+    with probability `drop`. With `gptq` the rounding begins halfway between the weight and
+    second-order codes (gptq.py), else at the weight. `active` or `visit_cost` > 0 takes the batches
+    from the segment that needs them most (learn.py)."""
+
+    weight_iters: int = 20000
+    input_iters: int = 5000
+    batch_size: int = 32
+    weight_lr: float = 1e-3
+    input_lr: float = 4e-4
+    soft_lr: float = 1e-4  # of what gives scales while they are learned
+    weight_cosine: bool = False
+    warmup: Share = 0.2  # share of the steps before the rounding penalty sets in
+    beta_start: float = 20.0  # of the rounding penalty, after the warm-up and in the end
+    beta_end: float = 2.0
+    joint: bool = False
+    drop: Share = 0.5
+    active: float = 0.0
+    visit_cost: float = 0.0
+    gptq: bool = False
+    bfloat16: bool = False  # computes the steps under autocast
