@@ -26,12 +26,12 @@ class Sampling:
     """How images are drawn: `sampler` and `skip` are words of ddim.sampler and ddim.schedule, `eta`
     scales the noise of stochastic samplers."""
 
-    sampler: str = "ddim"
-    steps: int = 100
-    skip: str = "quad"
-    eta: float = 0.0
-    seed: int = 0
-    batch_size: int = 64
+    sampler: str = "ddim"  # ddim | ddpm | plms | dpm_solver[_pp]_2m | dpm_solver[_pp]_3s
+    steps: int = 100  # that the sampler visits
+    skip: str = "quad"  # where these lie: a word of ddim.schedule.STEPS, or counts
+    eta: float = 0.0  # noise that stochastic samplers add: 0 none, 1 that of DDPM
+    seed: int = 0  # of the images
+    batch_size: int = 64  # images at a time
     num: int = 256  # images 0 .. num-1 of the seed
     classes: list[int] = field(default_factory=list)  # in turn; [] draws one for each image
     # file of prompts, in turn: one a line, or COCO captions .json

@@ -25,8 +25,8 @@ from tinydm.stages.trajectories import STARTS
 class Bits:
     """Widths that the rules of a method refer to; 32 = floating point."""
 
-    weight: int = 8
-    input: int = 8
+    weight: int = 8  # of weights
+    input: int = 8  # of the inputs of layers
     softmax: int = 8  # of attention maps; a model may want more
 
 
@@ -38,9 +38,9 @@ class Calibration:
     # which steps of which images: a word of quant.calibration.BUILDERS
     builder: str = "uniform"
     options: dict[str, Any] = field(default_factory=dict)  # of the builder
-    steps: int = 20
-    images: int = 256
-    seed: int = 1000
+    steps: int = 20  # samples of each trajectory, on average
+    images: int = 256  # one trajectory each
+    seed: int = 1000  # of the trajectories and of what is picked
     # of the trajectories: normal | i2n | di2n, see scripts/calibrate.py
     start: str = "normal"
     # share of the chain that they run through; 1 = all of it
@@ -55,20 +55,20 @@ class Guidance:
     """Classifier-free guidance: its scale (1 = none) and the class or prompt that stands for no
     condition."""
 
-    scale: float = 1.0
-    null_class: int | None = None
-    null_prompt: str = ""
+    scale: float = 1.0  # 1 = none
+    null_class: int | None = None  # class that stands for no condition
+    null_prompt: str = ""  # prompt that stands for no condition
 
 
 @dataclass
 class Effort:
     """Counts and rates of reconstruction; the defaults are the published ones."""
 
-    weight_iters: int = 20000
-    input_iters: int = 5000
-    weight_lr: float = 1e-3
-    input_lr: float = 4e-4
-    batch_size: int = 32
+    weight_iters: int = 20000  # optimizer steps on the rounding of each unit
+    input_iters: int = 5000  # then on the scales of its inputs
+    weight_lr: float = 1e-3  # of the rounding
+    input_lr: float = 4e-4  # of scales
+    batch_size: int = 32  # samples of a step
     # true | false | auto: where the device computes it; config.yaml says which
     bfloat16: Any = False
 
@@ -78,11 +78,12 @@ class Evaluation:
     """Arguments of evaluation.scores.distribution.distribution_scores, and the number of images on
     which SQNR per step is measured."""
 
+    # auto | inception | cifar-resnet: what features come from
     extractor: str = "auto"
-    inception_path: str = ""
-    fetch: bool = False
-    reference: str = ""
-    sqnr_images: int = 64
+    inception_path: str = ""  # file of the Inception weights
+    fetch: bool = False  # fetch them
+    reference: str = ""  # images to compare with: a folder, or cifar10-train[:FOLDER]
+    sqnr_images: int = 64  # full-precision trajectories on which SQNR by step is measured
 
 
 @dataclass
@@ -91,42 +92,45 @@ class RunConfig:
     merged in order."""
 
     name: str = ""  # of the model
-    network: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)  # its family and that one's options
     first_stage: dict[str, Any] = field(default_factory=dict)  # of latent models: the autoencoder
     # of latent models: what encodes the condition
     cond_stage: dict[str, Any] = field(default_factory=dict)
     # of the latents; None: from the checkpoint, 1 where it has none
     scale_factor: float | None = None
     guidance: Guidance = field(default_factory=Guidance)
-    checkpoint: str = ""
+    checkpoint: str = ""  # file of the weights, or a folder of the diffusers library
     weights: str = "ema"  # ema | raw, where a checkpoint has both
     download: str = ""  # command that fetches the checkpoint
     demo: str = ""  # command that does the same with a model that ships
+    # options of ddim.schedule.make_schedule
     schedule: dict[str, Any] = field(default_factory=dict)
     bits: Bits = field(default_factory=Bits)
-    method: str = ""
+    method: str = ""  # its name, which the rows of a comparison go by
     variant: str = ""  # of the method in a comparison, as its tables call it
     segments: Any = 1  # of time: 1, a number, per_step, or [boundaries]
+    # what is quantized and how; later ones win
     rules: list[Any] = field(default_factory=list)
     # rules on top of those of any method
     exceptions: list[Any] = field(default_factory=list)
-    passes: list[Any] = field(default_factory=list)
+    passes: list[Any] = field(default_factory=list)  # what is done to the network, in order
     # on top of `passes`, by name; null: without it
     pass_options: dict[str, Any] = field(default_factory=dict)
-    preset: str = "paper"
+    preset: str = "paper"  # its name
     effort: Effort = field(default_factory=Effort)
     calibration: Calibration = field(default_factory=Calibration)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0  # of everything random in quantization
-    out: str = ""
-    device: str = "auto"
+    out: str = ""  # the run folder
+    device: str = "auto"  # auto | cpu | cuda[:N]
     threads: int = 0  # CPU threads; 0 = PyTorch's choice
     # captured activations held in memory; the rest spills to disk
     memory_gb: float = 4.0
     # samples at most that a pass measures at once; learning: effort.batch_size
     max_batch: int = 256
     force: bool = False  # do a finished stage again
+    # versions, commit and hashes, which a run notes by itself
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -25,22 +25,22 @@ class TrainConfig:
     checkpoint: str = ""
     # weights to start from instead of random ones, e.g. the shipped file
     init: str = ""
-    data: str = "cifar10"
-    out: str = ""
-    num_images: int = 1_000_000
-    batch_size: int = 64
+    data: str = "cifar10"  # a folder of images, or cifar10[:FOLDER]
+    out: str = ""  # folder of the training, or run folder (qat)
+    num_images: int = 1_000_000  # seen in all
+    batch_size: int = 64  # images of a step
     steps_per_epoch: int = 200  # optimizer steps between checkpoints
-    lr: float = 1e-3
+    lr: float = 1e-3  # rate
     beta2: float = 0.99  # of Adam (diffusion, qat)
     weight_decay: float = 0.0  # of SGD (classifier), of AdamW (qat)
-    warmup_steps: int = 500
+    warmup_steps: int = 500  # in which the rate rises
     grad_clip: float = 1.0  # norm of the gradient; 0 = no limit
-    ema_decay: float = 0.999
-    precision: str = "bf16-mixed"
-    compile: bool = False
+    ema_decay: float = 0.999  # of the moving average of the weights, a step
+    precision: str = "bf16-mixed"  # as Lightning calls it
+    compile: bool = False  # by torch.compile
     sample_every: int = 10  # epochs between loss curves and sample grids
-    seed: int = 0
-    device: str = "auto"
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto | cpu | cuda[:N]
     threads: int = 0  # CPU threads; 0 = PyTorch's choice
 
 

@@ -8,9 +8,13 @@ import pytest
 
 from base.config import Share
 from base.files import PROJECT
+from quant.spec import QuantSpec
+from tinydm.keys import describe_keys
+from tinydm.plan import CompareConfig
 from tinydm.recipe import RunConfig
 from tinydm.report import reference
 from tinydm.report.reference import keys_block, methods_block
+from tinydm.training.config import TrainConfig
 
 HEAD = """# NewQ (Someone et al., CONF 2030, arXiv:2301.00001; code): rounds
 # well. Not copied: its mistakes.
@@ -25,7 +29,7 @@ rules:
   - {role: [stem, out], weight: {bits: 32}, input: {bits: 8}}
 passes:
   - fit_ranges: {num_samples: null}
-  - segment_models: {passes: [{reconstruct: {drop: 0.5, weight_iters: '${effort.weight_iters}'}}]}
+  - segment_models: {passes: [{reconstruct: {drop: 0.5, joint: true}}]}
 """
 SECTION = """## newq
 
@@ -44,7 +48,7 @@ well. Not copied: its mistakes.
 | --- | --- | --- |
 | `fit_ranges` | `num_samples: null` | – |
 | `segment_models` | – | – |
-| in `segment_models`: `reconstruct` | `drop: 0.5` | `weight_iters` |"""
+| in `segment_models`: `reconstruct` | `drop: 0.5`, `joint: true` | PRESET |"""
 
 
 def test_a_method_has_a_section_and_its_released_form_one_below(tmp_path, monkeypatch):
@@ -65,7 +69,10 @@ def test_a_method_has_a_section_and_its_released_form_one_below(tmp_path, monkey
         f"| [`newq`](#newq) | {paper} | `fit_ranges`, `segment_models` |",
         f"| [`newq_as_released`](#newq_as_released) | {paper} | `fit_ranges`, `segment_models` |",
     ]
-    assert SECTION in page and "\n### newq_as_released\n\nAs its code.\n" in page
+    # joint learning has one count alone
+    preset = "`weight_iters`, `weight_lr`, `input_lr`, `batch_size`, `bfloat16`"
+    assert SECTION.replace("PRESET", preset) in page
+    assert "\n### newq_as_released\n\nAs its code.\n" in page
 
 
 @dataclass
@@ -91,7 +98,7 @@ def test_keys_have_type_default_and_comment():
 
 
 def wave(job, *, kind: Literal["up", True] = "up", share: Share = 0.5, steps=(1, 2), rest=None):
-    """Waves at `job`.
+    """The pass: waves at `job`.
 
     Facts: none. Raises ValueError never."""
 
@@ -122,10 +129,11 @@ def test_functions_have_their_docstring_and_options():
     ]
 
 
-def test_every_key_of_a_run_is_on_the_page():
+@pytest.mark.parametrize("schema", [RunConfig, TrainConfig, CompareConfig, QuantSpec])
+def test_every_key_is_on_the_page_and_says_what_it_is(schema):
     page = (PROJECT / "docs/configuration.md").read_text()
-    for key, *_ in reference.describe_keys(RunConfig):
-        assert f"| `{key}` |" in page
+    for key, _, _, comment in describe_keys(schema):
+        assert f"| `{key}` |" in page and comment, key
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (PROJECT / "configs/method").glob("*")))
