@@ -8,9 +8,9 @@ from base.files import load_tensors
 from quant.calibration.dataset import FORMAT, CalibrationSet, twice
 
 
-def load_calibration(path):
-    """Read our safetensors file or the ecosystem's torch file {"xs", "ts"[, "cs"[, "ucs"]]}. Raises
-    ValueError if it is neither."""
+def load_calibration(path: Path | str) -> CalibrationSet:
+    """Reads our safetensors file or the ecosystem's torch file {"xs", "ts"[, "cs"[, "ucs"]]}.
+    Raises ValueError if it is neither."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"calibration file {path} does not exist; scripts/calibrate.py makes it")
@@ -32,8 +32,7 @@ def _ecosystem_set(path):
     except Exception as error:  # noqa: BLE001 (any unpickling failure is the same news)
         raise ValueError(
             f"{path} is not a readable torch file of plain tensors ({type(error).__name__}); "
-            "nothing in "
-            "it was run"
+            "nothing in it was run"
         ) from None
     if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
         raise ValueError(f"{path} must hold a dict with 'xs' and 'ts' (lists over sampling steps)")
@@ -44,8 +43,7 @@ def _ecosystem_set(path):
     if not xs or xs[0].dim() != 4:
         raise ValueError(
             f"{path} must hold images (samples, channels, height, width) in every entry of 'xs'; "
-            "found "
-            f"{tuple(xs[0].shape) if xs else 'no entry'}"
+            f"found {tuple(xs[0].shape) if xs else 'no entry'}"
         )
     if len(xs) != len(ts):
         raise ValueError(f"{path} has {len(xs)} steps in 'xs' and {len(ts)} in 'ts'")
@@ -53,8 +51,8 @@ def _ecosystem_set(path):
     for x, steps in zip(xs, t):
         if len(x) != len(steps):
             raise ValueError(
-                f"{path} has {len(x)} samples in an entry of 'xs' and {len(steps)} steps in that "
-                "of 'ts'"
+                f"{path} has {len(x)} samples in an entry of 'xs' and {len(steps)} steps in "
+                "that of 'ts'"
             )
     cond = which = None
     if cs:
@@ -91,6 +89,5 @@ def _entries(path, key, value):
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"{path} must hold a list over sampling steps in '{key}', of tensors that differ in "
-            "their "
-            "number of samples alone"
+            "their number of samples alone"
         ) from None
