@@ -49,7 +49,7 @@ def test_entropy_is_added_to_the_loss_of_the_scales():
     q.soft_scale = soft = GroupedScale(TABLE, 3, "timestep", 0.8)
     soft.logits.data.zero_()
     assert math.isclose(
-        float(scale_penalty([free, q], {"smooth": 0.0}).detach()), 0.8 * math.log(3), rel_tol=1e-5
+        float(scale_penalty([free, q], 0.0).detach()), 0.8 * math.log(3), rel_tol=1e-5
     )
 
 
