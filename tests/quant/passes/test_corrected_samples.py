@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import TINY, assert_close
 from PIL import Image
-from tiny import SHAPE, make_job, normal, rules
+from tiny import SHAPE, facts_of, make_job, normal, rules
 
 from base.files import PROJECT, load_tensors, save_tensors
 from ddim.sampler import SAMPLERS
@@ -171,7 +171,7 @@ def test_from_the_method_yaml_to_images(tiny_config, tmp_path):
     quantize.run([f"{tmp_path}/run"])
     run = open_run(tmp_path / "run")
     facts = [json.loads(line) for line in (tmp_path / "run/passes.jsonl").read_text().splitlines()]
-    facts = [fact for fact in facts if fact["pass"] == "correct_noise"]
+    facts = facts_of("correct_noise", facts)
     assert [fact["t"] for fact in facts] == [0, 250, 500, 750]
     assert all(fact["mse_after"] < fact["mse_before"] for fact in facts)
     draw(run)

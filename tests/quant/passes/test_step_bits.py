@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import TINY
-from tiny import EXAMPLE, SHAPE, make_job, normal, quantized, rules, samples
+from tiny import EXAMPLE, SHAPE, facts_of, make_job, normal, quantized, rules, samples
 
 from ddim.schedule import make_schedule
 from models.diffusion import load_model
@@ -130,7 +130,7 @@ def test_the_pass_gives_each_step_the_width_that_its_noise_allows(tiny_config, t
         )
         for bits in (3, 8)
     }
-    rows, expected = [f for f in facts if f["pass"] == "step_bits"], []
+    rows, expected = facts_of("step_bits", facts), []
     for t, row in zip(TIMES, rows):
         steps = torch.full((4,), t)
         eps = job.model.net(x, steps)
