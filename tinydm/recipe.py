@@ -35,7 +35,7 @@ class Calibration:
     """Where calibration data come from: `steps` * `images` samples of `images` trajectories, or a
     file."""
 
-    # which steps of which images: a word of quant.calibration.BUILDERS
+    # which steps of which images: a word of quant.calibration.builders.BUILDERS
     builder: str = "uniform"
     options: dict[str, Any] = field(default_factory=dict)  # of the builder
     steps: int = 20  # samples of each trajectory, on average
