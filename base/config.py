@@ -1,8 +1,5 @@
 """YAML files merged left to right, then key=value: typed, strict, with a suggestion for a misspelt
-key.
-
-A schema is a dataclass; everything that reads a configuration gets a resolved plain dict or the
-dataclass itself."""
+key. A schema is a dataclass; who reads a configuration gets a resolved plain dict or that class."""
 
 import difflib
 import re
@@ -27,38 +24,36 @@ def read_yaml(path: Path | str, above: Sequence[Path] = ()) -> DictConfig:
     where it is absent, empty or malformed, or its own base (`above`: what led here)."""
     path = Path(path)
     if path.resolve() in [other.resolve() for other in above]:
-        raise ValueError(
-            f"{path} is its own base; follow base: through {', '.join(map(str, above))}"
-        )
+        way = ", ".join(map(str, above))
+        raise ValueError(f"{path} is its own base; follow base: through {way}")
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.yaml")], 3, 0.4
-        )
-        raise ValueError(
-            f"configuration file {path} does not exist"
-            + (f"; did you mean {' or '.join(near)}?" if near else "")
-        )
+        there = [file.name for file in path.parent.glob("*.yaml")]
+        near = " or ".join(difflib.get_close_matches(path.name, there, 3, 0.4))
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"configuration file {path} does not exist{hint}")
     try:
         content = OmegaConf.load(path)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not OmegaConf.is_dict(content):
         raise ValueError(f"{path} must hold keys and values")
     return _on_its_base(path, content, above) if "base" in content else content
 
 
+def _one_line(error):
+    return " ".join(str(error).split())
+
+
 def _on_its_base(path, content, above):
-    # references to other keys stay as they are written
-    content = OmegaConf.to_container(content)
+    content = OmegaConf.to_container(content)  # references to other keys stay as they are written
     first, last = (content.pop(end, None) or {} for end in ("first", "last"))
     base = read_yaml(path.parent / str(content.pop("base")), (*above, path))
     content = OmegaConf.to_container(OmegaConf.merge(base, content))
-    wrong = [end for end in (first, last) if not isinstance(end, dict)] or [
-        key
-        for end in (first, last)
-        for key in end
-        if not isinstance(end[key], list) or not isinstance(content.get(key), list)
-    ]
+    wrong = [end for end in (first, last) if not isinstance(end, dict)]
+    for key in [] if wrong else [*first, *last]:
+        lists = [tree[key] for tree in (first, content, last) if key in tree]
+        if key not in content or not all(isinstance(part, list) for part in lists):
+            wrong.append(key)
     if wrong:
         raise ValueError(
             f"{path}: first and last add lists to lists of the base, as first: {{passes: "
@@ -88,16 +83,11 @@ def load(
         except ConfigKeyError as error:
             raise ValueError(_unknown_key(config, source, error)) from None
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{source}: key '{getattr(error, 'full_key', '') or '?'}': {reason}"
-            ) from None
+            key, reason = getattr(error, "full_key", "") or "?", str(error).splitlines()[0]
+            raise ValueError(f"{source}: key '{key}': {reason}") from None
         except yaml.YAMLError as error:
-            raise ValueError(
-                f"{source} has a malformed value: {' '.join(str(error).split())}"
-            ) from None
-        # what OmegaConf says of a list in place of a mapping
-        except TypeError:
+            raise ValueError(f"{source} has a malformed value: {_one_line(error)}") from None
+        except TypeError:  # what OmegaConf says of a list in place of a mapping
             raise ValueError(
                 f"{source}: a list or mapping stands where the other, or a plain value, belongs"
             ) from None
@@ -119,11 +109,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Turns nested dicts into {dotted key: value}; an empty dict leaves nothing."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        name: value
-        for key, sub in tree.items()
-        for name, value in flatten(sub, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    flat = {}
+    for key, sub in tree.items():
+        flat |= flatten(sub, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -137,7 +126,14 @@ def one_folder(arguments: Iterable[str]) -> tuple[str, list[str]]:
     ValueError where there is no folder, or several."""
     plain, overrides = split_arguments(arguments)
     if len(plain) != 1:
-        raise ValueError(
-            f"expected one run folder and key=value words, found {' '.join(plain) or 'no folder'}"
-        )
+        found = " ".join(plain) or "no folder"
+        raise ValueError(f"expected one run folder and key=value words, found {found}")
     return plain[0], overrides
+
+
+def take_words(words: Iterable[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Takes those key=value words out of `words` whose keys `defaults` has; returns {key: value},
+    the last one of each, and the other words."""
+    words = [word.partition("=") for word in words]
+    taken = {key: value for key, _, value in words if key in defaults}
+    return defaults | taken, ["".join(word) for word in words if word[0] not in defaults]

@@ -32,13 +32,13 @@ def resolve_device(word: str) -> torch.device:
     try:
         device = torch.device(word)
     except RuntimeError:
+        choices = "choose auto, cpu, cuda or cuda:NUMBER"
+        raise ValueError(f"device '{word}' is unknown; {choices}") from None
+    number = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= number:
         raise ValueError(
-            f"device '{word}' is unknown; choose auto, cpu, cuda or cuda:NUMBER"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device '{word}' was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA "
-            "devices; choose device=auto or device=cpu"
+            f"device '{word}' was asked for, but PyTorch sees {number} CUDA devices; choose "
+            "device=auto or device=cpu"
         )
     return device
 
@@ -48,8 +48,6 @@ def computes_bfloat16(device: torch.device) -> bool:
     several times slower than float32; ONEDNN_MAX_CPU_ISA is minded."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    emulated = (
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and not torch.cpu._is_avx512_bf16_supported()
-    )
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    emulated = has_avx512 and not torch.cpu._is_avx512_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated

@@ -12,9 +12,9 @@ from typing import NoReturn
 def unknown_word(complaint: str, word: str, known: Iterable[str]) -> str:
     """Ends a complaint about a word: '<complaint>; did you mean x?', or with what is known."""
     near = difflib.get_close_matches(word, known, 1, 0.5)
-    return complaint + (
-        f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(map(str, known))}"
-    )
+    if near:
+        return f"{complaint}; did you mean '{near[0]}'?"
+    return f"{complaint}; known: {', '.join(map(str, known))}"
 
 
 def check_options(
@@ -32,9 +32,8 @@ def check_options(
     known = list(known)
     for name in options:
         if name not in known:
-            raise ValueError(
-                unknown_word(f"{what} has no {kind} '{name}'", str(name), known or ["none"])
-            )
+            complaint = f"{what} has no {kind} '{name}'"
+            raise ValueError(unknown_word(complaint, str(name), known or ["none"]))
     missing = [name for name in needed if name not in options]
     if missing:
         raise ValueError(f"{what} needs {', '.join(missing)}{where}")
@@ -69,16 +68,12 @@ def guard(run: Callable[[list[str]], object], arguments: list[str]) -> None:
     except Exception as error:
         # torch's; scripts that need no torch do not import it
         if type(error).__name__ == "OutOfMemoryError":
-            stop(
-                2,
-                f"error: {str(error).partition('. ')[0]}; lower sampling.batch_size, max_batch or "
-                "effort.batch_size, or choose device=cpu",
-            )
+            remedy = "lower sampling.batch_size, max_batch or effort.batch_size"
+            stop(2, f"error: {str(error).partition('. ')[0]}; {remedy}, or choose device=cpu")
         if not disk_is_full(error):
             raise
-        stop(
-            2, "error: no space is left on the disk; free some and run the same command to continue"
-        )
+        remedy = "free some and run the same command to continue"
+        stop(2, f"error: no space is left on the disk; {remedy}")
 
 
 class _Printer(logging.Handler):

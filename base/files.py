@@ -4,7 +4,7 @@ between; and safetensors with metadata of ours."""
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 PROJECT = Path(__file__).resolve().parents[1]
+Tensors = dict[str, torch.Tensor]  # by name, as a safetensors file holds them
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], Any]) -> None:
@@ -43,13 +44,13 @@ def alone(folder: Path | str) -> Iterator[None]:
     is made if need be."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".writing.lock")
-    with lock:
+    path = folder / ".writing.lock"
+    with FileLock(path):
         try:
             yield
         finally:
             # While the lock is held, so that those who wait find the file gone and make a new one.
-            Path(lock.lock_file).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -57,14 +58,23 @@ def write_text(path: Path | str, text: str) -> None:
     write_atomically(path, lambda part: part.write_text(text))
 
 
+def write_lines(path: Path | str, rows: Iterable[Any]) -> None:
+    """Write a JSON Lines file, a line a row, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: Path | str) -> list[Any]:
+    """Read the rows of a JSON Lines file; none of one that is not there."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def sha256(path: Path | str) -> str:
     """The hexadecimal SHA-256 of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def save_tensors(
-    path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
-) -> None:
+def save_tensors(path: Path | str, tensors: Tensors, metadata: dict[str, Any]) -> None:
     """Write contiguous CPU copies of `tensors` and a JSON-able dict as safetensors. Equal contents
     give equal bytes: the library writes several metadata keys in any order, so there is one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -74,12 +84,13 @@ def save_tensors(
 
 def load_tensors(
     path: Path | str, *, only_metadata: bool = False
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+) -> tuple[Tensors, dict[str, Any]]:
     """Read a safetensors file -> ({name: tensor}, metadata). The metadata is {} in a file that
     `save_tensors` did not write. Raises ValueError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
-            tensors = {} if only_metadata else {name: file.get_tensor(name) for name in file.keys()}
+            names = [] if only_metadata else file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
             return tensors, json.loads((file.metadata() or {}).get("tinydm", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(

@@ -12,25 +12,9 @@ from torch import nn
 from base.errors import unknown_word
 
 Layer = TypeVar("Layer", bound=nn.Module)
-ROLES = (
-    "stem",
-    "out",
-    "temb",
-    "emb_proj",
-    "conv1",
-    "conv2",
-    "skip",
-    "down",
-    "up",
-    "q",
-    "k",
-    "v",
-    "qkv",
-    "probs",
-    "proj",
-    "proj_in",
-    "ff",
-    "scale_shift",
+ROLES = tuple(
+    "stem out temb emb_proj conv1 conv2 skip down up q k v qkv probs proj proj_in ff "
+    "scale_shift".split()
 )
 
 
@@ -124,9 +108,8 @@ def attention_parts(net: nn.Module) -> list[AttentionPart]:
     """Lists every attention of a (quantized) network in the order of registration, as its blocks
     describe themselves by their method `attention_parts(name)`. A block may be asked after its
     layers have been quantized: their weights are still there, their other attributes are not."""
-    return [
-        part
-        for name, module in net.named_modules()
-        if hasattr(module, "attention_parts")
-        for part in module.attention_parts(name)
-    ]
+    found = []
+    for name, module in net.named_modules():
+        if hasattr(module, "attention_parts"):
+            found += module.attention_parts(name)
+    return found

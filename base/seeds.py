@@ -7,10 +7,8 @@ import torch
 
 class SeededNoise:
     """One random stream per image: image i draws from (seed, i) whatever the batch, the order or
-    the machine.
-
-    `draw()` gives the next (N, *shape) float32, always generated on the CPU, then moved to
-    `device`."""
+    the machine. `draw()` gives the next (N, *shape) float32, always generated on the CPU, then
+    moved to `device`."""
 
     def __init__(
         self,
