@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from evaluation.extractors.cifar_resnet import CifarResnet
-from evaluation.extractors.extractor import Extractor
+from evaluation.extractors.extractor import Device, Extractor
 from evaluation.extractors.inception import INCEPTION_NAMES, Inception
 
 EXTRACTORS: dict[str, type[Extractor]] = {cls.name: cls for cls in (Inception, CifarResnet)}
@@ -21,9 +19,8 @@ def choose_extractor(
     """Choose an extractor by its name -> (name, weights file, sentence to tell the user or "").
     `auto` takes Inception where its weights are found, else cifar-resnet."""
     if extractor not in ("auto", *EXTRACTORS):
-        raise ValueError(
-            f"extractor '{extractor}' is unknown; choose auto, {' or '.join(EXTRACTORS)}"
-        )
+        known = " or ".join(EXTRACTORS)
+        raise ValueError(f"extractor '{extractor}' is unknown; choose auto, {known}")
     name = Inception.name if extractor == "auto" else extractor
     found, where = EXTRACTORS[name].find_weights(inception_path, fetch=fetch)
     if found:
@@ -37,8 +34,6 @@ def choose_extractor(
     return CifarResnet.name, weights, OFFLINE.format(where=where, name=INCEPTION_NAMES[0])
 
 
-def build_extractor(
-    name: str, weights: Path | str, device: torch.device | str = "cpu"
-) -> Extractor:
+def build_extractor(name: str, weights: Path | str, device: Device = "cpu") -> Extractor:
     """The extractor `name` with its weights, ready to run on `device`."""
     return EXTRACTORS[name](weights).to(device).eval()

@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# of all CIFAR-10 training values in [0, 1], all channels together
-MEAN, STD = 0.4734, 0.2515
+MEAN, STD = 0.4734, 0.2515  # of all CIFAR-10 training values in [0, 1], all channels together
 
 
 def conv(in_ch: int, out_ch: int) -> nn.Sequential:
     """Convolution, normalization, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False), nn.BatchNorm2d(out_ch), nn.ReLU()
-    )
+    layer = nn.Conv2d(in_ch, out_ch, 3, padding=1, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(out_ch), nn.ReLU())
 
 
 class Stage(nn.Module):
@@ -50,10 +48,8 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.stem = conv(3, stem_width)
-        in_widths = [stem_width, *widths[:-1]]
-        self.stages = nn.Sequential(
-            *(Stage(in_ch, out_ch, depth) for in_ch, out_ch in zip(in_widths, widths))
-        )
+        pairs = zip([stem_width, *widths], widths)
+        self.stages = nn.Sequential(*(Stage(in_ch, out_ch, depth) for in_ch, out_ch in pairs))
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+Device = torch.device | str
+
 
 class Extractor(nn.Module):
     """Turns uint8 images (N, 3, H, W) into pooled features (N, D) and logits of classes (N, C).

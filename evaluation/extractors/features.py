@@ -9,11 +9,13 @@ import torch
 
 from base.files import alone, load_tensors, save_tensors, sha256
 from base.hooks import watching
-from evaluation.extractors.extractor import Extractor
+from evaluation.extractors.extractor import Device, Extractor
 from models.data import read_image
 
 SPATIAL_CHANNELS = 7
 Source = Sequence[Path] | torch.Tensor  # image files, or uint8 images (N, 3, H, W)
+# such images -> pooled features and logits
+Network = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def image_batches(source: Source, batch_size: int) -> Iterator[torch.Tensor]:
@@ -37,11 +39,7 @@ def image_batches(source: Source, batch_size: int) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def extract(
-    net: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    source: Source,
-    *,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
+    net: Network, source: Source, *, batch_size: int = 256, device: Device = "cpu"
 ) -> dict[str, Any]:
     """Features of images, in batches on `device` -> {pooled (N, D), logits (N, C), size "WxH",
     sha256 of pixels}."""
@@ -77,12 +75,7 @@ def extract_all(net: Extractor, source: Source, **options: Any) -> dict[str, Any
 
 
 def extract_once(
-    folder: Path | str,
-    net: Extractor,
-    source: Source,
-    *,
-    device: torch.device | str = "cpu",
-    **options: Any,
+    folder: Path | str, net: Extractor, source: Source, *, device: Device = "cpu", **options: Any
 ) -> dict[str, Any]:
     """What `extract_all` gives of images that many runs are scored against, kept in `folder` as
     features-KEY.safetensors. The key is a hash of the extractor, of the kind of device, and of a
@@ -99,8 +92,7 @@ def extract_once(
             stat = file.stat()
             key.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     path = Path(folder) / f"features-{key.hexdigest()[:16]}.safetensors"
-    # others wait, and read what the first one wrote
-    with alone(path.parent):
+    with alone(path.parent):  # others wait, and read what the first one wrote
         if not path.exists():
             found = extract_all(net, source, device=device, **options)
             tensors = {kind: found[kind] for kind in ("pooled", "logits", "spatial")}

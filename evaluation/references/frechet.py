@@ -5,23 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import (
-    KEY_METRIC_FID,
-    fid_features_to_statistics,
-    fid_statistics_to_metric,
-)
+from torch_fidelity import metric_fid
 
-from base.files import PROJECT, load_tensors, save_tensors
+from base.files import PROJECT, Tensors, load_tensors, save_tensors
 
 STATISTICS = PROJECT / "models/weights/cifar10-classifier-stats.safetensors"
-# images, evenly picked, whose features are kept for precision, recall, KID
-KEPT = 10_000
+KEPT = 10_000  # images, evenly picked, whose features are kept for precision, recall, KID
 SUFFIX = {"pooled": "", "spatial": "_s"}  # features -> of the names mu and sigma in the file
 
 Statistics = dict[str, np.ndarray]  # {"mu": (D,), "sigma": (D, D)}, float64
 
 
-def statistics_of(features: dict[str, torch.Tensor]) -> dict[str, Statistics]:
+def statistics_of(features: Tensors) -> dict[str, Statistics]:
     """Mean and covariance of the pooled and of the spatial features (N, D) -> {"pooled" and
     "spatial": {"mu" (D,), "sigma" (D, D)}}, float64."""
     return {kind: mean_and_covariance(features[kind]) for kind in SUFFIX}
@@ -29,18 +24,15 @@ def statistics_of(features: dict[str, torch.Tensor]) -> dict[str, Statistics]:
 
 def mean_and_covariance(features: torch.Tensor) -> Statistics:
     """Those of features (N, D) -> {"mu" (D,), "sigma" (D, D)}, float64."""
-    return fid_features_to_statistics(features.double())
+    return metric_fid.fid_features_to_statistics(features.double())
 
 
-def write_statistics(
-    path: Path | str, features: dict[str, torch.Tensor], metadata: dict[str, Any]
-) -> None:
+def write_statistics(path: Path | str, features: Tensors, metadata: dict[str, Any]) -> None:
     """Write statistics of `features`, with `metadata` in the file's header."""
-    tensors = {
-        name + SUFFIX[kind]: torch.from_numpy(value)
-        for kind, statistics in statistics_of(features).items()
-        for name, value in statistics.items()
-    }
+    tensors = {}
+    for kind, statistics in statistics_of(features).items():
+        for name, value in statistics.items():
+            tensors[name + SUFFIX[kind]] = torch.from_numpy(value)
     # sFD does not need the digits, nor do neighbours
     tensors["sigma_s"] = tensors["sigma_s"].float()
     pooled = features["pooled"]
@@ -68,4 +60,5 @@ def read_statistics(
 
 def frechet_distance(statistics_a: Statistics, statistics_b: Statistics) -> float:
     """|mu_a - mu_b|^2 + trace(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2))."""
-    return fid_statistics_to_metric(statistics_a, statistics_b, verbose=False)[KEY_METRIC_FID]
+    found = metric_fid.fid_statistics_to_metric(statistics_a, statistics_b, verbose=False)
+    return found[metric_fid.KEY_METRIC_FID]

@@ -13,8 +13,7 @@ from evaluation.extractors.features import Source
 from evaluation.references.frechet import Statistics, read_statistics, statistics_of
 from models.data import image_files, load_images
 
-# ten splits of ten for IS, and neighbourhoods that mean something
-MIN_IMAGES = 100
+MIN_IMAGES = 100  # ten splits of ten for IS, and neighbourhoods that mean something
 
 
 @dataclass

@@ -4,11 +4,11 @@ protocol."""
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch_fidelity.version import __version__ as fidelity_version
 
 from base.files import sha256
 from evaluation.extractors.choice import EXTRACTORS, build_extractor, choose_extractor
+from evaluation.extractors.extractor import Device
 from evaluation.extractors.features import Source, extract_once
 from evaluation.references.images import MIN_IMAGES, find_reference
 from evaluation.scores.frechet import frechet_distances
@@ -32,7 +32,7 @@ def distribution_scores(
     kept: Path | str = "",
     keep_samples: bool = False,
     batch_size: int = 256,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Score the images in a folder, or the first `count` of them -> {"scores": {name: number},
     "protocol": {...}, "features": pooled ones (N, D)}.
@@ -55,14 +55,13 @@ def distribution_scores(
             f"{MIN_IMAGES}; sample more of them"
         )
     height, width = read_image(files[0]).shape[1:]
-    side = EXTRACTORS[name].image_size
+    size, side = f"{width}x{height}", EXTRACTORS[name].image_size
     if extractor == "auto" and side and (height, width) != (side, side):
         reason = (
             f"without Inception weights only {side}x{side} images have scores of a distribution, "
-            f"these are {width}x{height}; fetch the weights with evaluation.fetch=true or name "
-            "them with evaluation.inception_path=FILE"
+            f"these are {size}; fetch the weights with evaluation.fetch=true or name them with "
+            "evaluation.inception_path=FILE"
         )
-        size = f"{width}x{height}"
         protocol = {"count": len(files), "image_size": size, "notice": notice, "left_out": reason}
         return {"scores": {}, "protocol": protocol}
     net = build_extractor(name, weights, device)

@@ -20,20 +20,16 @@ def frechet_distances(samples: dict[str, Any], reference: Reference) -> Score:
                 "evaluation.reference=cifar10-train"
             )
         elif fewest <= features.shape[1]:
-            found.left_out[name] = (
-                f"{fewest} images cannot give a covariance of {features.shape[1]} features full "
-                "rank"
-            )
+            size = features.shape[1]
+            reason = f"{fewest} images cannot give a covariance of {size} features full rank"
+            found.left_out[name] = reason
         else:
-            found.values[name] = frechet_distance(
-                mean_and_covariance(features), reference.statistics[kind]
-            )
+            statistics = mean_and_covariance(features)
+            found.values[name] = frechet_distance(statistics, reference.statistics[kind])
     return found
 
 
-def distance_to_float(
-    quantized: dict[str, Any], full_precision: dict[str, Any]
-) -> dict[str, float]:
+def distance_to_float(quantized: dict[str, Any], original: dict[str, Any]) -> dict[str, float]:
     """The Frechet distance between the images themselves of two results of `distribution_scores`
     -> {"FID to FP32": number}, or of whichever distance both hold; {} where there are too few
     images. It needs no reference and is 0 for equal images, where the FD to a reference can fall by
@@ -41,5 +37,5 @@ def distance_to_float(
     names = [name for name in quantized["scores"] if name.split("-")[0] in ("FID", "FD")]
     if not names:
         return {}
-    a, b = (mean_and_covariance(found["features"]) for found in (quantized, full_precision))
+    a, b = (mean_and_covariance(found["features"]) for found in (quantized, original))
     return {f"{name} to FP32": frechet_distance(a, b) for name in names}

@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional import image as metrics
 
 from evaluation.extractors.cifar_resnet import load_classifier
 from evaluation.extractors.classifier import MEAN, STD, Classifier
 from models.data import read_image
 
 LPIPS = "LPIPS-cifar-resnet"
+Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]  # batches of both, uint8 (N, 3, H, W)
 # pixels of the images compared at once; SSIM takes hundreds of bytes for each
 VALUES_AT_ONCE = 2**20
 
@@ -43,10 +41,8 @@ def paired_scores(
     """What `compare_images` says of the PNGs with the same name in both folders, among the first
     `count` of each, and the number of those without a partner (`unpaired`). Raises ValueError
     where there are none or sizes differ."""
-    names_a, names_b = (
-        set(sorted(path.name for path in Path(folder).glob("*.png"))[:count])
-        for folder in (dir_a, dir_b)
-    )
+    both = [sorted(path.name for path in Path(d).glob("*.png"))[:count] for d in (dir_a, dir_b)]
+    names_a, names_b = map(set, both)
     names = sorted(names_a & names_b)
     if not names:
         raise ValueError(
@@ -55,7 +51,7 @@ def paired_scores(
     return pair_scores(_read_pairs(dir_a, dir_b, names)) | {"unpaired": len(names_a ^ names_b)}
 
 
-def pair_scores(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+def pair_scores(batches: Pairs) -> dict[str, Any]:
     """What `compare_images` says of all pairs in these batches together."""
     psnr, similarity, perceptual, net = [], [], [], load_classifier()
     for a, b in batches:
@@ -79,10 +75,7 @@ def pairs_at_once(image: torch.Tensor) -> int:
     return max(1, VALUES_AT_ONCE // image[0].numel())
 
 
-def _read_pairs(
-    dir_a: Path | str, dir_b: Path | str, names: list[str]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The PNGs `names` of both folders in batches, uint8 (N, 3, H, W)."""
+def _read_pairs(dir_a: Path | str, dir_b: Path | str, names: list[str]) -> Pairs:
     each = pairs_at_once(read_image(Path(dir_a) / names[0]))
     for start in range(0, len(names), each):
         part = names[start : start + each]
@@ -101,9 +94,8 @@ def psnr_db(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each pair in uint8 batches (N, 3, H, W) -> (N,); infinite
     for equal images."""
     _check_pair(a, b)
-    return peak_signal_noise_ratio(
-        a.double(), b.double(), data_range=255.0, dim=(1, 2, 3), reduction="none"
-    )
+    options = {"data_range": 255.0, "dim": (1, 2, 3), "reduction": "none"}
+    return metrics.peak_signal_noise_ratio(a.double(), b.double(), **options)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -116,9 +108,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             f"images are {a.shape[3]}x{a.shape[2]} but SSIM's window is 11x11; give larger images"
         )
     # Versions of the library differ in what their own mean leaves out, so it is taken here.
-    _, by_pixel = structural_similarity_index_measure(
-        a.double(), b.double(), data_range=255.0, reduction="none", return_full_image=True
-    )
+    options = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
+    _, by_pixel = metrics.structural_similarity_index_measure(a.double(), b.double(), **options)
     return by_pixel.mean((1, 2, 3))
 
 
@@ -146,7 +137,5 @@ def _layers(net: Classifier, images: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _check_pair(a: torch.Tensor, b: torch.Tensor) -> None:
     if a.shape != b.shape:
-        raise ValueError(
-            f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ; give two batches of the same "
-            "shape"
-        )
+        found = f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ"
+        raise ValueError(f"{found}; give two batches of the same shape")
