@@ -16,12 +16,8 @@ from pathlib import Path
 from models.download import CHECKPOINTS, fault
 
 PROJECT = Path(__file__).resolve().parents[1]
-NEEDED = {
-    "torch": "everything",
-    "numpy": "everything",
-    "omegaconf": "everything",
-    "safetensors": "everything",
-    "tqdm": "everything",
+BASIC = ("torch", "numpy", "omegaconf", "safetensors", "tqdm")
+NEEDED = dict.fromkeys(BASIC, "everything") | {
     "scipy": "allocation of widths",
     "pillow": "images as files",
     "torch-fidelity": "FID and other scores of distributions",
@@ -45,8 +41,8 @@ FLAGS = {
     "bfloat16": {"avx512_bf16"},
     "AMX": {"amx_tile"},
 }
+INCEPTION_SHA256 = "6726825d"  # first digits
 INCEPTION = "*inception-2015-12-05-6726825d.pth"  # two files of the same bytes are known
-INCEPTION_SHA256 = "6726825d"
 TOKENIZER = ("vocab.json", "merges.txt")
 MISSING = "missing"
 
@@ -86,7 +82,7 @@ def examine() -> dict[str, list[Finding]]:
         "Models that ship": [*shipped(PROJECT / "models/weights")],
         "Optional packages": [*extras()],
     }
-    if not any(finding.is_missing for finding in found["Packages"][:5]):
+    if all(version_of(name) != MISSING for name in BASIC):
         found["Devices"] = [*devices()]
         found["Public checkpoints"] = [*checkpoints()]
         found["For scores, prompts and training"] = [*references()]
@@ -101,14 +97,17 @@ def report(found: dict[str, list[Finding]]) -> str:
 def packages() -> Iterator[Finding]:
     yield Finding("Python", platform.python_version())
     for name, gives in NEEDED.items():
-        found = version_of(name)
-        yield Finding(name, found, gives, f"pip install {name}" if found == MISSING else "")
+        yield _package(name, gives, f"pip install {name}")
 
 
 def extras() -> Iterator[Finding]:
     for name, (gives, remedy) in EXTRAS.items():
-        found = version_of(name)
-        yield Finding(name, found, gives, remedy if found == MISSING else "")
+        yield _package(name, gives, remedy)
+
+
+def _package(name: str, gives: str, remedy: str) -> Finding:
+    found = version_of(name)
+    return Finding(name, found, gives, remedy if found == MISSING else "")
 
 
 def version_of(name: str) -> str:
@@ -135,10 +134,9 @@ def computer() -> Iterator[Finding]:
 
 def processor(cpuinfo: str) -> tuple[str, set[str]]:
     """Name and flags of the first processor in the text of /proc/cpuinfo."""
-    name, flags = (
-        re.search(rf"^{key}\s*: (.*)$", cpuinfo, re.MULTILINE) for key in ("model name", "flags")
-    )
-    return name.group(1) if name else "", set(flags.group(1).split()) if flags else set()
+    found = re.findall(r"^(model name|flags)\s*: (.*)$", cpuinfo, re.MULTILINE)
+    first = dict(reversed(found))
+    return first.get("model name", ""), set(first.get("flags", "").split())
 
 
 def _read(path: str) -> str:
@@ -200,8 +198,8 @@ def references() -> Iterator[Finding]:
         damaged = not digest.startswith(INCEPTION_SHA256)
         found = f"{files[0]} is damaged" if damaged else str(files[0])
         yield Finding("Inception weights", found, "", remedy if damaged else "")
-    data = Path("data/cifar-10-batches-py")
-    yield _folder_of("CIFAR-10", data, (), "training, calibration.start=i2n", "data=cifar10")
+    data, gives = Path("data/cifar-10-batches-py"), "training, calibration.start=i2n"
+    yield _folder_of("CIFAR-10", data, (), gives, "data=cifar10")
     clip = PROJECT / "models/tokenizer/clip-vit-large-patch14"
     remedy = f"put {' and '.join(TOKENIZER)} into {clip}"
     yield _folder_of("CLIP's tokenizer", clip, TOKENIZER, "Stable Diffusion's prompts", remedy)

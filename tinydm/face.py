@@ -14,10 +14,9 @@ from base.config import load as load_config
 from base.devices import exact_arithmetic, resolve_device
 from models import diffusion
 from models.diffusion import DiffusionModel
-from models.zoo import build_network
 from quant.calibration.dataset import CalibrationSet
 from quant.calibration.files import load_calibration
-from quant.checkpoint import load_quantized, save_quantized
+from quant.checkpoint import save_quantized
 from quant.network import QuantizedNet
 from tinydm.identity import IMAGES, decides
 from tinydm.names import find_yaml
@@ -72,20 +71,17 @@ class Recipe:
         bits: Path | str | None = None,
         preset: Path | str | None = None,
     ) -> None:
-        found = {
-            kind: "" if name is None else find_yaml(name, [kind])
-            for kind, name in (("method", method), ("bits", bits), ("preset", preset))
-        }
-        for key, value in {**found, "words": words}.items():
-            object.__setattr__(self, key, value)
+        names = {"method": method, "bits": bits, "preset": preset}
+        for kind, name in names.items():
+            object.__setattr__(self, kind, "" if name is None else find_yaml(name, [kind]))
+        object.__setattr__(self, "words", words)
         load_config(RunConfig, self.files, words)
         for key in (word.partition("=")[0] for word in words):
             if key == "out":
                 raise ValueError("'out' is no part of a recipe; give tinydm.quantize resume=FOLDER")
             if decides(key) == IMAGES or key == "device":
-                raise ValueError(
-                    f"'{key}' belongs to the model: give it to tinydm.load_model, not to a recipe"
-                )
+                remedy = "give it to tinydm.load_model, not to a recipe"
+                raise ValueError(f"'{key}' belongs to the model: {remedy}")
 
     @property
     def files(self) -> list[str]:
@@ -179,9 +175,7 @@ def quantize(
     run = claim(config, [*model.files, *recipe.files], model)
     _put_calibration(run, data)
     log(stage.quantize(run, log))
-    path = run.path("quantized.safetensors")
-    net = load_quantized(path, build_network, expected=model.weights_hash)
-    return model.with_net(net.to(model.device))
+    return stage.with_quantized(model, run.path("quantized.safetensors"))
 
 
 def _put_calibration(run: Run, data: CalibrationSet) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,48 +21,22 @@ if TYPE_CHECKING:
 
 IMAGES, TRAJECTORIES, CALIBRATION, NETWORK = "images", "trajectories", "calibration", "network"
 NOTHING = "nothing"
-# A key of tinydm.recipe.RunConfig -> what it decides, and with it all keys below that are not
-# listed themselves.
-DECIDES = {
-    "name": NETWORK,
-    "network": IMAGES,
-    "first_stage": IMAGES,
-    "cond_stage": IMAGES,
-    "scale_factor": IMAGES,
-    "guidance": IMAGES,
-    "checkpoint": IMAGES,
-    "weights": IMAGES,
-    "download": NOTHING,
-    "demo": NOTHING,
-    "schedule": IMAGES,
-    "bits": NETWORK,
-    "method": NETWORK,
-    "variant": NOTHING,
-    "segments": NETWORK,
-    "rules": NETWORK,
-    "exceptions": NETWORK,
-    "passes": NETWORK,
-    "pass_options": NETWORK,
-    "preset": NETWORK,
-    "effort": NETWORK,
-    "calibration": CALIBRATION,
-    "calibration.images": TRAJECTORIES,
-    "calibration.seed": TRAJECTORIES,
-    "calibration.start": TRAJECTORIES,
-    "calibration.start_step": TRAJECTORIES,
-    "calibration.data": TRAJECTORIES,
-    "sampling": IMAGES,
-    "sampling.num": NOTHING,
-    "evaluation": NOTHING,
-    "seed": NETWORK,
-    "out": NOTHING,
-    "device": NOTHING,
-    "threads": NOTHING,
-    "memory_gb": NOTHING,
-    "max_batch": NETWORK,
-    "force": NOTHING,
-    "provenance": NOTHING,
+# the keys of tinydm.recipe.RunConfig by what they decide; one stands for all keys below it that are
+# not listed themselves
+_KEYS = {
+    IMAGES: "network first_stage cond_stage scale_factor guidance checkpoint weights schedule "
+    "sampling",
+    TRAJECTORIES: "calibration.images calibration.seed calibration.start calibration.start_step "
+    "calibration.data",
+    CALIBRATION: "calibration",
+    NETWORK: "name bits method segments rules exceptions passes pass_options preset effort seed "
+    "max_batch",
+    NOTHING: "download demo variant sampling.num evaluation out device threads memory_gb force "
+    "provenance",
 }
+# what scores are made under, beside the model and the device
+SCORED_BY = "method bits weights sampling schedule guidance evaluation provenance".split()
+DECIDES = {key: what for what, keys in _KEYS.items() for key in keys.split()}
 
 
 def decides(key: str, table: dict[str, str] = DECIDES) -> str:
@@ -73,18 +47,14 @@ def decides(key: str, table: dict[str, str] = DECIDES) -> str:
 
 
 def select(
-    tree: dict[str, Any], what: Iterable[str], table: dict[str, str] = DECIDES
+    tree: dict[str, Any], what: Sequence[str], table: dict[str, str] = DECIDES, above: str = ""
 ) -> dict[str, Any]:
-    """Keeps those keys of a nested dict that decide one of `what`."""
-    return _select(tree, set(what), table, "")
-
-
-def _select(tree, what, table, above):
+    """Keeps those keys of a nested dict, which stands below `above`, that decide one of `what`."""
     kept = {}
     for key, value in tree.items():
         name = f"{above}{key}"
         if isinstance(value, dict) and any(entry.startswith(f"{name}.") for entry in table):
-            below = _select(value, what, table, f"{name}.")
+            below = select(value, what, table, f"{name}.")
             kept |= {key: below} if below else {}
         elif decides(name, table) in what:
             kept[key] = value
@@ -100,19 +70,15 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
     """Names the keys that decide something and on which two RunConfigs disagree, with both
     values."""
     a, b = flatten(identity(a)), flatten(identity(b))
-    return [
-        f"{key} ({a.get(key)} there, {b.get(key)} here)"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key)
-    ]
+    keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in keys]
 
 
 def recipe_of(config: RunConfig, weights_hash: str, rules: list) -> dict[str, Any]:
     """Returns what a quantized file stores: all that decides the network, which is converted by
     `rules`, and all that sampling with it needs beside the checkpoint."""
     recipe = identity(config) | {"passes": config.all_passes, "rules": rules}
-    # `rules` and `passes` say these
-    del recipe["exceptions"], recipe["pass_options"]
+    del recipe["exceptions"], recipe["pass_options"]  # `rules` and `passes` say these
     return recipe | {"weights_hash": weights_hash}
 
 
@@ -141,9 +107,5 @@ def folder_name(kind: str, content: dict[str, Any]) -> str:
 def scoring_protocol(config: RunConfig, device: str) -> dict[str, Any]:
     """Returns what scores are made under; where it differs they are made again."""
     everything = asdict(config)
-    keys = ("method", "bits", "weights", "sampling", "schedule", "guidance", "evaluation")
-    return {
-        "model": config.name,
-        **{key: everything[key] for key in (*keys, "provenance")},
-        "device": device,
-    }
+    asked = {key: everything[key] for key in SCORED_BY}
+    return {"model": config.name, **asked, "device": device}

@@ -22,11 +22,11 @@ def describe_keys(schema: type, prefix: str = "") -> list[tuple[str, str, Any, s
     rows = []
     for field in fields(schema):
         default = _default(field)
+        name = prefix + field.name
         if is_dataclass(default):
-            rows += describe_keys(type(default), f"{prefix}{field.name}.")
+            rows += describe_keys(type(default), f"{name}.")
         else:
-            row = prefix + field.name, types[field.name], default, comments[field.name]
-            rows.append(row)
+            rows.append((name, types[field.name], default, comments[field.name]))
     return rows
 
 
@@ -37,8 +37,7 @@ def show_keys(schema: type) -> str:
     lines = []
     for word, comment in rows:
         first, *more = wrap(comment, WIDTH - column - 4) or [""]
-        # a long default has a line of its own
-        if len(word) > column and first:
+        if len(word) > column and first:  # a long default has a line of its own
             lines.append(f"  {word}")
             word = ""
         lines.append(f"  {word:{column}}  {first}".rstrip())
@@ -68,11 +67,8 @@ def _source_of(schema: type) -> tuple[dict[str, str], dict[str, str]]:
         source = dedent(inspect.getsource(part))
         lines = source.splitlines()
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        said = {
-            token.start[0]: token.string.strip("# ")
-            for token in tokens
-            if token.type == tokenize.COMMENT
-        }
+        found = [token for token in tokens if token.type == tokenize.COMMENT]
+        said = {token.start[0]: token.string.strip("# ") for token in found}
         for node in ast.parse(source).body[0].body:
             if not isinstance(node, ast.AnnAssign):
                 continue

@@ -22,8 +22,7 @@ def find_yaml(word: str | Path, kinds: Sequence[str]) -> str:
     if path.is_file():
         return str(path)
     if path.suffix != ".yaml" and len(path.parts) == 1:
-        found = [CONFIGS / kind / f"{path}.yaml" for kind in kinds]
-        for place in found:
+        for place in (CONFIGS / kind / f"{path}.yaml" for kind in kinds):
             if place.is_file():
                 return str(place)
         listed = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))

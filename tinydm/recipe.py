@@ -20,6 +20,12 @@ from quant.rules import check_bits, check_rules
 from quant.timeline import segment_boundaries
 from tinydm.stages.trajectories import STARTS
 
+# keys that must be at least 1
+COUNTS = (
+    "sampling.num sampling.batch_size sampling.steps calibration.images calibration.steps "
+    "evaluation.sqnr_images max_batch"
+).split()
+
 
 @dataclass
 class Bits:
@@ -41,13 +47,10 @@ class Calibration:
     steps: int = 20  # samples of each trajectory, on average
     images: int = 256  # one trajectory each
     seed: int = 1000  # of the trajectories and of what is picked
-    # of the trajectories: normal | i2n | di2n, see scripts/calibrate.py
-    start: str = "normal"
-    # share of the chain that they run through; 1 = all of it
-    start_step: float = 1.0
+    start: str = "normal"  # of the trajectories: normal | i2n | di2n, see scripts/calibrate.py
+    start_step: float = 1.0  # share of the chain that they run through; 1 = all of it
     data: str = ""  # images for start: i2n, a folder or cifar10[:FOLDER]
-    # ready-made set: our safetensors or a torch file {"xs", "ts"}
-    file: str = ""
+    file: str = ""  # ready-made set: our safetensors or a torch file {"xs", "ts"}
 
 
 @dataclass
@@ -78,8 +81,7 @@ class Evaluation:
     """Arguments of evaluation.scores.distribution.distribution_scores, and the number of images on
     which SQNR per step is measured."""
 
-    # auto | inception | cifar-resnet: what features come from
-    extractor: str = "auto"
+    extractor: str = "auto"  # auto | inception | cifar-resnet: what features come from
     inception_path: str = ""  # file of the Inception weights
     fetch: bool = False  # fetch them
     reference: str = ""  # images to compare with: a folder, or cifar10-train[:FOLDER]
@@ -103,16 +105,13 @@ class RunConfig:
     weights: str = "ema"  # ema | raw, where a checkpoint has both
     download: str = ""  # command that fetches the checkpoint
     demo: str = ""  # command that does the same with a model that ships
-    # options of ddim.schedule.make_schedule
-    schedule: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)  # options of ddim.schedule.make_schedule
     bits: Bits = field(default_factory=Bits)
     method: str = ""  # its name, which the rows of a comparison go by
     variant: str = ""  # of the method in a comparison, as its tables call it
     segments: Any = 1  # of time: 1, a number, per_step, or [boundaries]
-    # what is quantized and how; later ones win
-    rules: list[Any] = field(default_factory=list)
-    # rules on top of those of any method
-    exceptions: list[Any] = field(default_factory=list)
+    rules: list[Any] = field(default_factory=list)  # what is quantized and how; later ones win
+    exceptions: list[Any] = field(default_factory=list)  # rules on top of those of any method
     passes: list[Any] = field(default_factory=list)  # what is done to the network, in order
     # on top of `passes`, by name; null: without it
     pass_options: dict[str, Any] = field(default_factory=dict)
@@ -125,8 +124,7 @@ class RunConfig:
     out: str = ""  # the run folder
     device: str = "auto"  # auto | cpu | cuda[:N]
     threads: int = 0  # CPU threads; 0 = PyTorch's choice
-    # captured activations held in memory; the rest spills to disk
-    memory_gb: float = 4.0
+    memory_gb: float = 4.0  # captured activations held in memory; the rest spills to disk
     # samples at most that a pass measures at once; learning: effort.batch_size
     max_batch: int = 256
     force: bool = False  # do a finished stage again
@@ -156,11 +154,9 @@ def load_recipe(files: Iterable[Path | str], words: Iterable[str] = ()) -> RunCo
     config = load(RunConfig, files, words)
     if isinstance(config.effort.bfloat16, bool):
         return config
-    if config.effort.bfloat16 != "auto":
-        raise ValueError(
-            f"effort.bfloat16 is {config.effort.bfloat16}; it must be true, false or auto"
-        )
-    saved = Path(config.out) / "config.yaml"
+    word, saved = config.effort.bfloat16, Path(config.out) / "config.yaml"
+    if word != "auto":
+        raise ValueError(f"effort.bfloat16 is {word}; it must be true, false or auto")
     if config.out and saved.exists():
         chosen = load(RunConfig, [saved]).effort.bfloat16
     else:
@@ -177,53 +173,51 @@ def check(config: RunConfig) -> None:
     check_bits(config.bits.weight, "weight")
     check_bits(config.bits.input, "input")
     check_bits(config.bits.softmax, "input")
-    known = inspect.signature(make_schedule).parameters
-    check_options("schedule", config.schedule, known, kind="key")
-    for key, value in config.schedule.items():
-        kind = type(known[key].default)
-        if kind in (int, float) and (type(value) not in (int, kind) or value <= 0):
-            raise ValueError(
-                f"schedule.{key} is {value}; it must be a {'whole ' * (kind is int)}number above 0"
-            )
+    _check_schedule(config.schedule)
     num_segments = len(boundaries(config)) + 1
     check_rules(config.all_rules)
     passes = check_passes(config.all_passes)
     if config.passes:
         check_needs(passes, config.all_rules, num_segments)
     check_builder(config.calibration.builder, config.calibration.options)
-    check_start(config.calibration)
-    check_seeds(config)
-    if config.sampling.sampler not in SAMPLERS:
-        word = config.sampling.sampler
-        raise ValueError(unknown_word(f"sampler '{word}' is unknown", word, SAMPLERS))
-    if config.sampling.eta and config.sampling.sampler not in STOCHASTIC:
-        raise ValueError(
-            f"{config.sampling.sampler} is deterministic, but sampling.eta is "
-            f"{config.sampling.eta}; set it to 0, or choose {' or '.join(STOCHASTIC)}"
-        )
-    num_steps = len(network_times(config))
-    if config.calibration.steps > num_steps and not config.calibration.file:
-        raise ValueError(
-            f"calibration.steps is {config.calibration.steps}, but the sampler has {num_steps} "
-            "steps; choose at most that many"
-        )
-    for key in (
-        "sampling.num",
-        "sampling.batch_size",
-        "sampling.steps",
-        "calibration.images",
-        "calibration.steps",
-        "evaluation.sqnr_images",
-        "max_batch",
-    ):
+    _check_start(config.calibration)
+    _check_seeds(config)
+    _check_sampling(config)
+    for key in COUNTS:
         value = reduce(getattr, key.split("."), config)
         if value < 1:
             raise ValueError(f"{key} is {value}; it must be at least 1")
 
 
-def check_seeds(config: RunConfig) -> None:
-    """Raises ValueError where the images to be scored are those that the network would be fitted
-    to."""
+def _check_schedule(schedule):
+    known = inspect.signature(make_schedule).parameters
+    check_options("schedule", schedule, known, kind="key")
+    for key, value in schedule.items():
+        kind = type(known[key].default)
+        if kind in (int, float) and (type(value) not in (int, kind) or value <= 0):
+            wanted = "whole number" if kind is int else "number"
+            raise ValueError(f"schedule.{key} is {value}; it must be a {wanted} above 0")
+
+
+def _check_sampling(config):
+    sampler, eta = config.sampling.sampler, config.sampling.eta
+    if sampler not in SAMPLERS:
+        raise ValueError(unknown_word(f"sampler '{sampler}' is unknown", sampler, SAMPLERS))
+    if eta and sampler not in STOCHASTIC:
+        raise ValueError(
+            f"{sampler} is deterministic, but sampling.eta is {eta}; set it to 0, or choose "
+            f"{' or '.join(STOCHASTIC)}"
+        )
+    asked, there = config.calibration.steps, len(network_times(config))
+    if asked > there and not config.calibration.file:
+        raise ValueError(
+            f"calibration.steps is {asked}, but the sampler has {there} steps; choose at most "
+            "that many"
+        )
+
+
+def _check_seeds(config):
+    """Refuses images to be scored that are those which the network would be fitted to."""
     fitted = {} if config.calibration.file else {"calibration.seed": config.calibration.seed}
     for name, options in check_passes(config.all_passes):
         known = {} if "." in name else inspect.signature(find_pass(name)).parameters
@@ -237,8 +231,7 @@ def check_seeds(config: RunConfig) -> None:
             )
 
 
-def check_start(c: Calibration) -> None:
-    """Raises ValueError where the trajectories of a Calibration cannot begin."""
+def _check_start(c):
     if c.start not in STARTS:
         raise ValueError(unknown_word(f"calibration.start '{c.start}' is unknown", c.start, STARTS))
     if not 0 < c.start_step <= 1 or c.start == "normal" and c.start_step != 1:

@@ -2,7 +2,7 @@
 recipe."""
 
 import importlib.metadata
-import json
+import os
 import resource
 import shutil
 import subprocess
@@ -18,11 +18,14 @@ from omegaconf import OmegaConf
 
 from base.config import load
 from base.devices import exact_arithmetic, resolve_device
-from base.files import PROJECT, alone, write_text
+from base.files import PROJECT, alone, read_lines, write_lines, write_text
 from ddim.schedule import make_schedule
 from models.diffusion import DiffusionModel, load_model
 from tinydm.identity import differences, recipe_of
 from tinydm.recipe import RunConfig, check, load_recipe
+
+# files that a run is continued from
+CONTINUED = ("calibration.safetensors", "resume", "quantized.safetensors")
 
 
 class Run:
@@ -38,12 +41,11 @@ class Run:
         folder was made with."""
         if self._model is None:
             self._model = load_model(asdict(self.config), device=resolve_device(self.config.device))
-        known = self.config.provenance.get("weights_hash")
-        if known and known != self._model.weights_hash:
+        known, found = self.config.provenance.get("weights_hash"), self._model.weights_hash
+        if known and known != found:
             raise ValueError(
                 f"{self.folder} was made with other weights of {self.config.name} (hash "
-                f"{known[:12]}, the checkpoint now has {self._model.weights_hash[:12]}); use "
-                "another out= folder"
+                f"{known[:12]}, the checkpoint now has {found[:12]}); use another out= folder"
             )
         return self._model
 
@@ -58,14 +60,13 @@ class Run:
     def need(self, name: str, maker: str) -> Path:
         """Returns the path of an artefact that another stage makes. Raises ValueError that names
         the command if it is absent. A recipe without passes is that of a training."""
-        if not self.path(name).exists():
+        path = self.path(name)
+        if not path.exists():
             trained = maker in ("calibrate", "quantize") and not self.config.passes
             command = "train.py (as before) out=" if trained else f"{maker}.py "
-            raise ValueError(
-                f"{self.path(name)} does not exist yet; make it with: python "
-                f"scripts/{command}{self.folder}"
-            )
-        return self.path(name)
+            remedy = f"make it with: python scripts/{command}{self.folder}"
+            raise ValueError(f"{path} does not exist yet; {remedy}")
+        return path
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -76,8 +77,7 @@ class Run:
         try:
             with exact_arithmetic(self.config.threads):
                 yield
-        # interrupted or not; only a kill goes uncounted
-        finally:
+        finally:  # interrupted or not; only a kill goes uncounted
             spent = {"seconds": round(time.monotonic() - started, 2), **peak_memory()}
             with alone(self.folder):
                 self.note(name, spent)
@@ -85,16 +85,13 @@ class Run:
     def note(self, name: str, spent: dict[str, Any]) -> None:
         """Adds what a stage spent to stages.jsonl."""
         path = self.path("stages.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = read_lines(path)
         for earlier in (row for row in rows if row["stage"] == name and not self.config.force):
-            peaks = {
-                key: max(value, spent.get(key, 0))
-                for key, value in earlier.items()
-                if key.startswith("peak")
-            }
-            spent |= peaks | {"seconds": round(spent["seconds"] + earlier["seconds"], 2)}
-        rows = [*(row for row in rows if row["stage"] != name), {"stage": name, **spent}]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            for key in (key for key in earlier if key.startswith("peak")):
+                spent[key] = max(earlier[key], spent.get(key, 0))
+            spent["seconds"] = round(spent["seconds"] + earlier["seconds"], 2)
+        rows = [row for row in rows if row["stage"] != name]
+        write_lines(path, [*rows, {"stage": name, **spent}])
 
     def begin(self) -> None:
         """Notes versions and commit anew where numbers are made, as a run may be continued with
@@ -129,16 +126,11 @@ def claim(
     """Does the same for a recipe that was read from `files`, and for a model that is loaded
     already."""
     check(config)
-    saved = Path(config.out) / "config.yaml"
     run = Run(config, model)
-    if any(
-        run.path(name).exists()
-        for name in ("calibration.safetensors", "resume", "quantized.safetensors")
-    ):
-        return _reopen(saved, config, model)
+    if any(map(os.path.exists, map(run.path, CONTINUED))):
+        return reopen(config, model)
     if run.path("metrics.json").exists():
-        # scores alone: nothing to go on from, but to refuse
-        _reopen(saved, config, model)
+        reopen(config, model)  # scores alone: nothing to go on from, but to refuse
     config.provenance = provenance(run.model, files, config.threads)
     write_config(run)
     return run
@@ -153,21 +145,22 @@ def open_run(folder: Path | str, overrides: Iterable[str] = ()) -> Run:
             "scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml "
             f"configs/method/METHOD.yaml out={folder}"
         )
-    return _reopen(saved, load(RunConfig, [saved], [*overrides, f"out={folder}"]))
+    return reopen(load(RunConfig, [saved], [*overrides, f"out={folder}"]))
 
 
-def _reopen(saved, config, model=None):
+def reopen(config: RunConfig, model: DiffusionModel | None = None) -> Run:
+    """Opens the folder of a recipe, which is there. Raises ValueError if it has another recipe."""
     check(config)
-    before = load(RunConfig, [saved])
+    run = Run(config, model)
+    before = load(RunConfig, [run.path("config.yaml")])
     changed = differences(before, config)
     if changed:
+        more = " and more" if len(changed) > 4 else ""
         raise ValueError(
-            f"{saved.parent} belongs to another recipe: {'; '.join(changed[:4])}"
-            f"{' and more' if len(changed) > 4 else ''}; choose another out= folder, or "
-            "delete that one"
+            f"{run.folder} belongs to another recipe: {'; '.join(changed[:4])}{more}; choose "
+            "another out= folder, or delete that one"
         )
     config.provenance = before.provenance
-    run = Run(config, model)
     if asdict(before) | {"force": False} != asdict(config) | {"force": False}:
         write_config(run)
     return run
@@ -185,30 +178,25 @@ def provenance(
 ) -> dict[str, Any]:
     """Returns versions, commit and hashes that a number depends on; `threads` is the recipe's
     number, 0 that of the process."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     packages = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity", "torchmetrics")
-    paths = [Path(file).resolve() for file in files]
     is_cuda = model.device.type == "cuda"
     return {
         "weights_hash": model.weights_hash,
-        "commit": commit,
-        "files": [
-            str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
-            for path in paths
-        ],
+        "commit": _commit(),
+        "files": [str(Path(file).resolve()).removeprefix(f"{PROJECT}{os.sep}") for file in files],
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
         "threads": threads or torch.get_num_threads(),
     }
+
+
+def _commit():
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        out = subprocess.check_output(command, cwd=PROJECT, text=True, stderr=subprocess.DEVNULL)
+        return out.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def peak_memory() -> dict[str, int]:
@@ -217,7 +205,6 @@ def peak_memory() -> dict[str, int]:
     # Linux counts KiB
     peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_initialized():
-        peak["peak_cuda_bytes"] = max(
-            map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
-        )
+        devices = range(torch.cuda.device_count())
+        peak["peak_cuda_bytes"] = max(map(torch.cuda.max_memory_allocated, devices))
     return peak

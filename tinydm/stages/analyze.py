@@ -12,7 +12,6 @@ already, that is all it does."""
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -25,15 +24,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from base.config import one_folder
-from base.files import load_tensors, save_tensors, write_text
+from base.config import one_folder, take_words
+from base.files import load_tensors, save_tensors, sha256, write_text
 from base.network import batch_of
 from models.sampling import trajectory
-from models.zoo import build_network
 from quant.analysis import Ranges, decide, describe, layer_errors, observe_ranges
-from quant.checkpoint import load_quantized
 from tinydm.report.plots import error_map, range_map, range_surface
 from tinydm.run_folder import Run, open_run
+from tinydm.stages.quantize import with_quantized
 
 NUM_DRAWN = 8  # points with pictures of their own
 
@@ -41,9 +39,8 @@ NUM_DRAWN = 8  # points with pictures of their own
 def run(arguments: list[str]) -> None:
     """Runs the stage by a command line."""
     folder, words = one_folder(arguments)
-    points = [word.removeprefix("points=") for word in words if word.startswith("points=")]
-    words = [word for word in words if not word.startswith("points=")]
-    print(analyze(open_run(folder, words), *points[-1:]))
+    choice, words = take_words(words, {"points": "*"})
+    print(analyze(open_run(folder, words), **choice))
 
 
 def analyze(run: Run, points: str = "*") -> str:
@@ -51,14 +48,13 @@ def analyze(run: Run, points: str = "*") -> str:
     ranges as text."""
     path, quantized, lines = run.path("ranges.json"), run.path("quantized.safetensors"), []
     sampling = {key: value for key, value in asdict(run.config.sampling).items() if key != "num"}
-    is_quantized = quantized.exists()
     asked = {
         "model": run.config.name,
         "weights_hash": run.model.weights_hash,
         "sampling": sampling,
         "images": run.config.evaluation.sqnr_images,
         "device": str(run.model.device),
-        "quantized": hashlib.sha256(quantized.read_bytes()).hexdigest() if is_quantized else None,
+        "quantized": sha256(quantized) if quantized.exists() else None,
     }
     if path.exists() and not run.config.force and json.loads(path.read_text())["asked"] == asked:
         lines.append(f"analyze: measured already, {path}")
@@ -67,7 +63,7 @@ def analyze(run: Run, points: str = "*") -> str:
             measured = measure(run)
             write_text(path, json.dumps({"asked": asked, "points": measured}, indent=1))
     lines.append(draw_ranges(run, points))
-    if is_quantized:
+    if quantized.exists():
         lines.append(draw_errors(run))
     else:
         lines.append(
@@ -83,17 +79,15 @@ def measure(run: Run) -> dict[str, dict[str, Any]]:
     steps = record(run)
     t = {step: t for step, t, _, _ in steps}
     ranges = observe_ranges(run.model.net, network_calls(run, steps, "ranges"))
-    tensors = {
-        f"{point}.{kind}": value
-        for point, found in ranges.items()
-        for kind, value in vars(found).items()
-    }
+    tensors = {}
+    for point, found in ranges.items():
+        tensors |= {f"{point}.{kind}": value for kind, value in vars(found).items()}
     save_tensors(run.path("ranges.safetensors"), tensors, {"t": [t[step] for step in sorted(t)]})
     path = run.path("quantized.safetensors")
     if path.exists():
-        net = load_quantized(path, build_network, expected=run.model.weights_hash)
+        quantized = with_quantized(run.model, path)
         calls = network_calls(run, steps, "errors of layers")
-        rows = layer_errors(run.model.net, net.to(run.model.device), calls)
+        rows = layer_errors(run.model.net, quantized.net, calls)
         write_csv(run.path("layer_errors.csv"), rows)
     return {point: judge(found.r_abs) for point, found in ranges.items()}
 
@@ -111,12 +105,9 @@ def record(run: Run) -> list[tuple]:
     every evaluation, a batch of images after the other. x is kept on the CPU, the condition once
     per batch."""
     s, num = run.config.sampling, run.config.evaluation.sqnr_images
-    seen = tqdm(
-        trajectory(run.model, s, num, s.seed),
-        desc="analyze: full-precision trajectories",
-        unit="step",
-        total=-(-num // s.batch_size) * run.num_evaluations,
-    )
+    seen, total = trajectory(run.model, s, num, s.seed), -(-num // s.batch_size)
+    bar = {"unit": "step", "total": total * run.num_evaluations}
+    seen = tqdm(seen, "analyze: full-precision trajectories", **bar)
     return [(step, t, x.cpu(), cond) for step, t, x, cond, _ in seen]
 
 
@@ -142,12 +133,13 @@ def draw_ranges(run: Run, pattern: str) -> str:
 
     Pictures are made of the first NUM_DRAWN points that have several channels and do not read what
     another one reads. Raises ValueError where no name matches."""
-    points = json.loads(run.path("ranges.json").read_text())["points"]
+    path = run.path("ranges.json")
+    points = json.loads(path.read_text())["points"]
     names = [name for name in points if fnmatchcase(name, pattern)]
     if not names:
         raise ValueError(
-            f"no quantization point matches points={pattern}; {run.path('ranges.json')} has their "
-            f"names, for example {', '.join(list(points)[:3])}"
+            f"no quantization point matches points={pattern}; {path} has their names, for example "
+            f"{', '.join(list(points)[:3])}"
         )
     names.sort(key=lambda name: -(points[name]["channel_imbalance"] or 0))
     tensors, meta = load_tensors(run.path("ranges.safetensors"))
@@ -168,31 +160,25 @@ def draw_ranges(run: Run, pattern: str) -> str:
 def draw_errors(run: Run) -> str:
     """Draws the errors of layers; returns the worst one as a sentence."""
     with open(run.path("layer_errors.csv"), newline="") as file:
-        rows = [
-            {key: value if key == "layer" else float(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {key: float(value) for key, value in row.items() if key != "layer"}
     c, bits = run.config, run.config.bits
     title = f"{c.name}, {c.method} W{bits.weight}A{bits.input}: error of each layer by itself"
     error_map(run.path("figures/layer_errors.png"), rows, title)
     worst = min(rows, key=lambda row: row["sqnr_db"])
-    return (
-        f"lowest SQNR of a layer by itself: {worst['sqnr_db']:.2f} dB, {worst['layer']} at t = "
-        f"{worst['t']:g}"
-    )
+    place = f"{worst['layer']} at t = {worst['t']:g}"
+    return f"lowest SQNR of a layer by itself: {worst['sqnr_db']:.2f} dB, {place}"
 
 
 def format_points(points: dict[str, dict[str, Any]]) -> str:
     """Returns a table of what the ranges of points say."""
-    width = max(map(len, ("quantization point", *points)))
-    lines = [
-        f"{'quantization point':{width}} {'channels':>8} {'V_t':>8} {'V_c':>8} {'rho':>8}  asks for"
-    ]
+    head = "quantization point"
+    width = max(map(len, (head, *points)))
+    lines = [f"{head:{width}} {'channels':>8} {'V_t':>8} {'V_c':>8} {'rho':>8}  asks for"]
     for name, found in points.items():
-        numbers = " ".join(
-            f"{'-':>8}" if found[key] is None else f"{found[key]:>8.3f}"
-            for key in ("temporal_variation", "channel_imbalance", "rho")
-        )
+        values = [found[key] for key in ("temporal_variation", "channel_imbalance", "rho")]
+        numbers = " ".join(f"{'-':>8}" if v is None else f"{v:>8.3f}" for v in values)
         wanted = ", ".join(key for key in ("segments", "balance", "by_range") if found[key])
         lines.append(f"{name:{width}} {found['channels']:>8} {numbers}  {wanted}".rstrip())
     return "\n".join(lines)

@@ -1,8 +1,7 @@
 """Collect calibration data in a new run folder:
 
-    python scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml
-    configs/method/METHOD.yaml \\
-        [configs/preset/demo.yaml] out=RUN [key=value ...]
+    python scripts/calibrate.py configs/model/MODEL.yaml configs/bits/BITS.yaml \\
+        configs/method/METHOD.yaml [configs/preset/demo.yaml] out=RUN [key=value ...]
 
 Writes RUN/config.yaml (the resolved recipe) and RUN/calibration.safetensors, picked from
 full-precision trajectories. These stay in a folder trajectory-* beside RUN, shared by all runs of
@@ -54,13 +53,11 @@ def calibrate(run: Run) -> str:
 def collect(model: DiffusionModel, config: RunConfig, folder: Path | None = None) -> CalibrationSet:
     """Reads the set of calibration.file or collects one along full-precision trajectories, which
     are kept in `folder` if one is given. Raises ValueError for a set of another model."""
-    if config.calibration.file:
-        calibration = load_calibration(config.calibration.file)
-    elif folder is None:
-        with TemporaryDirectory() as scratch:
-            calibration = _pick_samples(model, config, Path(scratch))
-    else:
-        calibration = _pick_samples(model, config, folder)
+    with TemporaryDirectory() as scratch:
+        if config.calibration.file:
+            calibration = load_calibration(config.calibration.file)
+        else:
+            calibration = _pick_samples(model, config, folder or Path(scratch))
     check_fits(calibration, model)
     return calibration
 
@@ -93,15 +90,10 @@ def _pick_samples(model, config, folder):
         num = min(c.images, sampling.batch_size)
         return middle_features(model, batches[0][:-1, :num], t, model.labels(c.seed, range(num)))
 
-    pairs = BUILDERS[c.builder](
-        num_steps,
-        c.images,
-        c.steps * c.images,
-        torch.Generator().manual_seed(c.seed),
-        features,
-        **c.options,
-    )
-    cond, null = model.labels(c.seed, range(c.images)), model.null_label()
+    build, rng = BUILDERS[c.builder], torch.Generator().manual_seed(c.seed)
+    pairs = build(num_steps, c.images, c.steps * c.images, rng, features, **c.options)
+    asked = {"cond": model.labels(c.seed, range(c.images)), "null": model.null_label()}
+    asked = {key: None if value is None else value.cpu() for key, value in asked.items()}
     made = {
         "builder": c.builder,
         "model": config.name,
@@ -109,10 +101,4 @@ def _pick_samples(model, config, folder):
         "calibration": vars(c),
         "sampling": vars(sampling),
     }
-    return pick(
-        *record(model, config, c.start, folder),
-        pairs,
-        cond=None if cond is None else cond.cpu(),
-        null=None if null is None else null.cpu(),
-        made=made,
-    )
+    return pick(*record(model, config, c.start, folder), pairs, **asked, made=made)

@@ -37,8 +37,8 @@ def evaluate(run: Run) -> str:
     if path.exists() and not config.force:
         if json.loads(path.read_text())["protocol"]["asked"] == protocol:
             return f"evaluate: done already, {path}"
-    folders = {"float": sample_folder(run, "float"), "quantized": sample_folder(run, "simulated")}
-    for precision, folder in zip(("float", "simulated"), folders.values()):
+    folders = {precision: sample_folder(run, precision) for precision in ("float", "simulated")}
+    for precision, folder in folders.items():
         missing = [i for i in range(config.sampling.num) if not (folder / f"{i:06d}.png").exists()]
         if missing:
             raise ValueError(
@@ -52,18 +52,16 @@ def evaluate(run: Run) -> str:
             f"scripts/quantize.py {run.folder} force=true"
         )
     with run.stage("evaluate"):
-        found = {name: distribution(run, folder) for name, folder in folders.items()}
+        full, quantized = (distribution(run, folder) for folder in folders.values())
         paired = paired_scores(*folders.values(), count=config.sampling.num)
+        size = run.path("quantized.safetensors").stat().st_size
         metrics = {
-            "protocol": {"asked": protocol, "scores": found["quantized"]["protocol"]},
-            "float": {"scores": found["float"]["scores"]},
-            "quantized": {"scores": found["quantized"]["scores"]},
-            "paired": paired | distance_to_float(found["quantized"], found["float"]),
+            "protocol": {"asked": protocol, "scores": quantized["protocol"]},
+            "float": {"scores": full["scores"]},
+            "quantized": {"scores": quantized["scores"]},
+            "paired": paired | distance_to_float(quantized, full),
             "sqnr_db_per_step": sqnr(run),
-            "sizes": {
-                "float_bytes": run.model.float_bytes,
-                "quantized_bytes": run.path("quantized.safetensors").stat().st_size,
-            },
+            "sizes": {"float_bytes": run.model.float_bytes, "quantized_bytes": size},
             "bit_operations": bit_operations(layers),
             "float_samples": f"../{folders['float'].name}",
         }
@@ -102,8 +100,7 @@ def distribution(run: Run, folder: Path) -> dict[str, Any]:
     if num < MIN_IMAGES:
         reason = f"{num} images are too few for scores of a distribution (at least {MIN_IMAGES})"
         return {"scores": {}, "protocol": {"count": num, "left_out": reason}}
-    # A folder may hold more: full-precision images are shared with runs that asked for more of
-    # them.
+    # `count`: full-precision images are shared with runs that may have asked for more of them
     return distribution_scores(
         folder,
         count=num,

@@ -1,9 +1,8 @@
 """Quantize the model of a run folder:  python scripts/quantize.py RUN [memory_gb=8] [force=true]
 What would be done, by shapes alone, without weights:
 
-    python scripts/quantize.py configs/model/MODEL.yaml configs/bits/BITS.yaml
-    configs/method/METHOD.yaml \\
-        [configs/preset/demo.yaml] dry_run=true [key=value ...]
+    python scripts/quantize.py configs/model/MODEL.yaml configs/bits/BITS.yaml \\
+        configs/method/METHOD.yaml [configs/preset/demo.yaml] dry_run=true [key=value ...]
 
 Reads RUN/calibration.safetensors, writes RUN/quantized.safetensors, RUN/passes.jsonl (error before
 and after of each unit), RUN/map.json and RUN/map.txt (what is quantized). Started again it goes on
@@ -25,7 +24,7 @@ from torch import nn
 
 from base.config import load, one_folder, split_arguments
 from base.devices import resolve_device
-from base.files import save_tensors, write_text
+from base.files import Tensors, save_tensors, write_lines, write_text
 from models.diffusion import DiffusionModel, example_arguments, load_model
 from models.sampling import differentiable, trajectory
 from models.zoo import build_network
@@ -87,7 +86,7 @@ def quantize(run: Run, log: Log = log_line) -> str:
     run.begin()
 
     def note(rows):
-        write_text(run.path("passes.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(run.path("passes.jsonl"), rows)
 
     with run.stage("quantize"):
         folder = run.path("resume/quantize")
@@ -98,14 +97,11 @@ def quantize(run: Run, log: Log = log_line) -> str:
         save(run, job.net, functions_of(job.net), job.rules)
     run.finish("quantize")
     size, floats = path.stat().st_size, run.model.float_bytes
-    return (
-        f"quantize: {path}, {size:,} bytes, {floats / size:.2f} x smaller than {floats:,} of FP32"
-    )
+    factor = f"{floats / size:.2f} x smaller than {floats:,} of FP32"
+    return f"quantize: {path}, {size:,} bytes, {factor}"
 
 
-def save(
-    run: Run, net: nn.Module, functions: dict[str, torch.Tensor], rules: list[dict[str, Any]]
-) -> None:
+def save(run: Run, net: nn.Module, functions: Tensors, rules: list[dict[str, Any]]) -> None:
     """Writes a hardened network that was converted by `rules`, and the functions of time that gave
     it its scales, if any, into the run folder."""
     if functions:
@@ -166,11 +162,10 @@ def quantize_model(
 def load_quantized_model(
     path: Path | str, device: str = "auto", checkpoint: str = ""
 ) -> DiffusionModel:
-    """Loads the model that a quantized file belongs to, around the quantized network.
-
-    All but the network comes from the checkpoint that the file names, or from `checkpoint`. Raises
-    ValueError where the checkpoint has other weights than the file was made from, and for a file of
-    an earlier version, which does not name one and is not in its run folder."""
+    """Loads the model that a quantized file belongs to, around the quantized network. All else
+    comes from the checkpoint that the file names, or from `checkpoint`. Raises ValueError where
+    that has other weights than the file was made from, and for a file of an earlier version, which
+    does not name one and is not in its run folder."""
     path = Path(path)
     recipe, saved = read_recipe(path)[0], path.with_name("config.yaml")
     if "checkpoint" not in recipe:
@@ -182,14 +177,22 @@ def load_quantized_model(
         recipe = asdict(load(RunConfig, [saved])) | recipe
     if checkpoint:
         recipe["checkpoint"] = checkpoint
-    model = load_model(recipe, device=resolve_device(device))
+    return with_quantized(load_model(recipe, device=resolve_device(device)), path)
+
+
+def with_quantized(model: DiffusionModel, path: Path) -> DiffusionModel:
+    """Returns the model around the network of a quantized file. Raises ValueError for a file that
+    was made from other weights."""
     net = load_quantized(path, build_network, expected=model.weights_hash)
     return model.with_net(net.to(model.device))
 
 
-def write_map(run: Run, net: nn.Module, graph: Graph) -> str:
-    """Writes what is quantized into the run folder; returns it as text."""
-    layers = quantization_map(run.model.net, net, graph.macs, network_times(run.config))
+def write_map(run: Run, net: nn.Module, graph: Graph | None = None) -> str:
+    """Writes what is quantized into the run folder; returns it as text. `graph` is that of the
+    model's network, traced here where none is given."""
+    original = run.model.net
+    graph = graph or trace(original, example_arguments(asdict(run.config), original))
+    layers = quantization_map(original, net, graph.macs, network_times(run.config))
     write_text(run.path("map.json"), json.dumps(layers, indent=1))
     write_text(run.path("map.txt"), format_map(layers) + "\n")
     return format_map(layers)

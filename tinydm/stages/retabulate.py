@@ -15,10 +15,8 @@ import torch
 
 from base.config import load, one_folder
 from base.files import load_tensors
-from models.diffusion import example_arguments
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, read_recipe, save_quantized
-from quant.graph import trace
 from quant.passes.dynamic_scales import retabulated, retimed
 from quant.timeline import Timeline
 from tinydm.recipe import RunConfig, check, network_times
@@ -44,31 +42,29 @@ def retabulate(before: Run, config: RunConfig) -> str:
     config.calibration.steps = min(config.calibration.steps, config.sampling.steps)
     check(config)
     after = Run(config)
-    if after.path("quantized.safetensors").exists():
+    made = after.path("quantized.safetensors")
+    if made.exists():
         raise ValueError(
             f"{after.folder} holds a quantized model already; choose another out= folder"
         )
-    path = before.need("quantized.safetensors", "quantize")
-    if not before.path("dynamic.safetensors").exists():
+    path, dynamic = before.need(made.name, "quantize"), before.path("dynamic.safetensors")
+    if not dynamic.exists():
         raise ValueError(
             f"{before.folder} is of the method {before.config.method}, whose scales are no "
             "functions of time; only a run of tdq or of training with dynamic=true has tables for "
             "other steps"
         )
-    functions, _ = load_tensors(before.path("dynamic.safetensors"))
+    functions, _ = load_tensors(dynamic)
     times = sorted(network_times(config))
     recipe, boundaries = read_recipe(path)
     nearest = Timeline(boundaries).segments_of(torch.tensor(times)).tolist()
     write_config(after)
     with after.stage("quantize"):
         net = retabulated(load_quantized(path, build_network), functions, times)
-        graph = trace(after.model.net, example_arguments(asdict(config), after.model.net))
-        write_map(after, net, graph)
+        write_map(after, net)
         rules = retimed(recipe["rules"], nearest)
         sampling = asdict(config.sampling)
         changes = {"sampling": sampling, "retabulated": sampling, "rules": rules}
-        save_quantized(after.path("quantized.safetensors"), net, recipe | changes)
-    return (
-        f"retabulate: {after.path('quantized.safetensors')}, {net.timeline.num_segments} steps; go "
-        f"on with: python scripts/sample.py {after.folder}"
-    )
+        save_quantized(made, net, recipe | changes)
+    further = f"go on with: python scripts/sample.py {after.folder}"
+    return f"retabulate: {made}, {net.timeline.num_segments} steps; {further}"

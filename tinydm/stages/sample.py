@@ -7,7 +7,6 @@ full-precision images of the same seeds to a folder float-* beside RUN, shared b
 same model, weights and sampler. Images that are there already are kept. `shard=i/n` does every n-th
 batch, for n processes side by side; the image bytes do not depend on it."""
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,25 +16,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from base.config import one_folder
+from base.config import one_folder, take_words
 from base.files import write_atomically
 from models.diffusion import DiffusionModel
 from models.sampling import sample
-from models.zoo import build_network
-from quant.checkpoint import load_quantized
 from tinydm.identity import folder_name, images_of
 from tinydm.run_folder import Run, open_run
+from tinydm.stages.quantize import with_quantized
 
 
 def run(arguments: list[str]) -> None:
     """Runs the stage by a command line."""
     folder, words = one_folder(arguments)
-    choice = {"precision": "simulated", "shard": "0/1"}
-    for word in list(words):
-        key, _, value = word.partition("=")
-        if key in choice:
-            choice[key] = value
-            words.remove(word)
+    choice, words = take_words(words, {"precision": "simulated", "shard": "0/1"})
     print(draw(open_run(folder, words), **choice))
 
 
@@ -60,11 +53,8 @@ def draw(run: Run, precision: str = "simulated", shard: str = "0/1") -> str:
     if todo:
         model = model_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(
-            total=len(todo) * run.num_evaluations,
-            unit="step",
-            desc=f"sample: {precision}, batches of {s.batch_size}",
-        )
+        text = f"sample: {precision}, batches of {s.batch_size}"
+        bar = tqdm(desc=text, total=len(todo) * run.num_evaluations, unit="step")
         with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
             for block in todo:
                 images = sample(model, block, s, callback=lambda *_: bar.update())
@@ -83,9 +73,7 @@ def model_of(run: Run, precision: str) -> DiffusionModel:
     """Returns the model to sample with: as it is, or around the quantized network."""
     if precision == "float":
         return run.model
-    path = run.need("quantized.safetensors", "quantize")
-    net = load_quantized(path, build_network, expected=run.model.weights_hash)
-    return run.model.with_net(net.to(run.model.device))
+    return with_quantized(run.model, run.need("quantized.safetensors", "quantize"))
 
 
 def sample_folder(run: Run, precision: str) -> Path:
@@ -127,9 +115,7 @@ def save_archive(path: Path, paths: Iterable[Path]) -> None:
     images = np.stack([np.array(Image.open(p)) for p in paths])
 
     def write(part):
-        with open(part, "wb") as file:
+        with open(part, "wb") as file:  # given a path, numpy would add a suffix to it
             np.savez(file, arr_0=images)
-            file.flush()
-            os.fsync(file.fileno())
 
     write_atomically(path, write)

@@ -26,8 +26,7 @@ from tinydm.identity import folder_name, images_of
 if TYPE_CHECKING:
     from tinydm.recipe import RunConfig
 
-# added to the seed: draws that no trajectory of the same seed makes
-SEED_OFFSET = 2**33
+SEED_OFFSET = 2**33  # added to the seed: draws that no trajectory of the same seed makes
 
 
 def visited_steps(model: DiffusionModel, config: RunConfig, start: str) -> list[int]:
@@ -53,25 +52,20 @@ def record(
     content, clean = STARTS[start](model, config, folder)
     content |= images_of(config, model, calibration.seed) | {"start": start, "visited": steps}
     shared = folder / folder_name("trajectory", content)
-    paths = {
-        first: shared / f"{first:06d}.safetensors" for first in range(0, calibration.images, size)
-    }
+    firsts = range(0, calibration.images, size)
+    paths = {first: shared / f"{first:06d}.safetensors" for first in firsts}
     todo = [first for first, path in paths.items() if not path.exists()]
 
     def begin(batch):
         return diffuse(model, calibration.seed, clean(batch), batch, steps[-1]), len(steps)
 
-    with tqdm(
-        total=len(todo) * num_evaluations(sampling.sampler, steps),
-        unit="step",
-        desc="calibrate: full-precision trajectories",
-    ) as bar:
+    total = len(todo) * num_evaluations(sampling.sampler, steps)
+    with tqdm(desc="calibrate: full-precision trajectories", total=total, unit="step") as bar:
         for first in todo:
             states, times = [], []
 
             def note(step, t, x, eps, x0, *_):
-                # of the clean images only the last one stays
-                states[-1:] = [x.cpu(), x0.cpu()]
+                states[-1:] = [x.cpu(), x0.cpu()]  # of the clean images only the last one stays
                 times.append(t)
                 bar.update()
 

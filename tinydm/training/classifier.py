@@ -16,22 +16,15 @@ class ClassifierTraining(Training):
         super().__init__(net.to(memory_format=torch.channels_last), config)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            self.net.parameters(),
-            lr=self.config.lr,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=self.config.weight_decay,
-        )
+        rates = {"lr": self.config.lr, "momentum": 0.9, "weight_decay": self.config.weight_decay}
+        return torch.optim.SGD(self.net.parameters(), nesterov=True, **rates)
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         x, y = random_flip(batch[0].to(self.device).float() / 255), batch[1].to(self.device)
         x = self.erase(self.shift(x)).contiguous(memory_format=torch.channels_last)
         logits = self.forward_net.logits(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=0.1)
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        accuracy = (logits.argmax(1) == y).float().mean()
-        self.log("accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        self.note(loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
         return loss
 
     @staticmethod

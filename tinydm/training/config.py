@@ -13,18 +13,13 @@ class TrainConfig:
 
     task: str = "diffusion"  # first_stage | diffusion | classifier | qat
     model: str = ""  # model YAML of what is trained
-    # weights of the first stage, for the diffusion of a latent model
-    first_stage: str = ""
+    first_stage: str = ""  # weights of the first stage, for the diffusion of a latent model
     classifier: dict[str, Any] = field(default_factory=dict)  # options of the network
-    # of qat: the method YAML whose rules say what is quantized
-    rules: str = ""
+    rules: str = ""  # of qat: the method YAML whose rules say what is quantized
     bits: Bits = field(default_factory=Bits)  # of qat: widths that those rules refer to
-    # of qat: scales of activations are functions of time (TDQ); else LSQ
-    dynamic: bool = False
-    # of qat: weights to start from, in place of those of the model YAML
-    checkpoint: str = ""
-    # weights to start from instead of random ones, e.g. the shipped file
-    init: str = ""
+    dynamic: bool = False  # of qat: scales of activations are functions of time (TDQ); else LSQ
+    checkpoint: str = ""  # of qat: weights to start from, in place of those of the model YAML
+    init: str = ""  # weights to start from instead of random ones, e.g. the shipped file
     data: str = "cifar10"  # a folder of images, or cifar10[:FOLDER]
     out: str = ""  # folder of the training, or run folder (qat)
     num_images: int = 1_000_000  # seen in all

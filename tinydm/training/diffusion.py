@@ -1,7 +1,5 @@
 """Training of a diffusion model, of pixels or of latents, with classes or without.
-
-Axes: N images, C channels, H x W pixels; a latent has D channels and h x w positions.
-"""
+Axes: N images, C channels, H x W pixels; a latent has D channels and h x w positions."""
 
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,7 @@ from tinydm.training.loop import Batch, Training, random_flip
 
 # what of a model's sampling decides about a picture of its samples
 DRAWN_BY = ("sampler", "steps", "skip", "eta")
-# share of labels that are replaced by the null class, for guidance
-DROPPED = 0.1
+DROPPED = 0.1  # share of labels that are replaced by the null class, for guidance
 
 
 def multiscale(error: torch.Tensor) -> torch.Tensor:
@@ -82,7 +79,7 @@ class DiffusionTraining(Training):
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         x, t, labels, noise = self.noised(batch)
         loss = multiscale(self.forward_net(x, t, labels).float() - noise)
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.note(loss=loss)
         return loss
 
     def noised(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,8 +89,7 @@ class DiffusionTraining(Training):
         rows = torch.arange(len(x), device=self.device)
         if self.first_stage is None:
             x = random_flip(x.float() / 127.5 - 1)
-        # (N, 2, D, h, w): of the image and its mirror image
-        else:
+        else:  # (N, 2, D, h, w): of the image and its mirror image
             x = x[rows, torch.randint(0, 2, (len(x),), device=self.device)]
         if "null_class" in self.guidance:
             dropped = torch.rand(len(x), device=self.device) < DROPPED
@@ -109,20 +105,19 @@ class DiffusionTraining(Training):
     def model(self) -> DiffusionModel:
         """Returns the averaged weights as a model that draws its classes in turn."""
         net, null = self.ema.module.eval(), self.guidance.get("null_class")
-        num_classes = net.cond_stage.embedding.num_embeddings if net.cond_stage is not None else 0
+        unet, stage = net.unet, net.cond_stage
+        num_classes = stage.embedding.num_embeddings if stage is not None else 0
         classes = [c for c in range(num_classes) if c != null]
         return DiffusionModel(
             name="training",
-            net=net.unet,
+            net=unet,
             schedule=self.schedule,
             weights_hash="",
-            shape=(net.unet.in_channels, net.unet.image_size, net.unet.image_size),
+            shape=(unet.in_channels, unet.image_size, unet.image_size),
             first_stage=self.first_stage,
             scale_factor=self.scale_factor,
             guidance=self.guidance.get("scale", 1.0),
-            condition=build_condition(
-                net.unet, net.cond_stage, {"classes": classes}, self.guidance
-            ),
+            condition=build_condition(unet, stage, {"classes": classes}, self.guidance),
         )
 
     @torch.no_grad()
@@ -138,12 +133,9 @@ class DiffusionTraining(Training):
         net = self.ema.module
         if self.first_stage is None:
             return net.unet.state_dict()
-        parts = {"first_stage": self.first_stage, "cond_stage": net.cond_stage}
-        weights = {
-            PREFIXES[part] + name: value
-            for part, module in parts.items()
-            if module is not None
-            for name, value in module.state_dict().items()
-        }
-        weights |= {averaged_name(name): value for name, value in net.unet.state_dict().items()}
+        weights = {}
+        for part, module in ("first_stage", self.first_stage), ("cond_stage", net.cond_stage):
+            if module is not None:
+                weights |= {PREFIXES[part] + name: v for name, v in module.state_dict().items()}
+        weights |= {averaged_name(name): v for name, v in net.unet.state_dict().items()}
         return weights | {"scale_factor": torch.tensor(self.scale_factor)}

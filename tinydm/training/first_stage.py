@@ -1,7 +1,5 @@
 """Training of the autoencoders around latent diffusion, and the latents that they make.
-
-Axes: N images, C channels, H x W pixels; a latent has D channels and h x w positions.
-"""
+Axes: N images, C channels, H x W pixels; a latent has D channels and h x w positions."""
 
 from pathlib import Path
 from typing import Any
@@ -63,9 +61,8 @@ class FirstStageTraining(Training):
         else:
             reconstruction, regulariser = self.forward_net(x)
         error = (reconstruction.float() - x).abs().mean()
-        self.log("error", error, on_step=False, on_epoch=True)
         loss = error + regulariser
-        self.log("loss", loss, on_step=False, on_epoch=True)
+        self.note(error=error, loss=loss)
         return loss
 
     @torch.no_grad()

@@ -63,13 +63,8 @@ class Data(pl.LightningDataModule):
         c, epoch = self.config, self.trainer.current_epoch
         # the last epoch may be shorter
         left = self.trainer.lightning_module.num_steps - epoch * c.steps_per_epoch
-        batches = ImageBatches(
-            *self.source,
-            batch_size=c.batch_size,
-            num_batches=max(min(c.steps_per_epoch, left), 1),
-            seed=c.seed,
-            epoch=epoch,
-        )
+        size = {"batch_size": c.batch_size, "num_batches": max(min(c.steps_per_epoch, left), 1)}
+        batches = ImageBatches(*self.source, **size, seed=c.seed, epoch=epoch)
         # spares the global stream
         return DataLoader(batches, batch_size=None, generator=torch.Generator())
 
@@ -116,9 +111,12 @@ class Training(pl.LightningModule):
         self.ema.update_parameters(self.net)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(
-            self.net.parameters(), lr=self.config.lr, betas=(0.9, self.config.beta2)
-        )
+        betas = 0.9, self.config.beta2
+        return torch.optim.Adam(self.net.parameters(), lr=self.config.lr, betas=betas)
+
+    def note(self, **means: torch.Tensor) -> None:
+        """Logs the means over an epoch, by name."""
+        self.log_dict(means, on_step=False, on_epoch=True)
 
     def draw_samples(self, path: Path) -> None:
         """Draws a picture of what has been learned so far, where there is one to draw."""
@@ -153,8 +151,7 @@ class Progress(pl.Callback):
         self.started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Training) -> None:
-        # Lightning ends the saved epoch once more when it resumes
-        if self.started is None:
+        if self.started is None:  # Lightning ends the saved epoch once more when it resumes
             return
         seconds, self.started = time.monotonic() - self.started, None
         loss = float(trainer.callback_metrics["loss"])
@@ -215,7 +212,6 @@ def fit(
             ckpt_path=str(last) if last.exists() else None,
             weights_only=True,
         )
-    # Lightning ends the process on Ctrl-C; that is the script's to say
-    except SystemExit:
+    except SystemExit:  # Lightning ends the process on Ctrl-C; that is the script's to say
         raise KeyboardInterrupt from None
     return progress.rows

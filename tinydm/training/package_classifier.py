@@ -14,19 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.version import __version__ as fidelity_version
 
 from base.config import load
 from base.files import load_tensors, save_tensors, sha256, write_text
 from evaluation.extractors.choice import build_extractor
 from evaluation.extractors.features import extract_all
-from evaluation.references.frechet import (
-    frechet_distance,
-    read_statistics,
-    statistics_of,
-    write_statistics,
-)
+from evaluation.references import frechet
+from evaluation.references.images import Reference
+from evaluation.scores.frechet import DISTANCES
+from evaluation.scores.inception_score import inception_score
 from models.data import load_images
 
 NAME = "cifar10-classifier"
@@ -50,11 +47,8 @@ def package_weights(run: Path, path: Path) -> dict[str, Any]:
             "configs/train/cifar10-classifier.yaml out=FOLDER"
         )
     record = json.loads((run / "record.json").read_text())
-    save_tensors(
-        path,
-        load_tensors(run / "weights.safetensors")[0],
-        {"network": record["recipe"]["classifier"]},
-    )
+    weights, _ = load_tensors(run / "weights.safetensors")
+    save_tensors(path, weights, {"network": record["recipe"]["classifier"]})
     return record
 
 
@@ -69,33 +63,29 @@ def package(config: PackageConfig) -> dict[str, Any]:
     for split in ("train", "test"):
         images, labels = load_images(config.data, split)
         features[split] = extract_all(net, images)
-        logits = features[split]["logits"]
-        inception_score = isc_features_to_metric(logits)
-        scores[split] = {
-            "count": len(images),
-            "accuracy": round((logits.argmax(1) == labels).float().mean().item(), 4),
-            "IS-cifar-resnet": inception_score["inception_score_mean"],
-            "IS-cifar-resnet-std": inception_score["inception_score_std"],
-        }
+        right = features[split]["logits"].argmax(1) == labels
+        accuracy = round(right.float().mean().item(), 4)
+        scores[split] = {"count": len(images), "accuracy": accuracy}
+        for name, value in inception_score(features[split], Reference({})).values.items():
+            scores[split][net.score_name(name)] = value
     metadata = {
         "split": "cifar10 train",
-        "count": scores["train"]["count"],
         "note": config.note,
-        "extractor": "cifar-resnet",
+        "extractor": net.name,
         "extractor_sha256": sha256(weights_path),
         "features": "pooled, spatial",
-        "IS-cifar-resnet": scores["train"]["IS-cifar-resnet"],
-        "IS-cifar-resnet-std": scores["train"]["IS-cifar-resnet-std"],
         "pixels_sha256": features["train"]["sha256"],
         "tool": f"torch-fidelity {fidelity_version}",
     }
-    write_statistics(statistics_path, features["train"], metadata)
-    test, train = statistics_of(features["test"]), read_statistics(statistics_path)[0]
-    scores["test"]["FD-cifar-resnet"] = frechet_distance(test["pooled"], train["pooled"])
-    scores["test"]["sFD-cifar-resnet"] = frechet_distance(test["spatial"], train["spatial"])
-    record["recipe"] = {
-        key: value for key, value in record["recipe"].items() if key not in ("data", "out", "model")
-    }
+    metadata |= {key: value for key, value in scores["train"].items() if key != "accuracy"}
+    frechet.write_statistics(statistics_path, features["train"], metadata)
+    train, _, _ = frechet.read_statistics(statistics_path)
+    test = frechet.statistics_of(features["test"])
+    for name, kind in DISTANCES.items():
+        distance = frechet.frechet_distance(test[kind], train[kind])
+        scores["test"][net.score_name(name)] = distance
+    for key in ("data", "out", "model"):
+        record["recipe"].pop(key, None)
     record.update(
         hardware=config.hardware,
         note=config.note,
@@ -112,7 +102,5 @@ def package(config: PackageConfig) -> dict[str, Any]:
 def run(arguments: list[str]) -> None:
     """Packages by a command line."""
     record = package(load(PackageConfig, [], arguments))
-    print(
-        f"test accuracy {record['test_accuracy']:.2%}, test FD-cifar-resnet "
-        f"{record['scores']['test']['FD-cifar-resnet']:.3f}"
-    )
+    distance = record["scores"]["test"]["FD-cifar-resnet"]
+    print(f"test accuracy {record['test_accuracy']:.2%}, test FD-cifar-resnet {distance:.3f}")

@@ -2,24 +2,18 @@
 
 import hashlib
 import json
-import logging
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from base.config import load, read_yaml
-from base.files import write_text
+from base.files import write_lines
 from models.data import load_images
-from models.diffusion import DiffusionModel, example_arguments
-from quant.graph import trace
 from quant.qat import finish
 from quant.timeline import PER_STEP
-from tinydm.identity import differences
 from tinydm.recipe import Calibration, RunConfig, check, network_times
-from tinydm.run_folder import Run, provenance, write_config
-from tinydm.stages.quantize import save, write_map
+from tinydm.run_folder import Run, provenance, reopen, write_config
+from tinydm.stages.quantize import log_line, save, write_map
 from tinydm.training.config import KEYS_WITHOUT_EFFECT, TrainConfig
 from tinydm.training.first_stage import encode_images
 from tinydm.training.quantized import QuantizedTraining
@@ -44,22 +38,16 @@ def train_quantized(config: TrainConfig) -> str:
     with run.stage("quantize"):
         record = train_and_record(config, module, images, labels)
         row = {"pass": "qat", "images": record["images_seen"], "loss": record["final_loss"]}
-        write_text(run.path("passes.jsonl"), json.dumps(row) + "\n")
+        write_lines(run.path("passes.jsonl"), [row])
         net, functions = finish(module.model().net, network_times(run.config))
-        # whose network is as it was: the other one has learned
-        original = open_folder(config)
-        graph = trace(original.model.net, example_arguments(asdict(run.config), original.model.net))
-        logging.getLogger("tinydm").info(write_map(original, net, graph))
+        original = open_folder(config)  # whose network is as it was: the other one has learned
+        log_line(write_map(original, net))
         save(run, net, functions, rules)
-    return (
-        f"averaged network, quantized, in {run.path('quantized.safetensors')}; go on with: python "
-        f"scripts/sample.py {run.folder}"
-    )
+    further = f"go on with: python scripts/sample.py {run.folder}"
+    return f"averaged network, quantized, in {run.path('quantized.safetensors')}; {further}"
 
 
-def _count_classes(
-    model_config: dict[str, Any], model: DiffusionModel, config: TrainConfig
-) -> int | None:
+def _count_classes(model_config, model, config):
     """Of a model that takes classes. Raises ValueError for one that cannot be trained here."""
     cond_stage = model_config.get("cond_stage") or {}
     num_classes = cond_stage.get("n_classes") or model_config["network"].get("num_classes")
@@ -72,17 +60,16 @@ def _count_classes(
     return num_classes
 
 
-def _load_batches(
-    config: TrainConfig, model: DiffusionModel, num_classes: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _load_batches(config, model, num_classes):
     """Images or latents and their labels. Raises ValueError for classes that the model lacks."""
     first_stage = model.first_stage
     size = model.shape[-1] * (first_stage.downsampling if first_stage else 1)
     images, labels = load_images(config.data, size=size)
-    if num_classes and int(labels.max()) >= num_classes:
+    found = int(labels.max()) + 1
+    if num_classes and found > num_classes:
         raise ValueError(
-            f"{config.data} has {int(labels.max()) + 1} class folders, {config.model} knows "
-            f"{num_classes} classes; give the images it was trained on"
+            f"{config.data} has {found} class folders, {config.model} knows {num_classes} "
+            "classes; give the images it was trained on"
         )
     if first_stage:
         images = encode_images(first_stage, images, scale_factor=model.scale_factor)[0]
@@ -95,6 +82,7 @@ def open_folder(config: TrainConfig) -> Run:
     Raises ValueError where the folder has another recipe, or no rules are named."""
     bits = [f"bits.{part}={width}" for part, width in asdict(config.bits).items()]
     recipe = load(RunConfig, [config.model, *([config.rules] if config.rules else [])], bits)
+    amount = f"{config.num_images} images, batches of {config.batch_size}"
     recipe = replace(
         recipe,
         method="tdq-qat" if config.dynamic else "lsq-qat",
@@ -102,8 +90,7 @@ def open_folder(config: TrainConfig) -> Run:
         passes=[],
         calibration=Calibration(steps=1),
         checkpoint=config.checkpoint or recipe.checkpoint,
-        preset=f"{config.num_images} images, batches of {config.batch_size}, lr {config.lr:g} "
-        f"({_digest(config)})",
+        preset=f"{amount}, lr {config.lr:g} ({_digest(config)})",
         seed=config.seed,
         out=config.out,
         device=config.device,
@@ -115,19 +102,11 @@ def open_folder(config: TrainConfig) -> Run:
             "nothing says what is quantized; give the method YAML whose rules do, for example "
             "rules=configs/method/tdq.yaml"
         )
-    run, saved = Run(recipe), Path(config.out) / "config.yaml"
-    if not saved.exists():
-        recipe.provenance = provenance(run.model, [config.model, config.rules])
-        write_config(run)
-        return run
-    before = load(RunConfig, [saved])
-    changed = differences(before, recipe)
-    if changed:
-        raise ValueError(
-            f"{config.out} belongs to another recipe: {'; '.join(changed[:3])}; choose another "
-            "out= folder"
-        )
-    recipe.provenance = before.provenance
+    run = Run(recipe)
+    if run.path("config.yaml").exists():
+        return reopen(recipe)
+    recipe.provenance = provenance(run.model, [config.model, config.rules])
+    write_config(run)
     return run
 
 

@@ -46,16 +46,9 @@ class QuantizedTraining(DiffusionTraining):
     def build_optimizer(self) -> torch.optim.Optimizer:
         scales = {id(scale) for scale in self.scales}
         others = [p for p in self.net.parameters() if p.requires_grad and id(p) not in scales]
-        groups = [
-            {"params": others},
-            {"params": self.scales, "lr": self.config.lr / 10, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            groups,
-            lr=self.config.lr,
-            betas=(0.9, self.config.beta2),
-            weight_decay=self.config.weight_decay,
-        )
+        c, betas = self.config, (0.9, self.config.beta2)
+        groups = [{"params": others}, {"params": self.scales, "lr": c.lr / 10, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=c.lr, betas=betas, weight_decay=c.weight_decay)
 
     @torch.no_grad()
     def on_train_batch_end(self, *_: Any) -> None:

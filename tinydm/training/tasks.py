@@ -88,9 +88,9 @@ def train_and_ship(
     """Trains, then saves the averaged weights as fp16."""
     train_and_record(config, module, images, labels)
     path = Path(config.out) / "weights.safetensors"
-    weights = {
-        name: value.half().contiguous() if value.is_floating_point() and value.dim() else value
-        for name, value in module.weights().items()
-    }
+    weights = module.weights()
+    for name, value in weights.items():
+        if value.is_floating_point() and value.dim():
+            weights[name] = value.half().contiguous()
     write_atomically(path, lambda part: save_file(weights, part))
     return f"averaged weights (fp16) in {path}, record in {path.with_name('record.json')}"
