@@ -17,23 +17,19 @@ from ddim.schedule import Schedule
 
 # x (N, C, H, W) and the index of a point -> the prediction m there
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
+Number = torch.Tensor | float
 
 
 class Path:
-    """Descending `steps`, fractions allowed, with alpha, sigma and lambda at each; points are named
-    by index."""
+    """Descending `steps`, fractions allowed, with alpha, sigma and lambda at each, by index."""
 
     def __init__(self, steps: Sequence[float], schedule: Schedule, algorithm: str) -> None:
         self.steps, self.algorithm = steps, algorithm
-        # linear between two steps
-        log_alpha = schedule.abar.double().log().numpy() / 2
+        log_alpha = schedule.abar.double().log().numpy() / 2  # linear between two steps
         alpha = np.exp(np.interp(steps, np.arange(len(log_alpha)), log_alpha))
         sigma = np.sqrt(1 - alpha**2)
-        self.alpha, self.sigma, self.lamb = (
-            alpha.tolist(),
-            sigma.tolist(),
-            np.log(alpha / sigma).tolist(),
-        )
+        self.alpha, self.sigma = alpha.tolist(), sigma.tolist()
+        self.lamb = np.log(alpha / sigma).tolist()
 
     def __len__(self) -> int:
         return len(self.steps) - 1
@@ -44,16 +40,15 @@ class Path:
         i: int,
         k: int,
         m: torch.Tensor,
-        slope: torch.Tensor | float = 0.0,
-        curve: torch.Tensor | float = 0.0,
+        slope: Number = 0.0,
+        curve: Number = 0.0,
     ) -> torch.Tensor:
         """x at point k from x at i, with the prediction m at i and its slope in lambda.
 
         x_k = ratio x_i - scale (phi_1 m + phi_2 h slope + phi_3 h^2 curve)
         eps:  ratio = alpha_k / alpha_i,  scale = sigma_k,  phi of h
         x0:   ratio = sigma_k / sigma_i,  scale = alpha_k,  phi of -h
-        h = lambda_k - lambda_i
-        """
+        h = lambda_k - lambda_i"""
         h = self.lamb[k] - self.lamb[i]
         ratio, scale, z = self.alpha[k] / self.alpha[i], self.sigma[k], h
         if self.algorithm == "dpmsolver++":
@@ -64,20 +59,17 @@ class Path:
         return ratio * x - scale * (phi_1 * m + phi_2 * h * slope + phi_3 * h**2 * curve)
 
     def move_midway(
-        self, x: torch.Tensor, i: int, k: int, m: torch.Tensor, slope: torch.Tensor | float
+        self, x: torch.Tensor, i: int, k: int, m: torch.Tensor, slope: Number
     ) -> torch.Tensor:
-        """The second-order update of both papers: the prediction keeps its value in the middle of
-        the way."""
+        """The second-order update of both papers: the prediction keeps its value midway."""
         return self.move(x, i, k, m + (self.lamb[k] - self.lamb[i]) / 2 * slope)
 
 
 def multistep(
     path: Path, predict: Predict, x: torch.Tensor, order: int, first_order_end: int
 ) -> torch.Tensor:
-    """Slopes from the predictions at earlier points. With fewer than `first_order_end` steps the
-    order falls to 1 at the end."""
-    # predictions, newest first
-    past, lamb = [], path.lamb
+    """Slopes from earlier predictions; in under `first_order_end` steps the last are of order 1."""
+    past, lamb = [], path.lamb  # predictions, newest first
     for i in range(len(path)):
         past = [predict(x, i), *past][:order]
         points = min(len(past), len(path) - i) if len(path) < first_order_end else len(past)
@@ -87,8 +79,7 @@ def multistep(
         slope = (past[0] - past[1]) / (lamb[i] - lamb[i - 1])
         if points == 2:
             x = path.move_midway(x, i, i + 1, past[0], slope)
-        # the authors' code takes the divided difference, half of m'', for curve
-        else:
+        else:  # the authors' code takes the divided difference, half of m'', for curve
             before = (past[1] - past[2]) / (lamb[i - 1] - lamb[i - 2])
             curve = (slope - before) / (lamb[i] - lamb[i - 2])
             x = path.move(x, i, i + 1, past[0], slope + (lamb[i] - lamb[i - 1]) * curve, curve)
@@ -108,8 +99,7 @@ def singlestep(path: Path, predict: Predict, x: torch.Tensor, order: int, _: int
 
 
 def step_sizes(num: int, order: int) -> list[int]:
-    """How many points each single step covers, so that `num` evaluations are spent; order 3 always
-    ends below 3."""
+    """Points that each single step covers, for `num` evaluations in all; order 3 ends below 3."""
     if order == 3 and num % 3 == 0:
         return [3] * (num // 3 - 1) + [2, 1]
     return [order] * (num // order) + [num % order] * (num % order > 0)

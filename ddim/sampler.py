@@ -39,9 +39,9 @@ class Correction(Protocol):
 
 
 def chain(steps: Steps) -> list[tuple[int, float, float]]:
-    """Turns ascending steps into (index, step, next step) from noise to image; the step after the
-    last is -1."""
-    return list(zip(range(len(steps)), reversed(steps), list(reversed(steps))[1:] + [-1]))
+    """Turns ascending steps into (index, step, next step) from noise to image; the last has -1."""
+    descending = list(reversed(steps))
+    return list(zip(range(len(steps)), descending, descending[1:] + [-1]))
 
 
 def nothing(*_: Any) -> None:
@@ -59,24 +59,20 @@ def ddim(
     callback: Callback = nothing,
     correction: Correction | None = None,
 ) -> torch.Tensor:
-    """DDIM (Song et al. 2021, Eq. 12 and 16); eta = 0 is deterministic, eta = 1 has the variance of
-    DDPM."""
+    """DDIM (Song et al. 2021, Eq. 12 and 16): deterministic at eta 0, DDPM's variance at eta 1."""
     for step, s, s_next in chain(steps):
         a, a_next, t = schedule.level(s), schedule.level(s_next), s * schedule.time_scale
         answer, z = eps(x, batch_of(t, x)), noise()
         e = answer[:, : x.shape[1]]
-        # predicted clean image
-        x0 = (x - (1 - a) ** 0.5 * e) / a**0.5
+        x0 = (x - (1 - a) ** 0.5 * e) / a**0.5  # predicted clean image
         if schedule.clip:
             x0 = x0.clamp(-1, 1)
-            # the noise that leads to it
-            e = (x - a**0.5 * x0) / (1 - a) ** 0.5
+            e = (x - a**0.5 * x0) / (1 - a) ** 0.5  # the noise that leads to it
         sigma = eta * max((1 - a / a_next) * (1 - a_next) / (1 - a), 0.0) ** 0.5
         callback(step, t, x, answer, x0, z)
         # PTQD's code takes the smaller sigma here as well
         direction = max(1 - a_next - sigma**2, 0.0) ** 0.5
-        # of e in the next x
-        weight = direction - (a_next * (1 - a) / a) ** 0.5
+        weight = direction - (a_next * (1 - a) / a) ** 0.5  # of e in the next x
         x = a_next**0.5 * x0 + direction * e + noise_to_add(sigma, weight, correction, t) * z
     return x
 
@@ -92,15 +88,11 @@ def ddpm(
     callback: Callback = nothing,
     correction: Correction | None = None,
 ) -> torch.Tensor:
-    """Ancestral sampling of the chain that visits `steps` (Ho et al. 2020, Algorithm 2): thinning a
-    chain out only changes its betas to 1 - a / a_next. Ends at level 1, without noise in the last
-    step; `eta` scales the noise."""
+    """Ancestral sampling of the chain that visits `steps` (Ho et al. 2020, Algorithm 2): a thinned
+    chain has the betas 1 - a / a_next. The last step, to level 1, has no noise; `eta` scales it."""
     for step, s, s_next in chain(steps):
-        a, a_next, t = (
-            schedule.level(s),
-            schedule.level(s_next) if s_next >= 0 else 1.0,
-            s * schedule.time_scale,
-        )
+        a, t = schedule.level(s), s * schedule.time_scale
+        a_next = schedule.level(s_next) if s_next >= 0 else 1.0
         beta = 1 - a / a_next
         answer, z = eps(x, batch_of(t, x)), noise()
         e, v = answer[:, : x.shape[1]], answer[:, x.shape[1] :]
@@ -113,16 +105,14 @@ def ddpm(
         x = (a_next**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - a_next) * x) / (1 - a)  # Eq. 7
         if s_next >= 0:
             sigma = eta * deviation(schedule, beta, beta * (1 - a_next) / (1 - a), v)
-            # of -e in the next x
-            weight = beta * (a_next / (a * (1 - a))) ** 0.5
+            weight = beta * (a_next / (a * (1 - a))) ** 0.5  # of -e in the next x
             x = x + noise_to_add(sigma, weight, correction, t) * z
     return x
 
 
 def deviation(schedule: Schedule, beta: Number, posterior: Number, v: torch.Tensor) -> Number:
-    """Standard deviation of an ancestral step: of beta ("large"), of the posterior ("small"), or
-    learned: the network's v in [-1, 1] interpolates between their logarithms (Nichol & Dhariwal
-    2021, Eq. 15)."""
+    """Standard deviation of an ancestral step: of beta ("large"), of the posterior ("small"), or by
+    v in [-1, 1] between their logarithms ("learned"; Nichol & Dhariwal 2021, Eq. 15)."""
     if schedule.variance == "large":
         return (0.5 * beta.log()).exp() if schedule.as_released else max(beta, 0.0) ** 0.5
     if schedule.variance == "small":
@@ -138,13 +128,11 @@ def deviation(schedule: Schedule, beta: Number, posterior: Number, v: torch.Tens
 
 
 def noise_to_add(sigma: Number, weight: Number, correction: Correction | None, t: float) -> Number:
-    """Deviation of a step's noise where eps enters with `weight` and has an error of variance
-    sigma_q^2 (PTQD, He et al. 2023, arXiv:2305.10657): sigma'^2 = max(sigma^2 - weight^2 sigma_q^2,
-    0)."""
+    """Deviation of a step's noise where eps enters with `weight` and an error of variance sigma_q^2
+    (PTQD, He et al. 2023, arXiv:2305.10657): sigma'^2 = max(sigma^2 - weight^2 sigma_q^2, 0)."""
     brought = 0.0 if correction is None else weight**2 * correction.noise_variance(t)
     if not brought:
-        # the very number, which the root of its square need not be
-        return sigma
+        return sigma  # the very number, which the root of its square need not be
     return torch.as_tensor(sigma**2 - brought).clamp(min=0).sqrt()
 
 
@@ -187,8 +175,7 @@ def plms(
         x0, x_next = move(x, e, a, a_next)
         callback(calls, t, x, answer, x0, None)
         calls += 1
-        # again, with the mean of both ends
-        if step == 0:
+        if step == 0:  # again, with the mean of both ends
             t = max(s_next, steps[0]) * schedule.time_scale
             answer = eps(x_next, batch_of(t, x))
             x0, x_again = move(x, (e + answer[:, : x.shape[1]]) / 2, a, a_next)
@@ -211,6 +198,5 @@ STOCHASTIC = ("ddim", "ddpm")
 
 
 def num_evaluations(sampler: str, steps: Steps) -> int:
-    """Counts how often a sampler of SAMPLERS runs the network (and calls back) on its way through
-    `steps`."""
+    """Counts how often a sampler of SAMPLERS runs the network (and calls back) through `steps`."""
     return len(steps) + (sampler == "plms")

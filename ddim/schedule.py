@@ -25,23 +25,18 @@ def scaled_linear(num: int, start: float, end: float, _: float) -> np.ndarray:
 
 
 def improved_linear(num: int, start: float, end: float, _: float) -> np.ndarray:
-    """Nichol & Dhariwal 2021: start and end are those of 1000 steps; a chain of another length adds
-    equal noise."""
+    """Nichol & Dhariwal 2021: start and end of 1000 steps; all lengths add equal noise."""
     return linear(num, start * 1000 / num, end * 1000 / num, _)
 
 
-def cosine(
-    num: int, start: float, end: float, cosine_s: float, largest: float = 0.999
-) -> np.ndarray:
-    """Nichol & Dhariwal 2021 (arXiv:2102.09672), Eq. 17: abar follows a squared cosine; betas are
-    capped."""
+def cosine(num: int, start: float, end: float, cosine_s: float) -> np.ndarray:
+    """Nichol & Dhariwal 2021 (arXiv:2102.09672), Eq. 17: abar is a squared cosine, betas capped."""
     t = np.arange(num + 1, dtype=np.float64) / num
     level = np.cos((t + cosine_s) / (1 + cosine_s) * np.pi / 2) ** 2
-    return np.clip(1 - level[1:] / level[:-1], 0, largest)
+    return np.clip(1 - level[1:] / level[:-1], 0, 0.999)
 
 
-# "sqrt_linear" is what latent diffusion calls plain linear betas.
-BETAS = {
+BETAS = {  # "sqrt_linear" is what latent diffusion calls plain linear betas.
     "linear": linear,
     "quad": scaled_linear,
     "scaled_linear": scaled_linear,
@@ -59,15 +54,12 @@ class Schedule:
     """abar (T,), kept on the CPU, and what a model's samplers have to know about it."""
 
     abar: torch.Tensor
-    # level after the last step: 1 in pixel space, abar[0] in latent diffusion
-    final: float = 1.0
+    final: float = 1.0  # level after the last step: 1 in pixel space, abar[0] in latent diffusion
     step_offset: int = 0  # latent diffusion visits uniform and quad steps + 1
     time_scale: float = 1  # the network's time is step * time_scale
     variance: str = "large"  # of ancestral sampling, one of VARIANCES
-    # predicted x0 clamped to [-1, 1]; None: by ddpm but not by ddim
-    clip: bool | None = None
-    # coefficients rounded as in the public code, to retrace its images
-    as_released: bool = False
+    clip: bool | None = None  # predicted x0 clamped to [-1, 1]; None: by ddpm but not by ddim
+    as_released: bool = False  # coefficients rounded as in the public code, to retrace its images
 
     def level(self, t: int) -> float | torch.Tensor:
         """abar at step t; t = -1 is the level after the last step. A Python float, so that what
@@ -122,17 +114,9 @@ def make_schedule(
             f"schedule variance '{variance}' is unknown; choose one of {', '.join(VARIANCES)}"
         )
     betas = make_betas(kind, timesteps, beta_start, beta_end, cosine_s)
-    asked = {
-        key: value
-        for key, value in {"variance": variance, "clip": clip}.items()
-        if value is not None
-    }
-    habits = {
-        "time_scale": 1000 / timesteps if rescale_timesteps else 1,
-        "as_released": as_released,
-        **SPACES[space],
-        **asked,
-    }
+    habits = {"time_scale": 1000 / timesteps if rescale_timesteps else 1, **SPACES[space]}
+    asked = {"variance": variance, "clip": clip, "as_released": as_released}
+    habits |= {key: value for key, value in asked.items() if value is not None}
     if space == "pixel":  # the public pixel-space code multiplies in float32
         return Schedule(torch.from_numpy(1 - betas.astype(np.float32)).cumprod(0), **habits)
     abar = torch.from_numpy(np.cumprod(1 - betas))
@@ -143,17 +127,12 @@ def make_schedule(
 
 
 def make_betas(
-    kind: str,
-    timesteps: int,
-    beta_start: float = 1e-4,
-    beta_end: float = 2e-2,
-    cosine_s: float = 0.008,
+    kind: str, num: int, start: float = 1e-4, end: float = 2e-2, cosine_s: float = 0.008
 ) -> np.ndarray:
-    """Makes the (timesteps,) float64 betas of a kind; cosine has no start and end. Raises
-    ValueError for another word."""
+    """Makes (num,) float64 betas; `kind` is a word of BETAS, else ValueError."""
     if kind not in BETAS:
         raise ValueError(f"schedule kind '{kind}' is unknown; choose one of {', '.join(BETAS)}")
-    return BETAS[kind](timesteps, beta_start, beta_end, cosine_s)
+    return BETAS[kind](num, start, end, cosine_s)
 
 
 # ---- step sequences: (T, S) -> ascending steps
@@ -171,16 +150,14 @@ def quad(total: int, num: int) -> list[int]:
 
 
 def respaced(total: int, num: int) -> list[int]:
-    """Nichol & Dhariwal 2021, Section 4: S steps from 0 to T - 1 at a fractional stride, rounded
-    half to even."""
+    """Nichol & Dhariwal 2021, Section 4: S steps from 0 to T - 1 evenly, rounded half to even."""
     stride = (total - 1) / (num - 1) if num > 1 else 1.0
     # summed up: exact halves can differ
     return [int(s) for s in np.cumsum([0.0] + [stride] * (num - 1)).round()]
 
 
 def sections(total: int, counts: Sequence[int]) -> list[int]:
-    """The chain cut into len(counts) pieces of (nearly) equal length, longer ones first, each
-    respaced by itself."""
+    """The chain in len(counts) pieces of nearly equal length, longer ones first, each respaced."""
     steps, start = [], 0
     for i, count in enumerate(counts):
         length = total // len(counts) + (i < total % len(counts))
@@ -195,8 +172,7 @@ def sections(total: int, counts: Sequence[int]) -> list[int]:
 
 
 def ddim_stride(total: int, num: int) -> list[int]:
-    """ "ddimS" of improved diffusion: the smallest whole stride from 0 that gives exactly S
-    steps."""
+    """Improved diffusion's "ddimS": the smallest whole stride from 0 that gives exactly S steps."""
     for stride in range(1, total + 1):
         if len(range(0, total, stride)) == num:
             return list(range(0, total, stride))
@@ -207,9 +183,8 @@ def ddim_stride(total: int, num: int) -> list[int]:
 
 
 def time_uniform(total: int, num: int) -> list[float]:
-    """DPM-Solver: time from T - 1 down to 0 in S equal pieces, a fraction of a step where T - 1 is
-    no multiple of S. These are the noisy ends of the pieces; 0, where the last one ends, is not
-    visited."""
+    """DPM-Solver: the noisy ends of S equal pieces of the time from T - 1 to 0, fractions where
+    T - 1 is no multiple of S; 0, where the last piece ends, is not visited."""
     return [(total - 1) * i / num for i in range(1, num + 1)]
 
 
@@ -224,9 +199,8 @@ OFFSET = ("uniform", "quad")  # sequences that latent diffusion moves by one
 
 
 def step_sequence(skip: str, num_steps: int, schedule: Schedule) -> list[int] | list[float]:
-    """Lists the ascending steps of a word of STEPS, or of a list of counts such as "10,5,5" that
-    add up to `num_steps` (see `sections`). Raises ValueError for an impossible count or an unknown
-    word."""
+    """Lists the ascending steps of a word of STEPS, or of counts such as "10,5,5" that add up to
+    `num_steps` (see `sections`). Raises ValueError for an impossible count or an unknown word."""
     total = schedule.num_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(

@@ -6,8 +6,7 @@ load strictly. The network knows no bits, but it is written to be quantized: eve
 activations is a module, every layer carries its `role`, and a convolution that reads a
 concatenation knows where the halves meet (`input_splits`).
 
-Axes: N images, C channels, H x W pixels, E embedding features, L = H*W positions.
-"""
+Axes: N images, C channels, H x W pixels, E embedding features, L = H*W positions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +27,7 @@ class ResnetBlock(nn.Module):
     """norm, swish, conv; add the time embedding; norm, swish, dropout, conv; add the (projected)
     input.
 
-    Blocks of an autoencoder have no time embedding: `temb_ch` None, `temb` left out.
-    """
+    Blocks of an autoencoder have no time embedding: `temb_ch` None, `temb` left out."""
 
     is_unit = True
 
@@ -79,26 +77,30 @@ class AttnBlock(nn.Module):
 
     def attention_parts(self, name: str) -> list[AttentionPart]:
         """The AttentionPart of this block, whose name in the network is `name`."""
-        rows = torch.arange(self.norm.num_channels)
-        q, k, v, proj, qk, av = (
-            f"{name}.{part}" for part in ("q", "k", "v", "proj_out", "qk_matmul", "av_matmul")
-        )
-        return [AttentionPart(f"{name}.norm", [q, k, v], q, k, v, proj, qk, av, rows, rows, rows)]
+        parts = ("norm", "q", "k", "v", "proj_out", "qk_matmul", "av_matmul")
+        norm, q, k, v, *others = (f"{name}.{part}" for part in parts)
+        rows = [torch.arange(self.norm.num_channels)] * 3
+        return [AttentionPart(norm, [q, k, v], q, k, v, *others, *rows)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, height, width = x.shape
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # (N, C, L)
-        # (N, L queries, L keys)
-        scores = self.qk_matmul(q.transpose(1, 2), k) * c**-0.5
+        scores = self.qk_matmul(q.transpose(1, 2), k) * c**-0.5  # (N, L queries, L keys)
         probs = scores.softmax(dim=-1)
         h = self.av_matmul(v, probs.transpose(1, 2))  # (N, C, L)
         return x + self.proj_out(h.reshape(n, c, height, width))
 
 
+def empty_level() -> nn.Module:
+    """Makes a level of a U-Net, for blocks and attentions to come."""
+    level = nn.Module()
+    level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+    return level
+
+
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2 over an input padded right and below only; 2x2 mean without
-    convolution."""
+    """3x3 convolution of stride 2 over an input padded right and below only; or 2x2 mean."""
 
     def __init__(self, ch: int, with_conv: bool) -> None:
         super().__init__()
@@ -152,22 +154,23 @@ class UNet(nn.Module):
             return ResnetBlock(in_ch, out, temb_ch, dropout, norm_groups, splits)
 
         self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList(
-            [tag("temb", nn.Linear(ch, temb_ch)), tag("temb", nn.Linear(temb_ch, temb_ch))]
-        )
+        dense = [tag("temb", nn.Linear(width, temb_ch)) for width in (ch, temb_ch)]
+        self.temb.dense = nn.ModuleList(dense)
         self.conv_in = conv("stem", in_channels, ch)
+
+        def add_block(level, in_ch, out, size, splits=None):
+            level.block.append(block(in_ch, out, splits))
+            if size in attn_resolutions:
+                level.attn.append(AttnBlock(out, norm_groups))
 
         # channels of every tensor that is kept for the way up
         widths, size, h_ch = [ch], image_size, ch
         self.down = nn.ModuleList()
         for i, mult in enumerate(ch_mult):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            level = empty_level()
             for _ in range(num_res_blocks):
-                level.block.append(block(h_ch, ch * mult))
+                add_block(level, h_ch, ch * mult, size)
                 h_ch = ch * mult
-                if size in attn_resolutions:
-                    level.attn.append(AttnBlock(h_ch, norm_groups))
                 widths.append(h_ch)
             if i != self.num_levels - 1:
                 level.downsample = Downsample(h_ch, resamp_with_conv)
@@ -180,17 +183,13 @@ class UNet(nn.Module):
         self.mid.attn_1 = AttnBlock(h_ch, norm_groups)
         self.mid.block_2 = block(h_ch, h_ch)
 
-        # numbered by level, run from the last to the first
-        ups = []
+        ups = []  # numbered by level, run from the last to the first
         for i in reversed(range(self.num_levels)):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            level = empty_level()
             for _ in range(num_res_blocks + 1):
-                skip_ch = widths.pop()
-                level.block.append(block(h_ch + skip_ch, ch * ch_mult[i], (h_ch, skip_ch)))
-                h_ch = ch * ch_mult[i]
-                if size in attn_resolutions:
-                    level.attn.append(AttnBlock(h_ch, norm_groups))
+                skip_ch, out = widths.pop(), ch * ch_mult[i]
+                add_block(level, h_ch + skip_ch, out, size, (h_ch, skip_ch))
+                h_ch = out
             if i != 0:
                 level.upsample = Upsample(h_ch, resamp_with_conv)
                 size *= 2

@@ -18,8 +18,7 @@ from ddim.unet import conv
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of its own parameters: float32 also where the convolutions are in
-    half."""
+    """Group norm in the precision of its own parameters: float32 beside convolutions in half."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(32, channels, eps=eps)
@@ -49,14 +48,10 @@ class QKVAttention(nn.Module):
         if self.new_order:
             q, k, v = qkv.reshape(n, 3, self.num_heads, -1, length).unbind(1)
         else:
-            # (N, heads, D, L)
-            q, k, v = qkv.reshape(n, self.num_heads, 3, -1, length).unbind(2)
-        # on both factors: the product of halves stays small
-        scale = q.shape[2] ** -0.25
-        # (N, heads, L, L keys)
-        scores = self.qk_matmul((q * scale).transpose(2, 3), k * scale)
-        # (N, heads, D, L)
-        h = self.av_matmul(v, softmax(scores).transpose(2, 3))
+            q, k, v = qkv.reshape(n, self.num_heads, 3, -1, length).unbind(2)  # (N, heads, D, L)
+        scale = q.shape[2] ** -0.25  # on both factors: the product of halves stays small
+        scores = self.qk_matmul((q * scale).transpose(2, 3), k * scale)  # (N, heads, L, L keys)
+        h = self.av_matmul(v, softmax(scores).transpose(2, 3))  # (N, heads, D, L)
         return h.reshape(n, rows // 3, length)
 
 
@@ -79,25 +74,13 @@ class AttentionBlock(nn.Module):
             q_rows, k_rows, v_rows = rows.reshape(3, -1)
         else:
             q_rows, k_rows, v_rows = rows.reshape(heads, 3, -1).unbind(1)
-        qkv = f"{name}.qkv"
-        part = AttentionPart(
-            norm=f"{name}.norm",
-            readers=[qkv],
-            q=qkv,
-            k=qkv,
-            v=qkv,
-            proj=f"{name}.proj_out",
-            qk=f"{name}.attention.qk_matmul",
-            av=f"{name}.attention.av_matmul",
-            q_rows=q_rows.flatten(),
-            k_rows=k_rows.flatten(),
-            v_rows=v_rows.flatten(),
-        )
-        return [part]
+        parts = ("norm", "qkv", "proj_out", "attention.qk_matmul", "attention.av_matmul")
+        norm, qkv, *others = (f"{name}.{part}" for part in parts)
+        rows = q_rows.flatten(), k_rows.flatten(), v_rows.flatten()
+        return [AttentionPart(norm, [qkv], qkv, qkv, qkv, *others, *rows)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # (N, C, L)
-        tokens = x.flatten(2)
+        tokens = x.flatten(2)  # (N, C, L)
         h = self.proj_out(self.attention(self.qkv(self.norm(tokens))))
         return x + h.reshape(x.shape)
 
@@ -124,10 +107,8 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         projected = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (self.split_heads(tokens) for tokens in projected)
-        # (N, heads, L, M)
-        scores = self.qk_matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
-        # (N, heads, L, D)
-        h = self.av_matmul(softmax(scores), v)
+        scores = self.qk_matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5  # (N, heads, L, M)
+        h = self.av_matmul(softmax(scores), v)  # (N, heads, L, D)
         return self.to_out(h.transpose(1, 2).flatten(2))
 
 
@@ -149,17 +130,15 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         # The identity keeps the place of a dropout that no public network uses.
-        self.net = nn.Sequential(
-            GEGLU(dim, 4 * dim), nn.Identity(), tag("ff", nn.Linear(4 * dim, dim))
-        )
+        inner = 4 * dim
+        self.net = nn.Sequential(GEGLU(dim, inner), nn.Identity(), tag("ff", nn.Linear(inner, dim)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each behind a layer norm, each added
-    to its input."""
+    """Self-attention, attention to the context, feed-forward: each behind a norm, each residual."""
 
     is_unit = True
 
@@ -171,26 +150,15 @@ class BasicTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def attention_parts(self, name: str) -> list[AttentionPart]:
-        """The AttentionParts of both attentions of this block, whose name in the network is
-        `name`."""
+        """The AttentionParts of both attentions of this block, called `name` in the network."""
         parts = []
         for attention, norm, fed in (("attn1", "norm1", "qkv"), ("attn2", "norm2", "q")):
             at = f"{name}.{attention}"
-            rows = torch.arange(self.get_submodule(attention).to_q.weight.shape[0])
-            part = AttentionPart(
-                norm=f"{name}.{norm}",
-                readers=[f"{at}.to_{x}" for x in fed],
-                q=f"{at}.to_q",
-                k=f"{at}.to_k",
-                v=f"{at}.to_v",
-                proj=f"{at}.to_out.0",
-                qk=f"{at}.qk_matmul",
-                av=f"{at}.av_matmul",
-                q_rows=rows,
-                k_rows=rows,
-                v_rows=rows,
-            )
-            parts.append(part)
+            layers = ("to_q", "to_k", "to_v", "to_out.0", "qk_matmul", "av_matmul")
+            rows = [torch.arange(self.get_submodule(attention).to_q.weight.shape[0])] * 3
+            readers = [f"{at}.to_{x}" for x in fed]
+            names = [f"{at}.{layer}" for layer in layers]
+            parts.append(AttentionPart(f"{name}.{norm}", readers, *names, *rows))
         return parts
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
@@ -201,8 +169,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """norm, projection to heads * D features, transformer blocks over the pixels, projection back;
-    plus the input."""
+    """norm, projection to heads * D features, blocks over the pixels, projection back; residual."""
 
     def __init__(
         self, ch: int, num_heads: int, head_dim: int, depth: int = 1, context_dim: int | None = None
@@ -219,8 +186,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (N, C, H, W), context (N, M, E) -> (N, C, H, W)."""
         h = self.proj_in(self.norm(x))
-        # (N, L, C)
-        tokens = h.flatten(2).transpose(1, 2)
+        tokens = h.flatten(2).transpose(1, 2)  # (N, L, C)
         given = () if context is None else (context,)
         for block in self.transformer_blocks:
             tokens = block(tokens, *given)

@@ -18,20 +18,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from base.errors import check_options, unknown_word
-from ddim.unet import AttnBlock, Downsample, ResnetBlock, Upsample, conv
+from ddim.unet import AttnBlock, Downsample, ResnetBlock, Upsample, conv, empty_level
 
-# weight of the commitment term (van den Oord et al. 2017, beta of Eq. 3)
-COMMITMENT = 0.25
-# (position, code) pairs compared at a time: 128 MiB in double precision
-DISTANCES = 2**24
+Pair = tuple[torch.Tensor, torch.Tensor]
+COMMITMENT = 0.25  # weight of the commitment term (van den Oord et al. 2017, beta of Eq. 3)
+DISTANCES = 2**24  # (position, code) pairs compared at a time: 128 MiB in double precision
 
 
 @dataclass(frozen=True)
 class Layout:
     """What the encoder and the decoder have in common: the `ddconfig` of the public YAML files."""
 
-    # the encoder gives two values a latent channel, mean and log-variance
-    double_z: bool
+    double_z: bool  # the encoder gives two values a latent channel, mean and log-variance
     z_channels: int
     # image size in pixels that attn_resolutions counts from; any size can be encoded
     resolution: int
@@ -60,14 +58,11 @@ class Layout:
         return AttnBlock(ch, self.norm_groups) if self.attn_type == "vanilla" else nn.Identity()
 
     def level(self, in_ch: int, out_ch: int, num_blocks: int, i: int) -> nn.Module:
-        """Makes level i, counted from the highest resolution: its blocks, each with attention where
-        the size asks for it."""
-        level = nn.Module()
-        level.block = nn.ModuleList(
-            self.block(out_ch if j else in_ch, out_ch) for j in range(num_blocks)
-        )
-        num_attentions = num_blocks if self.resolution // 2**i in self.attn_resolutions else 0
-        level.attn = nn.ModuleList(self.attention(out_ch) for _ in range(num_attentions))
+        """Makes level i from the largest size down: its blocks, and attentions where asked for."""
+        level, in_channels = empty_level(), [in_ch] + [out_ch] * (num_blocks - 1)
+        level.block.extend(self.block(ch, out_ch) for ch in in_channels)
+        if self.resolution // 2**i in self.attn_resolutions:
+            level.attn.extend(self.attention(out_ch) for _ in in_channels)
         return level
 
     def middle(self, ch: int) -> nn.Module:
@@ -80,8 +75,7 @@ class Layout:
 
 
 def read_layout(ddconfig: dict[str, Any], double_z: bool) -> Layout:
-    """Reads the Layout from a `ddconfig` whose double_z has to be the given one. Raises ValueError
-    for every mistake in it."""
+    """Reads the Layout from a `ddconfig`. Raises ValueError for mistakes, another double_z too."""
     known = inspect.signature(Layout).parameters
     needed = [name for name, option in known.items() if option.default is option.empty]
     check_options("the ddconfig of the autoencoder", ddconfig, known, needed, kind="key")
@@ -135,8 +129,7 @@ class Decoder(nn.Module):
         h_ch = layout.ch * layout.ch_mult[-1]
         self.conv_in = conv("stem", layout.z_channels, h_ch)
         self.mid = layout.middle(h_ch)
-        # numbered by level, run from the last to the first
-        ups = []
+        ups = []  # numbered by level, run from the last to the first
         for i, mult in reversed(list(enumerate(layout.ch_mult))):
             ups.insert(0, layout.level(h_ch, layout.ch * mult, layout.num_res_blocks + 1, i))
             h_ch = layout.ch * mult
@@ -167,14 +160,13 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = conv("out", 2 * layout.z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = conv("stem", embed_dim, layout.z_channels, 1)
 
-    def moments(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, image: torch.Tensor) -> Pair:
         """(N, C, H, W) -> mean and log-variance of its latents, each (N, D, h, w)."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w): drawn with the standard normal `noise`,
-        or the mode."""
+        """(N, C, H, W) in [-1, 1] -> latent (N, D, h, w): drawn with `noise`, or the mode."""
         mean, logvar = self.moments(image)
         return mean if noise is None else mean + (logvar / 2).exp() * noise
 
@@ -182,9 +174,7 @@ class AutoencoderKL(nn.Module):
         """(N, D, h, w) -> (N, C, H, W), nominally in [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
-    def forward(
-        self, image: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, image: torch.Tensor, noise: torch.Tensor) -> Pair:
         """For training: reconstruction (N, C, H, W), and the mean over images of the
         Kullback-Leibler divergence of their latents from the standard normal law (Kingma and
         Welling 2014, arXiv:1312.6114, Appendix B)."""
@@ -195,8 +185,7 @@ class AutoencoderKL(nn.Module):
 
 class AutoencoderVQ(nn.Module):
     """A codebook between encoder and decoder (van den Oord et al. 2017, arXiv:1711.00937). The
-    latents of the diffusion are those before the codebook; decoding goes through it. Attributes as
-    in AutoencoderKL."""
+    diffusion's latents are those before the codebook; decoding goes through it."""
 
     def __init__(self, *, embed_dim: int, n_embed: int, ddconfig: dict[str, Any]) -> None:
         super().__init__()
@@ -214,33 +203,27 @@ class AutoencoderVQ(nn.Module):
         draw from: `noise` is taken so that both kinds are called alike, and has no effect."""
         return self.quant_conv(self.encoder(image))
 
-    def nearest(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def nearest(self, z: torch.Tensor) -> Pair:
         """(N, D, h, w) -> the code vectors nearest to it, of that shape, and their indices (N, h,
         w); of equally near ones the first."""
         codes = self.quantize.embedding.weight  # (K, D)
-        # in double: the choice depends on neither batch nor TF32
-        with torch.no_grad():
+        with torch.no_grad():  # in double: the choice depends on neither batch nor TF32
             rows, wide = z.movedim(1, -1).flatten(0, -2).double(), codes.double()
             # |z - e|^2 = |e|^2 - 2 z.e + what all codes have in common
             norms = wide.square().sum(1)
             parts = rows.split(max(1, DISTANCES // len(codes)))
-            indices = torch.cat(
-                [torch.addmm(norms, part, wide.T, alpha=-2).argmin(1) for part in parts]
-            )
-        indices = indices.view(z.shape[0], *z.shape[2:])
+            nearest = [torch.addmm(norms, part, wide.T, alpha=-2).argmin(1) for part in parts]
+        indices = torch.cat(nearest).view(z.shape[0], *z.shape[2:])
         return F.embedding(indices, codes).movedim(-1, 1), indices
 
     def decode(self, z: torch.Tensor, quantize: bool = True) -> torch.Tensor:
-        """(N, D, h, w) -> (N, C, H, W), nominally in [-1, 1], not clamped; `quantize` snaps z to
-        the codebook first."""
+        """(N, D, h, w), snapped to the codebook if `quantize` -> (N, C, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(self.nearest(z)[0] if quantize else z))
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For training: reconstruction (N, C, H, W), and the codebook and commitment terms of Eq.
-        3, averaged."""
+    def forward(self, image: torch.Tensor) -> Pair:
+        """For training: reconstruction (N, C, H, W), and the mean codebook and commitment terms."""
         z = self.encode(image)
         codes, _ = self.nearest(z)
         regulariser = F.mse_loss(codes, z.detach()) + COMMITMENT * F.mse_loss(z, codes.detach())
-        # straight through: the gradient at the codes goes to z
-        passed = z + (codes - z).detach()
+        passed = z + (codes - z).detach()  # straight through: the gradient at the codes goes to z
         return self.decode(passed, quantize=False), regulariser

@@ -3,8 +3,7 @@ al. 2021, arXiv:2103.00020) of Stable Diffusion.
 
 Parameter names are those of the public checkpoints (`cond_stage_model.` without that prefix).
 
-Axes: N images, T tokens, D features.
-"""
+Axes: N images, T tokens, D features."""
 
 import sys
 from collections.abc import Iterable
@@ -52,8 +51,7 @@ class TextEncoder(nn.Module):
     """CLIP's causal transformer over the tokens of a prompt; the options are those of its published
     configuration.
 
-    `tokenizer` is a folder with the vocabulary files; a relative path counts from the project.
-    """
+    `tokenizer` is a folder with the vocabulary files; a relative path counts from the project."""
 
     def __init__(
         self,
@@ -70,24 +68,22 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         library = clip_library()
-        clip = library.CLIPTextModel(
-            library.CLIPTextConfig(
-                vocab_size=vocab_size,
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                num_hidden_layers=num_hidden_layers,
-                num_attention_heads=num_attention_heads,
-                max_position_embeddings=max_position_embeddings,
-                hidden_act=hidden_act,
-                layer_norm_eps=layer_norm_eps,
-                bos_token_id=vocab_size - 2,
-                eos_token_id=vocab_size - 1,
-            )
+        config = library.CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            max_position_embeddings=max_position_embeddings,
+            hidden_act=hidden_act,
+            layer_norm_eps=layer_norm_eps,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
         )
+        clip = library.CLIPTextModel(config)
         self.max_tokens = max_position_embeddings
         self.tokenizer_path = PROJECT / Path(tokenizer).expanduser()
-        # transformers 5 has no level text_model, the files have
-        self.transformer = nn.Module()
+        self.transformer = nn.Module()  # transformers 5 has no level text_model, the files have
         self.transformer.text_model = getattr(clip, "text_model", clip)
         # Files may list the positions 0, 1, 2, ... among the weights; `forward` counts them itself.
         embeddings = self.transformer.text_model.embeddings
@@ -109,17 +105,10 @@ class TextEncoder(nn.Module):
                 f"prompts need CLIP's tokenizer: put {' and '.join(VOCABULARY)} of "
                 f"openai/clip-vit-large-patch14 into {self.tokenizer_path}"
             )
-        return clip_library().CLIPTokenizer.from_pretrained(
-            self.tokenizer_path, local_files_only=True
-        )
+        tokenizer = clip_library().CLIPTokenizer
+        return tokenizer.from_pretrained(self.tokenizer_path, local_files_only=True)
 
     def tokenize(self, prompts: Iterable[str]) -> torch.Tensor:
-        """N strings -> (N, T) token numbers: begin, words, end, filled up with the end token; long
-        prompts are cut."""
-        return self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        """N strings -> (N, T) token numbers: begin, words (cut if long), end as often as fits."""
+        fill = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True}
+        return self.tokenizer(list(prompts), **fill, return_tensors="pt").input_ids

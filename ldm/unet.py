@@ -7,8 +7,7 @@ ddim/unet.py it knows no bits but is written to be quantized: attention products
 carry their `role`, and a convolution that reads a concatenation knows where the halves meet
 (`input_splits`). So does the embedding that scales and shifts, an Operand.
 
-Axes: N images, C channels, H x W pixels, E embedding features; M context tokens of D features.
-"""
+Axes: N images, C channels, H x W pixels, E embedding features; M context tokens of D features."""
 
 from collections.abc import Sequence
 
@@ -21,6 +20,7 @@ from ldm.attention import AttentionBlock, BasicTransformerBlock, GroupNorm, Spat
 
 # a context (N, M, D), class labels (N,), both, or nothing
 Condition = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+Context = torch.Tensor | None
 
 
 class Downsample(nn.Module):
@@ -39,10 +39,8 @@ class Downsample(nn.Module):
 
 class ResBlock(nn.Module):
     """norm, swish, resample, conv; norm, swish, dropout, conv; add the (resampled, projected)
-    input.
-
-    The embedding is added before the second norm, or scales and shifts what comes out of it.
-    `resample` is a module without parameters."""
+    input. The embedding is added before the second norm, or scales and shifts what comes out of
+    it. `resample` is a module without parameters."""
 
     is_unit = True
 
@@ -68,10 +66,9 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm(out_ch), nn.SiLU(), nn.Dropout(dropout), conv("conv2", out_ch, out_ch)
         )
-        same = in_ch == out_ch
-        self.skip_connection = (
-            nn.Identity() if same else conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
-        )
+        self.skip_connection = nn.Identity()
+        if in_ch != out_ch:
+            self.skip_connection = conv("skip", in_ch, out_ch, 1, input_splits=input_splits)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """x (N, C, H, W), emb (N, E) -> (N, C', H', W')."""
@@ -90,16 +87,10 @@ class ResBlock(nn.Module):
 class Stage(nn.Sequential):
     """Layers in a row, each given what it takes."""
 
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: Context) -> torch.Tensor:
+        given = {ResBlock: (emb,), SpatialTransformer: (context,)}
         for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
-            else:
-                x = layer(x)
+            x = layer(x, *given.get(type(layer), ()))
         return x
 
 
@@ -113,8 +104,7 @@ class UNet(nn.Module):
     blocks that attend to a context of `context_dim` features. With `num_classes` the network adds
     an embedding of the class to that of the step. `use_fp16` keeps the convolutions and
     transformers between embedding and output in half precision. `image_size` is the nominal size of
-    x, for those who draw noise; `use_checkpoint` concerns the publishers' training and has no
-    effect."""
+    x, for those who draw noise; `use_checkpoint` (of the publishers' training) has no effect."""
 
     def __init__(
         self,
@@ -180,23 +170,18 @@ class UNet(nn.Module):
                 raise ValueError(f"{ch} channels cannot be split evenly into {wanted}")
             if not use_spatial_transformer:
                 return AttentionBlock(ch, heads, use_new_attention_order)
-            # Heads that do not fill the level: `legacy` widens them; otherwise the transformer gets
-            # narrower.
+            # Where heads do not fill the level, `legacy` widens them; else the transformer narrows.
             head_dim = num_head_channels if fixed_width and not legacy else ch // heads
             return SpatialTransformer(ch, heads, head_dim, transformer_depth, context_dim)
 
-        self.time_embed = nn.Sequential(
-            tag("temb", nn.Linear(model_channels, emb_ch)),
-            nn.SiLU(),
-            tag("temb", nn.Linear(emb_ch, emb_ch)),
-        )
+        dense_0, dense_1 = (tag("temb", nn.Linear(n, emb_ch)) for n in (model_channels, emb_ch))
+        self.time_embed = nn.Sequential(dense_0, nn.SiLU(), dense_1)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_ch)
 
         ch, factor = level_channels[0], 1
         self.input_blocks = nn.ModuleList([Stage(conv("stem", in_channels, ch))])
-        # channels of every tensor that is kept for the way up
-        widths = [ch]
+        widths = [ch]  # channels of every tensor that is kept for the way up
         for level, out_ch in enumerate(level_channels):
             for _ in range(num_res_blocks):
                 layers = [block(ch, out_ch)]
@@ -236,17 +221,14 @@ class UNet(nn.Module):
                         layer.half()
 
     def embed_time(self, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """t (N,) float or integer steps, class labels (N,) if the network takes them -> (N, E),
-        what blocks project."""
+        """Steps t (N,), class labels (N,) if the network takes them -> (N, E) for the blocks."""
         dtype = self.out[0].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.model_channels, cos_first=True).to(dtype))
         return emb if labels is None else emb + self.label_emb(labels)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Condition = None) -> torch.Tensor:
-        """x (N, C, H, W) float, t (N,) float or integer steps -> (N, out_channels, H, W).
-
-        `cond` is what the network was made for: a context (N, M, D), class labels (N,), the pair
-        (context, labels), or None."""
+        """x (N, C, H, W) float, t (N,) float or integer steps -> (N, out_channels, H, W). `cond` is
+        a context (N, M, D), class labels (N,), both, or None, as the network was made for."""
         context, labels = self.context_and_labels(cond, len(x))
         emb = self.embed_time(t, labels)
 
@@ -262,9 +244,7 @@ class UNet(nn.Module):
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h.to(x.dtype))
 
-    def context_and_labels(
-        self, cond: Condition, n: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def context_and_labels(self, cond: Condition, n: int) -> tuple[Context, torch.Tensor | None]:
         """Takes the condition of n samples apart into context or None, and labels or None. Raises
         ValueError if it is not what the network was made for."""
         takes_context, takes_labels = self.context_dim is not None, self.num_classes is not None
@@ -275,12 +255,8 @@ class UNet(nn.Module):
         expected, fits = [], takes_context or takes_labels or cond is None
         if takes_context:
             expected.append(f"a context of shape ({n}, length, {self.context_dim})")
-            fits &= (
-                torch.is_tensor(context)
-                and context.is_floating_point()
-                and context.dim() == 3
-                and context.shape[::2] == (n, self.context_dim)
-            )
+            fits &= torch.is_tensor(context) and context.is_floating_point() and context.dim() == 3
+            fits = fits and context.shape[::2] == (n, self.context_dim)
         if takes_labels:
             expected.append(f"class labels of shape ({n},), torch.int64")
             fits &= torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.shape == (n,)
@@ -288,8 +264,6 @@ class UNet(nn.Module):
             given = type(cond).__name__
             if torch.is_tensor(cond):
                 given = f"{cond.dtype} of shape {tuple(cond.shape)}"
-            raise ValueError(
-                f"the condition of this network is {' and '.join(expected) or 'None'}; given: "
-                f"{given}"
-            )
+            expected = " and ".join(expected) or "None"
+            raise ValueError(f"the condition of this network is {expected}; given: {given}")
         return (context if takes_context else None), (labels if takes_labels else None)

@@ -2,8 +2,7 @@
 sentence.
 
 Nothing in a checkpoint is ever run: pickles are read by PyTorch's restricted reader, which knows
-tensors only, and where a file holds more than that by models/pickles.py, which lets the rest go.
-"""
+tensors only, and where a file holds more than that by models/pickles.py, which lets the rest go."""
 
 import json
 import logging
@@ -24,6 +23,8 @@ PREFIXES = {
     "first_stage": "first_stage_model.",
     "cond_stage": "cond_stage_model.",
 }
+# folder of a pipeline of the diffusers library -> prefix that its weights get
+PIPELINE = {"unet": "", "vqvae": PREFIXES["first_stage"], "vae": PREFIXES["first_stage"]}
 
 
 def load_state(path: Path | str, *, ema: bool = True) -> dict[str, torch.Tensor]:
@@ -49,13 +50,10 @@ def load_state(path: Path | str, *, ema: bool = True) -> dict[str, torch.Tensor]
 
 
 def _read_file(path, ema=True):
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    return _weights_in(content, path, ema)
-
-
-def _read_safetensors(path):
+    if path.suffix != ".safetensors":
+        return _weights_in(_read_pickle(path), path, ema)
     try:
-        return load_file(path)
+        return _weights_in(load_file(path), path, ema)
     except SafetensorError as error:
         raise ValueError(_damaged(path, error)) from None
 
@@ -64,8 +62,7 @@ def _read_pickle(path):
     mmap = _can_be_mapped(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    # it holds more than tensors or is damaged: the other reader tells which
-    except Exception:
+    except Exception:  # it holds more than tensors or is damaged: the other reader tells which
         pass
     try:
         content, skipped = pickles.read(path, mmap=mmap)
@@ -81,8 +78,7 @@ def _read_pickle(path):
 
 
 def _can_be_mapped(path):
-    """Whether the tensors lie in the file as they are, so that only those that are used need to be
-    read."""
+    """Whether the tensors lie in the file as they are, so that few need to be read."""
     try:
         with ZipFile(path) as file:
             return all(member.compress_type == ZIP_STORED for member in file.infolist())
@@ -91,16 +87,11 @@ def _can_be_mapped(path):
 
 
 def _read_folder(path):
-    """Weights of a diffusers folder under the published names: U-Net as it is, autoencoder behind
-    its prefix."""
-    pipeline = {"unet": "", "vqvae": PREFIXES["first_stage"], "vae": PREFIXES["first_stage"]}
-    parts = {
-        path / name: prefix
-        for name, prefix in pipeline.items()
-        if (path / name / "config.json").is_file()
-    }
+    """Weights of a diffusers folder under the published names: those of an autoencoder prefixed."""
+    parts = [name for name in PIPELINE if (path / name / "config.json").is_file()]
     state = {}
-    for folder, prefix in (parts or {path: ""}).items():
+    for part in parts or [""]:
+        folder, prefix = path / part, PIPELINE.get(part, "")
         files = [folder / name for name in diffusers.FILES if (folder / name).is_file()]
         if not files or not (folder / "config.json").is_file():
             raise ValueError(
@@ -133,24 +124,18 @@ def _weights_in(content, path, ema):
         content = content[-1 if ema else 0]
     elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(torch.is_tensor(v) for v in content.values())
-    ):
+    is_filled = isinstance(content, dict) and content
+    if not is_filled or not all(map(torch.is_tensor, content.values())):
         raise ValueError(
             f"checkpoint {path} is no state dict; expected parameter names with tensors, that "
-            "under the "
-            "key state_dict, or a list whose last element is that"
+            "under the key state_dict, or a list whose last element is that"
         )
     wrapper = "module."  # left by data-parallel training
-    if all(name.startswith(wrapper) for name in content):
-        return component(content, wrapper)
-    return dict(content)
+    is_wrapped = all(name.startswith(wrapper) for name in content)
+    return component(content, wrapper) if is_wrapped else dict(content)
 
 
 def component(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Takes the entries of `state` whose names begin with `prefix`, without it."""
-    return {
-        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
-    }
+    own = [name for name in state if name.startswith(prefix)]
+    return {name.removeprefix(prefix): state[name] for name in own}

@@ -1,5 +1,4 @@
-"""What image number i is asked to show: a class or a prompt, chosen by (seed, index), encoded for
-the network."""
+"""What an image is asked to show: a class or prompt, by (seed, index), as networks take it."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -59,8 +58,7 @@ def by_prompt(
     prompts: list[str], encode: Encode, *, sampling_seed: int = 0, null: str = ""
 ) -> Condition:
     """Takes the prompts in turn. Other seeds than that of sampling, calibration's, take them from
-    the last on, so that what is measured is not what was calibrated with, as long as there are
-    enough."""
+    the last on: with enough prompts none is measured that was calibrated with."""
 
     def choose(seed, index):
         number = index if seed == sampling_seed else -1 - index
@@ -70,9 +68,8 @@ def by_prompt(
 
 
 def read_prompts(path: Path | str) -> list[str]:
-    """Reads the prompts of a text file (one a line) or of a COCO captions file (.json; the first
-    caption of every image, in the order of image ids). Raises ValueError for a file that holds
-    none."""
+    """Reads the prompts of a text file (one a line) or of a COCO captions .json (the first caption
+    of every image, in the order of image ids). Raises ValueError for a file that holds none."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(
@@ -124,12 +121,9 @@ def build_condition(
         def encode(prompts):
             return cond_stage(cond_stage.tokenize(prompts).to(device))
 
-        return by_prompt(
-            read_prompts(sampling["prompts"]),
-            encode,
-            sampling_seed=sampling.get("seed", 0),
-            null=guidance.get("null_prompt") or "",
-        )
+        prompts, seed = read_prompts(sampling["prompts"]), sampling.get("seed", 0)
+        null = guidance.get("null_prompt") or ""
+        return by_prompt(prompts, encode, sampling_seed=seed, null=null)
 
     @torch.no_grad()
     def embed(labels):

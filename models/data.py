@@ -1,5 +1,4 @@
-"""Training images: torchvision's CIFAR-10 or any folder of images, as one uint8 tensor in
-memory."""
+"""Training images: torchvision's CIFAR-10 or any folder of images, as one uint8 tensor."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 def image_files(folder: Path | str) -> list[Path]:
-    """Lists the image files under `folder` in the order of their names. Raises ValueError if there
-    are none."""
+    """Lists the image files under `folder` by name. Raises ValueError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"image folder {folder} does not exist")

@@ -25,26 +25,12 @@ PLACE = re.compile(
 
 # Settings that no shape shows. Where config.json is silent, the library's defaults hold: those of
 # latent diffusion.
-LATENT = {
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "norm_eps": 1e-5,
-    "downsample_padding": 1,
-    "norm_num_groups": 32,
-    "attention_head_dim": 8,
-    "center_input_sample": False,
-    "mid_block_scale_factor": 1,
-    "time_embedding_type": "positional",
-    "act_fn": "silu",
-    "attention_legacy_order": False,
-}
-PIXEL = LATENT | {
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-    "attention_head_dim": None,
-}
+LATENT = {"flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1}
+LATENT |= {"norm_num_groups": 32, "attention_head_dim": 8, "center_input_sample": False}
+LATENT |= {"mid_block_scale_factor": 1, "time_embedding_type": "positional", "act_fn": "silu"}
+LATENT |= {"attention_legacy_order": False}
+PIXEL = {"flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "downsample_padding": 0}
+PIXEL = LATENT | PIXEL | {"attention_head_dim": None}
 # may have any value in latent diffusion, and the model YAML has to say the same
 ANY_VALUE = {"attention_head_dim"}
 
@@ -54,14 +40,11 @@ class Unfit(ValueError):
 
 
 def to_published(state: State, config: Any) -> State:
-    """Puts the weights of one diffusers model under the original names and into the original
-    shapes; `config` is what its config.json holds. Raises Unfit for a model that no network here
-    computes."""
+    """Gives the weights of one diffusers model their original names and shapes; `config` is what
+    its config.json holds. Raises Unfit for a model that no network here computes."""
     if not isinstance(config, dict) or "block_out_channels" not in config:
-        raise Unfit(
-            "has a config.json that does not describe a network of diffusers "
-            "(no block_out_channels)"
-        )
+        what = "a network of diffusers (no block_out_channels)"
+        raise Unfit(f"has a config.json that does not describe {what}")
     kind = config.get("_class_name")
     if kind in ("VQModel", "AutoencoderKL"):
         return rename_by_level(state, config)
@@ -72,11 +55,8 @@ def to_published(state: State, config: Any) -> State:
         )
     given = LATENT | {name: value for name, value in config.items() if name in LATENT}
     is_latent = given["flip_sin_to_cos"]
-    wrong = [
-        f"{name}={given[name]} instead of {value}"
-        for name, value in (LATENT if is_latent else PIXEL).items()
-        if given[name] != value and not (is_latent and name in ANY_VALUE)
-    ]
+    known = {n: v for n, v in LATENT.items() if n not in ANY_VALUE} if is_latent else PIXEL
+    wrong = [f"{n}={given[n]} instead of {v}" for n, v in known.items() if given[n] != v]
     if wrong:
         raise Unfit(
             f"is a UNet2DModel that no network here computes: config.json has {', '.join(wrong)}"
@@ -86,15 +66,8 @@ def to_published(state: State, config: Any) -> State:
 
 # ---- names by level: ddim-unet and the autoencoders
 
-LEVEL_PARTS = {
-    "time_emb_proj": "temb_proj",
-    "conv_shortcut": "nin_shortcut",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
+LEVEL_PARTS = {"time_emb_proj": "temb_proj", "conv_shortcut": "nin_shortcut", "group_norm": "norm"}
+LEVEL_PARTS |= {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 LEVEL_ENDS = {
     "time_embedding.linear_1": "temb.dense.0",
     "time_embedding.linear_2": "temb.dense.1",
@@ -111,9 +84,9 @@ def rename_by_level(state: State, config: dict[str, Any]) -> State:
     def place(half, side, i, kind, j):
         if side == "mid":
             return f"{half}mid.attn_{j + 1}" if kind == "attentions" else f"{half}mid.block_{j + 1}"
-        part = {"resnets": f"block.{j}", "attentions": f"attn.{j}"}.get(
-            kind, kind.removesuffix("rs")
-        )
+        part = f"block.{j}" if kind == "resnets" else f"attn.{j}"
+        if kind in ("downsamplers", "upsamplers"):
+            part = kind.removesuffix("rs")
         return f"{half}{side}.{last - i if side == 'up' else i}.{part}"
 
     return rename(state, place, LEVEL_PARTS, LEVEL_ENDS, dims=4)
@@ -141,16 +114,14 @@ LATENT_ENDS = {
 
 
 def rename_by_position(state: State, config: dict[str, Any]) -> State:
-    """Renames the weights of ldm-unet and fuses those of q, k and v. Raises Unfit where one of
-    these is missing."""
+    """Renames the weights of ldm-unet and fuses q, k and v; raises Unfit where one is missing."""
     num = config.get("layers_per_block", 2)
     attends = {name.split(".attentions")[0] for name in state}
 
     def place(_, side, i, kind, j):
         if side == "mid":
             return f"middle_block.{1 if kind == 'attentions' else 2 * j}"
-        # position 0 is the first convolution; a level ends with its resampling
-        if side == "down":
+        if side == "down":  # position 0 is the first convolution; a level ends with its resampling
             position = (i + 1) * (num + 1) if kind == "downsamplers" else i * (num + 1) + j + 1
             return f"input_blocks.{position}.{int(kind == 'attentions')}"
         if kind == "upsamplers":  # beside the last block of its level
@@ -158,10 +129,8 @@ def rename_by_position(state: State, config: dict[str, Any]) -> State:
         return f"output_blocks.{i * (num + 1) + j}.{int(kind == 'attentions')}"
 
     named = rename(state, place, LATENT_PARTS, LATENT_ENDS, dims=3)
-    named = {
-        re.sub(r"(input_blocks\.\d+\.0)\.conv\.", r"\1.op.", name): value
-        for name, value in named.items()
-    }
+    strided = re.compile(r"(input_blocks\.\d+\.0)\.conv\.")
+    named = {strided.sub(r"\1.op.", name): value for name, value in named.items()}
     for name in [name for name in named if ".to_q." in name]:
         q, k, v = (name.replace(".to_q.", f".{part}.") for part in ("to_q", "to_k", "to_v"))
         if k not in named or v not in named:

@@ -1,8 +1,6 @@
-"""A pretrained diffusion model as all other code sees it, built from a model YAML; and images drawn
-from it.
+"""A pretrained diffusion model as all other code sees it, built from a model YAML.
 
-Axes: N images, C channels, H x W pixels.
-"""
+Axes: N images, C channels, H x W pixels."""
 
 import os
 from collections.abc import Iterable
@@ -24,6 +22,7 @@ from models.zoo import build_network
 
 # component -> YAML key
 PARTS = {"unet": "network", "first_stage": "first_stage", "cond_stage": "cond_stage"}
+Rows = torch.Tensor | None  # the condition of each image (N, ...)
 DECODED_AT_ONCE = 8  # latents
 # where scripts/download_models.sh puts files, below the project
 DOWNLOADED = Path("models/checkpoints")
@@ -41,8 +40,7 @@ class DiffusionModel:
     shape: tuple
     weights_hash: str  # SHA-256 of names and weights as loaded
     first_stage: nn.Module | None = None  # decodes latents
-    # latents of the network = scale_factor * latents of the first stage
-    scale_factor: float = 1.0
+    scale_factor: float = 1.0  # latents of the network = scale_factor * latents of the first stage
     condition: Condition | None = None
     guidance: float = 1.0  # scale of classifier-free guidance; 1 = none
     sampling: Sampling = field(default_factory=Sampling)
@@ -60,9 +58,7 @@ class DiffusionModel:
             )
         return sample(self, indices, replace(self.sampling, **changes))
 
-    def eps(
-        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def eps(self, x: torch.Tensor, t: torch.Tensor, cond: Rows = None) -> torch.Tensor:
         """Predicts the noise in x (N, C, H, W) at the times t (N,) under the condition that
         `labels` gave: C channels, or 2C from a network that also predicts its variance. A quantized
         network's correction is applied. Classifier-free guidance (Ho & Salimans 2022,
@@ -74,7 +70,7 @@ class DiffusionModel:
         return out if self.correction is None else self.correction.eps(out, t)
 
     def network_inputs(
-        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None = None
+        self, x: torch.Tensor, t: torch.Tensor, cond: Rows = None
     ) -> tuple[torch.Tensor, ...]:
         """Returns what the network is called with for eps(x, t, cond): (x, t[, cond]); with
         guidance both halves in one batch of 2N, the null condition first."""
@@ -115,8 +111,7 @@ class DiffusionModel:
         return SeededNoise(seed, indices, self.shape, self.device)
 
     def labels(self, seed: int, indices: Iterable[int]) -> torch.Tensor | None:
-        """The condition of each image (N, ...), fixed by (seed, index); None for an unconditional
-        model."""
+        """The condition of each image (N, ...), fixed by (seed, index); None if unconditional."""
         return None if self.condition is None else self.condition.rows(seed, indices)
 
     @property
@@ -133,9 +128,8 @@ def load_model(config: dict[str, Any], *, device: torch.device | str) -> Diffusi
     schedule, and where it has them weights, sampling, guidance and, of latent models, first_stage,
     cond_stage and scale_factor. Raises ValueError where the checkpoint does not fit."""
     modules = {part: build_network(**config[key]) for part, key in PARTS.items() if config.get(key)}
-    scale_factor = load_components(
-        find_checkpoint(config), modules, weights=config.get("weights") or "ema"
-    )
+    path, weights = find_checkpoint(config), config.get("weights") or "ema"
+    scale_factor = load_components(path, modules, weights=weights)
     for module in modules.values():
         module.eval().requires_grad_(False).to(device)
     net = modules["unet"]
@@ -186,11 +180,8 @@ def find_checkpoint(config: dict[str, Any]) -> Path:
         if place.exists():  # a file, or a folder of the diffusers library
             return place
     hint = f"get it with '{config['download']}', or " if config.get("download") else ""
-    demo = (
-        f"; without it, the same pipeline runs on a model that ships: {config['demo']}"
-        if config.get("demo")
-        else ""
-    )
+    demo = "; without it, the same pipeline runs on a model that ships: "
+    demo = demo + config["demo"] if config.get("demo") else ""
     raise ValueError(
         f"the checkpoint of {config['name']} is not at {' or '.join(map(str, places))}; {hint}"
         f"say where it is with checkpoint=PATH{demo}"

@@ -28,36 +28,30 @@ PROJECT = Path(__file__).resolve().parents[1]
 # models of the clone; an installed copy leaves its own folder alone and takes the current one
 FOLDER = PROJECT / "models" if (PROJECT / "pyproject.toml").exists() else Path("models")
 PIECE = 1 << 20  # bytes read at a time
-# connections that may break in one call before it gives up
-ATTEMPTS = 5
+ATTEMPTS = 5  # connections that may break in one call before it gives up
 TIMEOUT_SECONDS = 60
-BROKEN = (
-    urllib.error.URLError,
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-    http.client.HTTPException,
-)
+LOST = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
+BROKEN = (*LOST, http.client.HTTPException)
 # what reading a zip ends in that is damaged, or none
 NOT_INTACT = (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, NotImplementedError, zlib.error)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published file: its address, its place below the folder (where the models' own code keeps
-    it)."""
+    """A published file: its address, its place below the folder (that of the models' code)."""
 
     address: str
     path: str
     about: str
-    # "md5 1fa3..." or "sha256 fe4e..."; empty where none is published
-    hash: str = ""
+    hash: str = ""  # "md5 1fa3..." or "sha256 fe4e..."; empty where none is published
     member: str = ""  # what to take out of a zip
 
 
-def read_table(kind: str) -> dict[str, Checkpoint]:
-    """Reads the rows of one kind, "checkpoints" (named as in configs/model) or "first_stages", of
-    checkpoints.json, by name."""
+Rows = dict[str, Checkpoint]
+
+
+def read_table(kind: str) -> Rows:
+    """Reads "checkpoints" (named as in configs/model) or "first_stages" of checkpoints.json."""
     rows = json.loads(Path(__file__).with_name("checkpoints.json").read_text())[kind]
     return {name: Checkpoint(**row) for name, row in rows.items()}
 
@@ -66,8 +60,7 @@ CHECKPOINTS, FIRST_STAGES = read_table("checkpoints"), read_table("first_stages"
 
 
 def fault(path: Path, wanted: str) -> str:
-    """Says what is wrong with a downloaded file, "" if nothing is; `wanted` is the hash of its
-    row."""
+    """Says what is wrong with a downloaded file, "" if nothing; `wanted` is the hash of its row."""
     algorithm, _, digest = wanted.partition(" ")
     with open(path, "rb") as file:
         if not wanted:
@@ -115,8 +108,7 @@ def fetch(address: str, path: Path, *, wanted: str = "", member: str = "") -> No
 
 
 def _unpack(part, member, address):
-    """Takes `member` out of a zip, checked by the zip's checksum, and touches nothing else in it;
-    returns where it is."""
+    """Takes `member` out of a zip, checked by its checksum; returns where it is."""
     target = part.with_name(part.name + ".unpacked")
     try:
         with zipfile.ZipFile(part) as archive, archive.open(member) as source:
@@ -169,10 +161,7 @@ def _show(done, size):
 
 
 def download(
-    name: str,
-    folder: Path | str,
-    mirror: str | None = None,
-    rows: dict[str, Checkpoint] | None = None,
+    name: str, folder: Path | str, mirror: str | None = None, rows: Rows | None = None
 ) -> str:
     """Brings one checkpoint of `rows` (all unless given) below `folder`, checked; returns a
     sentence about what was done. Raises ValueError if it cannot."""

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 
 SHOWN = 3  # names listed in a message before "and n more"
 
-# what a file seems to be: the first whose pattern begins a name in it
-KINDS = {
+KINDS = {  # what a file seems to be: the first whose pattern begins a name in it
     "a quantized model of this project": r".*\.weight_codes$|.*weight_quantizer\.",
     "a Stable Diffusion checkpoint": r"cond_stage_model\.transformer\.",
     "a latent-diffusion checkpoint": r"model\.diffusion_model\.",
@@ -23,8 +22,7 @@ KINDS = {
 
 
 def compare_kinds(state: Iterable[str], network: Iterable[str] = ()) -> str:
-    """Says what a file with the weights `state` seems to be, and a network with those of `network`
-    if that is something else."""
+    """Says what a file with weights `state` seems to be, and what `network` does if another."""
     found, expected = _kind_of(state), _kind_of(network)
     if not found:
         return "the file is of no known kind"

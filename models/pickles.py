@@ -17,12 +17,10 @@ import torch
 
 
 class Inert:
-    """Stands for an object that is no tensor. Keeps nothing; its classes serve as dictionary
-    keys."""
+    """Stands for an object that is no tensor. Keeps nothing; its classes can be dictionary keys."""
 
     __slots__ = ()
-    # asked of module classes by PyTorch's reader of older files
-    dump_patches = False
+    dump_patches = False  # asked of module classes by PyTorch's reader of older files
 
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
@@ -44,8 +42,7 @@ class Inert:
 
 
 class Untyped(Inert):
-    """In place of torch.UntypedStorage, of which PyTorch's reader then asks for the type of an
-    element."""
+    """In place of torch.UntypedStorage; PyTorch's reader then asks for the type of an element."""
 
     __slots__ = ()
     dtype = torch.uint8
@@ -78,9 +75,8 @@ def _tensor(storage, offset, size, stride, *_):  # without requires_grad and hoo
 
 
 def _tensor_of_newer_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
-    return torch._utils._rebuild_tensor_v3(
-        storage, offset, size, stride, False, OrderedDict(), dtype
-    )
+    place = storage, offset, size, stride
+    return torch._utils._rebuild_tensor_v3(*place, False, OrderedDict(), dtype)
 
 
 def _parameter(data, *_):
@@ -94,62 +90,21 @@ MACHINERY = {
     "torch._utils._rebuild_tensor_v3": Fixed(_tensor_of_newer_dtype),
     "torch._utils._rebuild_parameter": Fixed(_parameter),
     "torch.storage.UntypedStorage": Untyped,
-    **{
-        f"torch.{name}": value
-        for name, value in vars(torch).items()
-        if isinstance(value, torch.dtype)
-    },
 }
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+MACHINERY |= {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
 
 # No checkpoint has an honest use for these. They would be inert as well; a file that names one is
 # refused to warn. (getattr is not among them: early releases of Python 3.11 pickle every member of
 # an enumeration with it.)
-MODULES = {
-    "asyncio",
-    "bdb",
-    "code",
-    "codeop",
-    "commands",
-    "ctypes",
-    "importlib",
-    "io",
-    "_io",
-    "marshal",
-    "multiprocessing",
-    "nt",
-    "os",
-    "pdb",
-    "pickle",
-    "_pickle",
-    "popen2",
-    "posix",
-    "posixpath",
-    "pty",
-    "runpy",
-    "shutil",
-    "socket",
-    "subprocess",
-    "sys",
-    "timeit",
-    "webbrowser",
-}
-BUILTINS = {
-    "__import__",
-    "apply",
-    "breakpoint",
-    "compile",
-    "delattr",
-    "eval",
-    "exec",
-    "execfile",
-    "file",
-    "globals",
-    "input",
-    "locals",
-    "open",
-    "setattr",
-    "vars",
-}
+MODULES = """
+asyncio bdb code codeop commands ctypes importlib io _io marshal multiprocessing nt os pdb
+pickle _pickle popen2 posix posixpath pty runpy shutil socket subprocess sys timeit webbrowser
+""".split()
+BUILTINS = """
+__import__ apply breakpoint compile delattr eval exec execfile file globals input locals open
+setattr vars
+""".split()
 
 
 class Refused(ValueError):
@@ -185,17 +140,15 @@ def read(path: Path | str, *, mmap: bool = False) -> tuple[Any, list[str]]:
         archive = "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
     else:
         archive = tarfile.is_tarfile(path)
-    # other readers of PyTorch would take over, which no class here restrains
-    if archive:
+    if archive:  # other readers of PyTorch would take over, which no class here restrains
         raise pickle.UnpicklingError("a TorchScript or tar archive, which is no checkpoint")
     module = types.SimpleNamespace(
         __name__="inert",
         Unpickler=Unpickler,
         load=lambda file, **options: Unpickler(file, **options).load(),
     )
-    content = torch.load(
-        path, map_location="cpu", pickle_module=module, weights_only=False, mmap=mmap
-    )
+    options = {"pickle_module": module, "weights_only": False, "mmap": mmap}
+    content = torch.load(path, map_location="cpu", **options)
     return content, [shown(word) for word in skipped]
 
 

@@ -1,7 +1,6 @@
 """Images drawn from a model, and the trajectories that lead to them.
 
-Axes: N images, C channels, H x W pixels. A model is a models.diffusion.DiffusionModel.
-"""
+Axes: N images, C channels, H x W pixels. A model is a models.diffusion.DiffusionModel."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class Sampling:
     batch_size: int = 64  # images at a time
     num: int = 256  # images 0 .. num-1 of the seed
     classes: list[int] = field(default_factory=list)  # in turn; [] draws one for each image
-    # file of prompts, in turn: one a line, or COCO captions .json
-    prompts: str = ""
+    prompts: str = ""  # file of prompts, in turn: one a line, or COCO captions .json
 
     def sequence(self, schedule: Schedule) -> list[int]:
         """The ascending steps of a schedule that the sampler visits."""
@@ -97,8 +95,7 @@ def denoise(
     noise, cond = model.noise(sampling.seed, batch), model.labels(sampling.seed, batch)
     correction = {"correction": model.correction} if sampling.sampler in STOCHASTIC else {}
     x = noise.draw()
-    # the first noise is drawn all the same: those of the steps stay the same
-    if start is not None:
+    if start is not None:  # the first noise is drawn all the same: those of the steps stay the same
         x, count = start(batch)
         steps = steps[:count]
 
@@ -107,16 +104,9 @@ def denoise(
             return checkpoint(eps, x, t, cond, use_reentrant=False)
         return eps(x, t, cond)
 
-    x = SAMPLERS[sampling.sampler](
-        network,
-        x.requires_grad_(differentiable),
-        steps,
-        model.schedule,
-        noise=noise.draw,
-        eta=sampling.eta,
-        callback=callback,
-        **correction,
-    )
+    options = {"noise": noise.draw, "eta": sampling.eta, "callback": callback, **correction}
+    x.requires_grad_(differentiable)
+    x = SAMPLERS[sampling.sampler](network, x, steps, model.schedule, **options)
     if not torch.isfinite(x).all():
         raise ValueError(
             f"sampling of {model.name} ended in NaN or infinite values; "
@@ -134,12 +124,11 @@ def trajectory(
     sampling = replace(sampling, seed=seed)
     for batch in _batches(num_images, sampling.batch_size):
         seen = []
-        denoise(
-            model,
-            batch,
-            sampling,
-            callback=lambda step, t, x, eps, *_: seen.append((step, t, x.cpu(), eps.cpu())),
-        )
+
+        def keep(step, t, x, eps, *_):
+            seen.append((step, t, x.cpu(), eps.cpu()))
+
+        denoise(model, batch, sampling, callback=keep)
         cond = model.labels(seed, batch)
         for step, t, x, eps in seen:
             yield step, t, x.to(model.device), cond, eps.to(model.device)

@@ -1,5 +1,4 @@
-"""Loading networks from checkpoints: which component, which set of weights, every name and shape
-checked."""
+"""Loading networks from checkpoints: which component and weights; all names and shapes checked."""
 
 import hashlib
 import logging
@@ -15,8 +14,7 @@ from models.kinds import abridge, compare_kinds
 
 State = dict[str, torch.Tensor]
 AVERAGED = "model_ema."
-# in some files a weight, though it only counts 0, 1, 2, ...
-CONSTANT = "position_ids"
+CONSTANT = "position_ids"  # in some files a weight, though it only counts 0, 1, 2, ...
 REMEDY = "give the checkpoint that belongs to the model YAML, or correct its network options"
 
 
@@ -55,9 +53,8 @@ def load_components(
     "ema" (averaged) or "raw", where the file has both. Returns the file's scale factor of the
     latents, None if it has none. Raises ValueError in one sentence."""
     if weights not in ("ema", "raw"):
-        raise ValueError(
-            unknown_word(f"weights '{weights}' is unknown", str(weights), ["ema", "raw"])
-        )
+        complaint = f"weights '{weights}' is unknown"
+        raise ValueError(unknown_word(complaint, str(weights), ["ema", "raw"]))
     source, state = f"checkpoint {path}", load_state(path, ema=weights == "ema")
     for part, net in networks.items():
         found = _find_component(state, part, net, weights, source)
@@ -81,8 +78,7 @@ def _find_component(state, part, net, weights, source):
     others = tuple(PREFIXES.values())
     if part != "unet" and any(name.startswith(others) for name in state):
         raise ValueError(f"{source} has no {part} ({PREFIXES[part]}*); {compare_kinds(state)}")
-    # `loss.`: training of a first stage
-    unwanted = (*others, "loss.")
+    unwanted = (*others, "loss.")  # `loss.`: training of a first stage
     return {name: value for name, value in state.items() if not name.startswith(unwanted)}
 
 
@@ -92,24 +88,17 @@ def load_weights(net: nn.Module, state: State, source: str) -> nn.Module:
 
     `source` names the checkpoint in messages. Raises ValueError for missing, surplus, misshapen or
     non-finite weights and leaves `net` as it was."""
-    wanted, state = (
-        {name: value for name, value in weights.items() if not name.endswith(CONSTANT)}
-        for weights in (net.state_dict(), state)
-    )
+    wanted, state = map(_without_constants, (net.state_dict(), state))
     shared = [name for name in wanted if name in state]
+    shapes = {name: (tuple(state[name].shape), tuple(wanted[name].shape)) for name in shared}
     faults = {
         "misses": [name for name in wanted if name not in state],
         "has surplus": [name for name in state if name not in wanted],
-        "has misshapen": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-            for name in shared
-            if state[name].shape != wanted[name].shape
-        ],
+        "has misshapen": [f"{n} {a} instead of {b}" for n, (a, b) in shapes.items() if a != b],
     }
     if any(faults.values()):
-        found = "; ".join(
-            f"it {fault} {abridge(names)}" for fault, names in faults.items() if names
-        )
+        named = [f"it {fault} {abridge(names)}" for fault, names in faults.items() if names]
+        found = "; ".join(named)
         raise ValueError(
             f"{source} does not fit the network: {found}; {compare_kinds(state, wanted)}; {REMEDY}"
         )
@@ -124,9 +113,12 @@ def load_weights(net: nn.Module, state: State, source: str) -> nn.Module:
     return net
 
 
+def _without_constants(weights):
+    return {name: value for name, value in weights.items() if not name.endswith(CONSTANT)}
+
+
 def state_hash(*nets: nn.Module) -> str:
-    """Hashes names and bytes of the state dicts in their order, to a hexadecimal SHA-256: equal for
-    equal weights."""
+    """The hexadecimal SHA-256 of names and bytes of the state dicts, in their order."""
     digest = hashlib.sha256()
     for net in nets:
         for name, value in net.state_dict().items():
