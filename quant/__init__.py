@@ -13,7 +13,6 @@ it knows no data set, no pretrained model and no script."""
 
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -37,6 +36,26 @@ __all__ = [
 ]
 
 
+class _LoneNetwork:
+    """Stands for a model where there is a network alone: to ask for more is a ValueError."""
+
+    def __init__(self, net, shape):
+        self.net, self.shape = net, shape
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)  # what copies and pickles ask every object
+        _missing(f"the model's {name}")
+
+
+def _missing(what):
+    raise ValueError(
+        f"a pass in this list needs {what}, which a network alone does not have; give "
+        "quant.run_passes a model=, trajectory= and differentiable= (see quant/passes/job.py), or "
+        "leave that pass out"
+    )
+
+
 def run_passes(
     qnet: QuantizedNet,
     passes: list[str | dict[str, Any]],
@@ -52,7 +71,8 @@ def run_passes(
     hardened, which may be another one; what each pass found). Raises ValueError in one sentence for
     passes or options that do not work.
 
-    `model` is what few passes want beyond the network (quant.passes.job.Model); `resume` a folder
+    `model` is what few passes want beyond the network (quant.passes.job.Model), whose absence
+    those say by a ValueError; `resume` a folder
     that keeps finished parts of a pass that is killed; `options` are those of quant.passes.job.Job,
     for example seed.
 
@@ -65,15 +85,19 @@ def run_passes(
     from quant.passes import job as job_module
     from quant.passes import run
 
+    sources = {
+        "trajectory": lambda *_: _missing("trajectories of the model"),
+        "differentiable": lambda *_: _missing("images with gradients"),
+    }
     with tempfile.TemporaryDirectory() as folder:
         job = job_module.Job(
-            model=model or SimpleNamespace(net=net, shape=tuple(calibration.x.shape[1:])),
+            model=model or _LoneNetwork(net, tuple(calibration.x.shape[1:])),
             net=qnet,
             calibration=calibration,
             graph=trace(net, calibration.arguments(slice(0, 1))),
             resume_folder=Path(resume or folder),
             rules=qnet.recipe["rules"],
-            **options,
+            **sources | options,
         )
         facts = run.run_passes(job, passes)
     job.net.recipe = {"rules": job.rules}

@@ -14,21 +14,19 @@ import torch
 from torch import nn
 
 from base.hooks import watching
-from base.network import Matmul
+from base.network import Matmul, batch_of
 from quant.layers import SWAP
 from quant.network import QuantizedNet, modules_of
 
 Batches = Iterable[tuple[int, Sequence[torch.Tensor]]]  # step, arguments of the network
+Row = dict[str, Any]
 
-# a channel that never gets larger is left out of all ratios
-DEAD = 1e-8
+DEAD = 1e-8  # a channel that never gets larger is left out of all ratios
 CONSTANT = 1e-6  # deviation of ln r below which it is rounding of float32
 
 
 @torch.no_grad()
-def step_sqnr(
-    record: Iterable[tuple], quantized_eps: Callable[..., torch.Tensor]
-) -> list[dict[str, Any]]:
+def step_sqnr(record: Iterable[tuple], quantized_eps: Callable[..., torch.Tensor]) -> list[Row]:
     """record: (step, t, x, cond, eps) of a full-precision run, one after the other -> [{"step",
     "t", "sqnr_db"}].
 
@@ -36,7 +34,7 @@ def step_sqnr(
     the same x; a variance that the network learned to answer beside eps does not count."""
     sums = {}
     for step, t, x, cond, eps in record:
-        error = quantized_eps(x, torch.full((len(x),), float(t), device=x.device), cond) - eps
+        error = quantized_eps(x, batch_of(t, x), cond) - eps
         signal, noise = (v[:, : x.shape[1]].double().square().sum() for v in (eps, error))
         earlier = sums.get((step, t), (0, 0))
         sums[step, t] = earlier[0] + signal, earlier[1] + noise
@@ -44,8 +42,7 @@ def step_sqnr(
 
 
 def decibels(signal: torch.Tensor, noise: torch.Tensor) -> float:
-    """Signal to noise ratio of two sums of squares; noise of 0 counts as 1e-30, so that the number
-    stays finite."""
+    """Signal to noise ratio of two sums of squares; noise counts as 1e-30 at least."""
     return float(10 * (signal / noise.clamp(min=1e-30)).log10())
 
 
@@ -54,8 +51,7 @@ def decibels(signal: torch.Tensor, noise: torch.Tensor) -> float:
 
 @dataclass
 class Ranges:
-    """Statistics of what passes one quantization point, over images and positions: float32, (S, C)
-    each."""
+    """What passes a quantization point, over images and positions: (S, C) float32."""
 
     r_min: torch.Tensor
     r_max: torch.Tensor
@@ -80,35 +76,30 @@ def observe_ranges(net: nn.Module, batches_by_step: Batches) -> dict[str, Ranges
     tables = {}  # point -> {step: (5, C)}
 
     def note(name, module, inputs):
-        for point, x, axes in operands(name, module, inputs):
+        for point, x, axes in _operands(name, module, inputs):
             table, found = tables.setdefault(point, {}), moments(x, axes)
             table[step] = merged(table[step], found) if step in table else found
 
-    callbacks = {name: partial(note, name) for name, _ in replaced(net)}
-    with watching(net, callbacks, before=True):
+    with watching(net, {name: partial(note, name) for name in replaced(net)}, before=True):
         for step, arguments in batches_by_step:  # `step` is what `note` reads
             net(*arguments)
     return {point: finished(table) for point, table in tables.items()}
 
 
-def replaced(net: nn.Module) -> list[tuple[str, nn.Module]]:
-    """[(name, module)] of everything that quantization can replace."""
-    return [(name, module) for name, module in net.named_modules() if type(module) in SWAP]
+def replaced(net: nn.Module) -> list[str]:
+    """Names of everything that quantization can replace."""
+    return [name for name, module in net.named_modules() if type(module) in SWAP]
 
 
-def operands(
-    name: str, module: nn.Module, inputs: Sequence[torch.Tensor]
-) -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
+def _operands(name, module, inputs):
     """What a layer or product reads -> [(point, x, axes of x that tell its channels apart)]."""
     if not isinstance(module, Matmul):
         channels = inputs[0].dim() - 1 if isinstance(module, nn.Linear) else 1
         return [(name, inputs[0], (channels,))]
     found = []
     for side, (role, x) in enumerate(zip(module.roles, inputs)):
-        # (N, heads, rows, columns)
-        x = x if x.dim() == 4 else x[:, None]
-        # Features are what the product sums over, but for v: rows or columns by the side that the
-        # operand is on.
+        x = x if x.dim() == 4 else x[:, None]  # (N, heads, rows, columns)
+        # what the product sums over, but for v: rows or columns by the side of the operand
         features = 3 if (role == "v") == (side == 1) else 2
         found.append((f"{name}.{role}", x, (1,) if role == "probs" else (1, features)))
     return found
@@ -150,26 +141,20 @@ def range_model(r_abs: torch.Tensor) -> dict[str, Any]:
     a, b = log.mean(dim=1) - mu, log.mean(dim=0) - mu
     total, residual = ((v**2).sum() for v in (log - mu, log - mu - a[:, None] - b))
     is_constant = total <= log.numel() * CONSTANT**2
-    every_b = torch.full(alive.shape, float("nan"), dtype=b.dtype, device=b.device)
+    rho = 0.0 if is_constant else float(residual / total)
+    every_b = b.new_full(alive.shape, float("nan"))
     every_b[alive] = b
-    return {
-        "mu": float(mu),
-        "a": a,
-        "b": every_b,
-        "rho": 0.0 if is_constant else float(residual / total),
-    }
+    return {"mu": float(mu), "a": a, "b": every_b, "rho": rho}
 
 
 def temporal_variation(a: torch.Tensor) -> float:
-    """V_t = standard deviation of a (S,), the logarithm of the scale over time: 0.7 is a factor of
-    2."""
+    """V_t = standard deviation of a (S,), the log of the scale over time: 0.7 is a factor of 2."""
     return float(a.std(correction=0))
 
 
 def channel_imbalance(r_abs: torch.Tensor) -> float:
     """V_c = max_c r / median_c r of the largest range over time: the factor by which one channel
-    widens the scale that all share; 1 if all are alike. Channels that are always dead are left out;
-    NaN if no other is there."""
+    widens the scale that all share. Always dead channels do not count; NaN without others."""
     largest = r_abs.amax(dim=0)
     largest = largest[largest >= DEAD].double()
     return float(largest.max() / largest.quantile(0.5)) if len(largest) else float("nan")
@@ -178,11 +163,8 @@ def channel_imbalance(r_abs: torch.Tensor) -> float:
 def describe(r_abs: torch.Tensor) -> dict[str, float]:
     """r_abs (S, C) -> {"temporal_variation", "channel_imbalance", "rho"}."""
     model = range_model(r_abs)
-    return {
-        "temporal_variation": temporal_variation(model["a"]),
-        "channel_imbalance": channel_imbalance(r_abs),
-        "rho": model["rho"],
-    }
+    variation, imbalance = temporal_variation(model["a"]), channel_imbalance(r_abs)
+    return {"temporal_variation": variation, "channel_imbalance": imbalance, "rho": model["rho"]}
 
 
 def decide(
@@ -192,8 +174,7 @@ def decide(
     balance_above: float = 4.0,
     by_range_above: float = 0.3,
 ) -> dict[str, bool]:
-    """What one point asks for, by what `describe` gave -> {"segments", "balance", "by_range"}, all
-    bool.
+    """What one point asks for, by what `describe` gave -> {"segments", "balance", "by_range"}.
 
     segments: the scale should depend on time. At V_t = 0.25 a range two deviations up is e = 2.7
     times one two deviations down, 1.4 bits. balance: channels should be balanced. At V_c = 4 half
@@ -211,9 +192,7 @@ def decide(
 
 
 @torch.no_grad()
-def layer_errors(
-    net: nn.Module, quantized: QuantizedNet, batches_by_step: Batches
-) -> list[dict[str, Any]]:
+def layer_errors(net: nn.Module, quantized: QuantizedNet, batches_by_step: Batches) -> list[Row]:
     """The error that each layer and attention product of `quantized` adds by itself: its output
     minus that of its original, both fed the input that the full-precision `net` has there, so that
     no error of earlier layers counts. An attention block with balanced layers counts as one: exact
@@ -240,28 +219,22 @@ def layer_errors(
             times[step] = float(arguments[1][0])
             quantized.timeline.set_time(arguments[1])
             net(*arguments)
-    return [
-        {
-            "layer": name,
-            "step": step,
-            "t": times[step],
-            "mse": float(square / count),
-            "mae": float(total / count),
-            "sqnr_db": decibels(signal, square),
-        }
-        for name, table in sums.items()
-        for step, ((total, square, signal), count) in sorted(table.items())
-    ]
+    rows = []
+    for name, table in sums.items():
+        for step, ((total, square, signal), count) in sorted(table.items()):
+            row = {"layer": name, "step": step, "t": times[step], "mse": float(square / count)}
+            row |= {"mae": float(total / count), "sqnr_db": decibels(signal, square)}
+            rows.append(row)
+    return rows
 
 
 def comparable(net: nn.Module, twins: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the modules that compute what their quantized twin {name: module} does, up to its
-    error."""
-    folded = [
-        name
-        for name, twin in twins.items()
-        if hasattr(twin, "attention_parts")
-        and any(getattr(layer, "inverse_balance", None) is not None for layer in twin.modules())
-    ]
+    """Names of the modules that compute what their quantized twin does, up to its error."""
+    blocks = {name: twin for name, twin in twins.items() if hasattr(twin, "attention_parts")}
+    folded = [name for name, twin in blocks.items() if any(map(_is_balanced, twin.modules()))]
     inside = tuple(f"{name}." for name in folded)
-    return folded + [name for name, _ in replaced(net) if not name.startswith(inside)]
+    return folded + [name for name in replaced(net) if not name.startswith(inside)]
+
+
+def _is_balanced(module):
+    return getattr(module, "inverse_balance", None) is not None

@@ -35,17 +35,13 @@ def stored_names(net: QuantizedNet) -> dict[str, torch.Tensor]:
 
 def quantized_state(net: QuantizedNet) -> dict[str, torch.Tensor]:
     """Tensors of a hardened network as they are stored."""
-    tensors, layers = {}, quant_layers(net)
-    for name, value in stored_names(net).items():
-        owner, _, part = name.rpartition(".")
-        if part == "weight_int":
-            layer = layers[owner]
-            bits = layer.weight_quantizer.spec.bits
-            tensors[f"{owner}.weight_codes"] = pack(layer.unsigned_codes(), bits)
-        elif name.endswith("weight_quantizer.zero_point"):
-            tensors[name] = value.to(torch.uint8)  # 0..2^bits-1
-        else:
-            tensors[name] = value
+    tensors = stored_names(net)
+    for name, layer in quant_layers(net).items():
+        if layer.weight_int is not None:
+            del tensors[f"{name}.weight_int"]
+            q, zero_point = layer.weight_quantizer, f"{name}.weight_quantizer.zero_point"
+            tensors[f"{name}.weight_codes"] = pack(layer.unsigned_codes(), q.spec.bits)
+            tensors[zero_point] = tensors[zero_point].to(torch.uint8)  # 0..2^bits-1
     return tensors
 
 
@@ -55,18 +51,14 @@ def bytes_of(layer: QuantLayer) -> int:
 
 
 def packed_bytes(net: QuantizedNet) -> int:
-    """Bytes of a converted network's tensors in such a file, hardened or not; the recipe comes on
-    top."""
-    layers = quant_layers(net)
-    packed = {name: m for name, m in layers.items() if m.weight_quantizer is not None}
-    total = sum(map(bytes_of, packed.values()))
-    for name, value in stored_names(net).items():
-        owner, _, part = name.rpartition(".")
-        if owner in packed and part in ("weight", "weight_int"):
-            continue
-        is_byte = name.endswith("weight_quantizer.zero_point")
-        total += value.numel() * (1 if is_byte else value.element_size())
-    return total
+    """Bytes of a converted network's tensors in such a file but its recipe, hardened or not."""
+    tensors, total = stored_names(net), 0
+    for name, layer in quant_layers(net).items():
+        if layer.weight_quantizer is not None:
+            tensors.pop(f"{name}.weight", None)
+            tensors.pop(f"{name}.weight_int", None)
+            total += bytes_of(layer) + tensors.pop(f"{name}.weight_quantizer.zero_point").numel()
+    return total + sum(value.nbytes for value in tensors.values())
 
 
 def save_quantized(path: Path | str, net: QuantizedNet, recipe: dict[str, Any]) -> None:
@@ -91,8 +83,7 @@ def save(net: QuantizedNet, path: Path | str) -> None:
 
 
 def read_recipe(path: Path | str) -> tuple[dict[str, Any], list[float]]:
-    """Metadata of a quantized file -> (recipe, boundaries). Raises ValueError for a file that is
-    none."""
+    """Metadata of a quantized file -> (recipe, boundaries). Raises ValueError for another file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"quantized model {path} does not exist; scripts/quantize.py makes it")
@@ -148,17 +139,16 @@ def load(path: Path | str, net: nn.Module) -> QuantizedNet:
 
 
 def _restored(path, net, recipe, whole, remedy, byte_remedy):
-    """A converted network on the CPU, with the tensors of its file. Raises ValueError for a file
-    that does not fit the `whole` of it, with a remedy; for a weight of another size with
-    `byte_remedy`."""
+    """A converted network on the CPU, with the tensors of its file. Raises ValueError with a remedy
+    for a file that does not fit `whole`, with `byte_remedy` for a weight of another size."""
     stored, _ = load_tensors(path)
     for name, layer in quant_layers(net).items():
         _unpack_weight(path, name, layer, stored, byte_remedy)
     _add_tables(net, stored)
     own = stored_names(net)
-    wrong = sorted(set(own) ^ set(stored)) + [
-        k for k in own if k in stored and own[k].shape != stored[k].shape
-    ]
+    both = own.keys() & stored.keys()
+    wrong = sorted(own.keys() ^ stored.keys())
+    wrong += [name for name in own if name in both and own[name].shape != stored[name].shape]
     if wrong:
         first = ", ".join(wrong[:3])
         raise ValueError(

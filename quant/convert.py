@@ -35,14 +35,11 @@ def convert(
     """
     check_rules(rules)
     names = [name for name, module in net.named_modules() if type(module) in SWAP]
-    for rule in rules:
-        if not any(fnmatchcase(name, rule.get("match", "*")) for name in names):
-            raise ValueError(
-                unknown_word(f"no layer matches '{rule['match']}'", rule["match"], names)
-            )
+    for pattern in (rule.get("match", "*") for rule in rules):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(unknown_word(f"no layer matches '{pattern}'", pattern, names))
     timeline = timeline or Timeline()
-    parameters = {id(p): p for p in net.parameters()}  # shared, not copied
-    copied = copy.deepcopy(net, parameters)
+    copied = copy.deepcopy(net, {id(p): p for p in net.parameters()})  # shared, not copied
     for name in names:
         module = _quantized(name, copied.get_submodule(name), rules, timeline)
         copied.set_submodule(name, module)
@@ -52,8 +49,7 @@ def convert(
 
 
 def _quantized(name, module, rules, timeline):
-    """What stands in the place of a float layer, product or operand; itself where the rules leave
-    it alone."""
+    """What stands in the place of a float module, which may be the module itself."""
     if isinstance(module, Matmul):
         specs = [resolve(rules, name, role, "matmul")["input"] for role in module.roles]
         on = any(spec.bits < 32 for spec in specs)

@@ -48,8 +48,7 @@ def check_folds(
 
 @torch.no_grad()
 def fold_into_norm(net: QuantizedNet, part: AttentionPart, layers: list[QuantLayer]) -> None:
-    """Takes 1/s from the layers that read a norm to the norm itself: exact, as nothing lies
-    between."""
+    """Takes 1/s from the layers that read a norm to the norm itself: exact, nothing is between."""
     norm, inverse = net.get_submodule(part.norm), layers[0].inverse_balance
     norm.weight = nn.Parameter(norm.weight * inverse, requires_grad=False)
     if norm.bias is not None:

@@ -1,11 +1,9 @@
-"""The graph of a network, from one forward pass on the meta device, where shapes are computed and
-nothing else: what runs in which order, what it costs, and which reconstruction unit reads the
-output of which."""
+"""The graph of a network, from one forward pass on the meta device, where only shapes are computed:
+what runs in which order, what it costs, which reconstruction unit reads the output of which."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,20 +28,17 @@ class Graph:
     sizes: dict[str, tuple[int, int]]
 
 
-class Origins(TorchFunctionMode):
+class _Origins(TorchFunctionMode):
     """Follows every tensor back to the units whose outputs it was computed from."""
 
     def __init__(self):
         super().__init__()
-        # id -> (the tensor, which keeps its id alive; names of units)
-        self.known = {}
+        self.known = {}  # id -> (the tensor, which keeps its id alive; names of units)
 
-    def of(self, tensors: Iterable[Any]) -> set[str]:
-        """Names of the units that any of these was computed from."""
+    def of(self, tensors):
         return set().union(*(self.known[id(t)][1] for t in tensors if id(t) in self.known))
 
-    def set(self, tensor: torch.Tensor, names: set[str]) -> None:
-        """Say where a tensor comes from."""
+    def set(self, tensor, names):
         self.known[id(tensor)] = tensor, names
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -60,10 +55,10 @@ def trace(net: nn.Module, arguments: Sequence[torch.Tensor]) -> Graph:
     the condition if the network takes one."""
     arguments = [a.to("meta") for a in arguments]
     layers = [name for name, module in net.named_modules() if type(module) in SWAP]
-    macs, sizes, readers, origins = {}, {}, {}, Origins()
+    macs, sizes, readers, origins = {}, {}, {}, _Origins()
 
     def count(name, module, inputs, out):
-        macs[name] = macs.get(name, 0) + out.numel() * products(module, inputs[0])
+        macs[name] = macs.get(name, 0) + out.numel() * _products(module, inputs[0])
 
     def note(name, module, inputs, out):
         for read in origins.of(inputs):
@@ -72,15 +67,15 @@ def trace(net: nn.Module, arguments: Sequence[torch.Tensor]) -> Graph:
         sizes[name] = sum(a.numel() for a in own), out.numel()
         origins.set(out, {name})
 
-    run_on_meta(net, arguments, {name: partial(count, name) for name in layers})
+    _run_on_meta(net, arguments, {name: partial(count, name) for name in layers})
     units = units_in_order(net, macs)
     with origins:
-        run_on_meta(net, arguments, {name: partial(note, name) for name in units})
+        _run_on_meta(net, arguments, {name: partial(note, name) for name in units})
     last_use = {name: max(readers.get(name, [i])) for i, name in enumerate(units)}
     return Graph(macs, units, last_use, sizes)
 
 
-def products(module: nn.Module, x: torch.Tensor) -> int:
+def _products(module, x):
     """Multiply-adds for one value of what a module gives for x."""
     if isinstance(module, Operand):
         return 0
@@ -88,24 +83,17 @@ def products(module: nn.Module, x: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def run_on_meta(
-    net: nn.Module, arguments: Sequence[torch.Tensor], callbacks: Mapping[str, Callable[..., None]]
-) -> None:
-    """Call `net` with stand-ins for its weights, its modules watched by callbacks {name:
-    function(module, inputs, output)}."""
-    ghosts = {
-        name: tensor.to("meta")
-        for named in (net.named_parameters(), net.named_buffers())
-        for name, tensor in named
-    }
+def _run_on_meta(net, arguments, callbacks):
+    """Call `net` with stand-ins for its weights, its modules watched by `callbacks`."""
+    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+    ghosts = {name: tensor.to("meta") for name, tensor in tensors.items()}
     with watching(net, callbacks):
         torch.func.functional_call(net, ghosts, tuple(arguments))
 
 
 def captured_bytes(graph: Graph, num_samples: int) -> int:
     """Memory that reconstruction wants at its worst unit for `num_samples` calibration samples:
-    inputs, output and what later units read, in float32, of the full-precision and of the quantized
-    network."""
+    inputs, output and what later units read, in float32, of the float and the quantized network."""
     alive, peak = {}, 0
     for i, unit in enumerate(graph.units):
         inputs, alive[unit] = graph.sizes[unit]

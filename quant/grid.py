@@ -1,9 +1,10 @@
-"""The arithmetic of quantization: from an interval to scale and zero point, from a number to its
-code, and gradients."""
+"""The arithmetic of quantization: from interval to scale and zero point, from number to code."""
 
 from typing import Any
 
 import torch
+
+End = int | torch.Tensor  # smallest or largest code
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -26,21 +27,16 @@ def scale_zero_point(
 
 
 def centered_codes(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    low_code: int | torch.Tensor,
-    high_code: int | torch.Tensor,
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, low: End, high: End
 ) -> torch.Tensor:
     """The quantizer: integer code minus zero point, clamp(round(x / scale), low - z, high - z), as
-    floats.
+    floats; `low` and `high` are the end codes.
 
-    The one definition of quantization in this library; the division is a multiplication by the
-    float32 reciprocal."""
+    The one definition of quantization in this library; x / scale is x times the float32 1/scale."""
     code = (x * scale.reciprocal()).round_()
     # clamp with tensors is ten times slower on CPUs
-    torch.maximum(code, low_code - zero_point, out=code)
-    return torch.minimum(code, high_code - zero_point, out=code)
+    torch.maximum(code, low - zero_point, out=code)
+    return torch.minimum(code, high - zero_point, out=code)
 
 
 LOG2_TOP = 14  # exponent of the largest integer of the log2 grid
@@ -66,8 +62,8 @@ class StraightThrough(torch.autograd.Function):
         x: torch.Tensor,
         scale: torch.Tensor,
         zero_point: torch.Tensor,
-        low: int | torch.Tensor,
-        high: int | torch.Tensor,
+        low: End,
+        high: End,
     ) -> torch.Tensor:
         """The codes of x."""
         code = centered_codes(x, scale, zero_point, low, high)
@@ -84,8 +80,7 @@ class StraightThrough(torch.autograd.Function):
         inverse = scale.reciprocal()
         ratio = x * inverse
         inside = (ratio >= low - zero_point) & (ratio <= high - zero_point)
-        grad_ratio = grad * inside
-        grad_scale = None
+        grad_ratio, grad_scale = grad * inside, None
         if ctx.needs_input_grad[1]:
             grad_scale = (grad_ratio * ratio * -inverse).sum_to_size(scale.shape)
         return grad_ratio * inverse, grad_scale, None, None, None

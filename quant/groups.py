@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
+Splits = Sequence[int] | None  # channels of each concatenated part
 
-def split_of(splits: Sequence[int] | None, num_channels: int) -> torch.Tensor:
+
+def split_of(splits: Splits, num_channels: int) -> torch.Tensor:
     """(C,) index of the concatenated part each channel belongs to; zeros without splits."""
     if not splits:
         return torch.zeros(num_channels, dtype=torch.long)
@@ -19,18 +21,12 @@ def split_of(splits: Sequence[int] | None, num_channels: int) -> torch.Tensor:
 
 
 def activation_groups(
-    per: str,
-    num_channels: int,
-    trailing: int,
-    *,
-    group_size: int = 0,
-    splits: Sequence[int] | None = None,
+    per: str, num_channels: int, trailing: int, *, group_size: int = 0, splits: Splits = None
 ) -> torch.Tensor:
     """Map for an activation with `num_channels` channels followed by `trailing` axes.
 
     `per`: "tensor" (one group, or one per concatenated part), "channel", "group" (`group_size`
-    neighbouring channels), "head" (as channel, for products whose first sample axis is the head).
-    """
+    neighbouring channels), "head" (as channel: in products the first sample axis is the head)."""
     if per == "tensor" and not splits:
         return torch.tensor(0)
     channel = torch.arange(num_channels)
@@ -52,11 +48,8 @@ def activation_groups(
     return group_of.reshape(num_channels, *[1] * trailing)
 
 
-def weight_groups(
-    per: str, shape: Sequence[int], *, splits: Sequence[int] | None = None
-) -> torch.Tensor:
-    """Map for a weight (out, in, ...): per "tensor" or per output "channel", times the concatenated
-    parts of `in`."""
+def weight_groups(per: str, shape: Sequence[int], *, splits: Splits = None) -> torch.Tensor:
+    """Map for a weight (out, in, ...): per "tensor" or row ("channel"), times the parts of `in`."""
     out, inner = shape[0], shape[1]
     if per not in ("tensor", "channel"):
         raise ValueError(

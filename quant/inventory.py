@@ -21,10 +21,7 @@ def quantization_map(
     sampler; `bit_product`, the two widths of a multiply-add multiplied, is a mean likewise."""
     modules, floats = modules_of(quantized), modules_of(net)
     times = torch.tensor(times, dtype=torch.float32)
-    rows = [
-        {"name": name, "macs": count} | _row(modules[name], floats[name], times)
-        for name, count in macs.items()
-    ]
+    rows = [_row(name, macs[name], modules[name], floats[name], times) for name in macs]
     within = [row for row in rows if row["quantized"]]
     layers = [floats[row["name"]] for row in within if row["kind"] != "matmul"]
     weights = sum(layer.weight.numel() for layer in layers)
@@ -35,7 +32,7 @@ def quantization_map(
     }
 
 
-def _row(module, source, times):
+def _row(name, macs, module, source, times):
     """What is said of one layer or product `module` that stands for the float `source`."""
     product = isinstance(source, Matmul)
     parts = ("a", "b") if product else ("weight", "input")
@@ -43,6 +40,8 @@ def _row(module, source, times):
     widths = [bits_at(quantizer, times) for quantizer in quantizers]
     first, second = map(mean, widths)
     return {
+        "name": name,
+        "macs": macs,
         "bit_product": mean(widths[0] * widths[1]),
         "role": "+".join(source.roles) if product else role_of(source),
         "kind": "matmul" if product else type(source).__name__,
@@ -56,9 +55,9 @@ def _row(module, source, times):
 def bits_at(quantizer: Quantizer | None, times: torch.Tensor) -> torch.Tensor:
     """Widths (T,) of a quantizer, or 32 for None, at network times (T,)."""
     widths = torch.tensor([32] if quantizer is None else quantizer.bits, dtype=torch.float64)
-    return (widths[quantizer.timeline.segments_of(times)] if len(widths) > 1 else widths).expand(
-        len(times)
-    )
+    if len(widths) > 1:
+        return widths[quantizer.timeline.segments_of(times)]
+    return widths.expand(len(times))
 
 
 def mean(values: torch.Tensor) -> int | float:

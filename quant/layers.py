@@ -32,6 +32,8 @@ from quant.rules import role_of
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
 
+QuantizerInputs = list[tuple[Quantizer, torch.Tensor]]  # each with what it reads
+
 
 def operation(layer: nn.Module) -> Callable[..., torch.Tensor]:
     """The functional form of a float layer: f(x, weight, bias). Raises ValueError for a convolution
@@ -105,14 +107,13 @@ class QuantLayer(nn.Module):
         balance = self.inverse_balance
         return x if balance is None else x * self.per_channel(balance)
 
-    def quantizer_inputs(self, x: torch.Tensor) -> list[tuple[Quantizer, torch.Tensor]]:
+    def quantizer_inputs(self, x: torch.Tensor) -> QuantizerInputs:
         """The input quantizer and what it reads, if there is one."""
         q = self.input_quantizer
         return [] if q is None else [(q, self.balanced_input(x))]
 
     def quantize_input(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor] | None]:
-        """-> what is multiplied, and the scales to multiply the product of each part with (None: no
-        factor)."""
+        """-> what is multiplied, and the scales for the product of each part (None: no factor)."""
         q = self.input_quantizer
         if q is None or not q.enabled:
             return x, None
@@ -121,8 +122,7 @@ class QuantLayer(nn.Module):
         return q(x), None
 
     def input_error(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, in, ...) minus what its quantizer, behind the balance, makes of it; 0 where that is
-        switched off."""
+        """x (N, in, ...) minus what its quantizer, behind the balance, makes of it; 0 if off."""
         if not self.input_quantizer.enabled:
             return torch.zeros_like(x)
         factor = 1.0 if self.inverse_balance is None else self.per_channel(self.inverse_balance)
@@ -140,8 +140,7 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def balance(self, factors: torch.Tensor) -> None:
         """Divide input channel c by factors[c] (in,) and multiply the weight's column c with it, on
-        top of earlier balances; the product stays what it is. The float network, which shared the
-        weight, keeps its own."""
+        top of earlier balances: the product stays. The float network keeps the weight it shared."""
         self.inverse_balance = self.inverse_balance / factors
         self.scale_weight(factors[None])
 
@@ -162,8 +161,7 @@ class QuantLayer(nn.Module):
         return self.weight_quantizer is not None and len(self.weight_quantizer.scale) > 1
 
     def segment(self) -> int:
-        """The time segment of the weight in use. Raises ValueError for a batch that spans
-        segments."""
+        """The time segment of the weight in use. Raises ValueError for a batch in several."""
         segment = self.weight_quantizer.timeline.segment if self.has_segments else 0
         if torch.is_tensor(segment):
             raise ValueError(
@@ -182,8 +180,7 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def set_unsigned_codes(self, codes: torch.Tensor) -> None:
-        """Become the hardened layer of these codes; the weight quantizer's zero points are in
-        place."""
+        """Become the hardened layer of these codes; the weight quantizer has its zero points."""
         self.weight_int = codes.float() + self.weight_quantizer.low - self.zero_points()
         self.weight = self.rounding = None
 
@@ -214,15 +211,11 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Replace the float weight by integers: learned rounding where there is one, nearest
-        otherwise."""
-        if self.weight_quantizer is None or self.weight_int is not None:
-            return
-        if self.rounding is not None:
-            codes = self.rounding.codes(hard=True)
-        else:
-            codes = self.weight_quantizer.codes(self.weight)
-        self.weight_int, self.weight, self.rounding = codes.detach().clone(), None, None
+        """Replace the float weight by integers: of the learned rounding if there is one."""
+        q, rounding = self.weight_quantizer, self.rounding
+        if q is not None and self.weight_int is None:
+            codes = q.codes(self.weight) if rounding is None else rounding.codes(hard=True)
+            self.weight_int, self.weight, self.rounding = codes.detach().clone(), None, None
 
 
 class QuantMatmul(nn.Module):
@@ -231,13 +224,10 @@ class QuantMatmul(nn.Module):
 
     def __init__(self, matmul: Matmul, specs: list[QuantSpec], timeline: Timeline):
         super().__init__()
-        self.roles = matmul.roles
-        self.a_quantizer, self.b_quantizer = (
-            self._quantizer(spec, matmul.num_heads, timeline) for spec in specs
-        )
+        self.roles, self.num_heads = matmul.roles, matmul.num_heads
+        self.a_quantizer, self.b_quantizer = (self._quantizer(spec, timeline) for spec in specs)
 
-    @staticmethod
-    def _quantizer(spec, num_heads, timeline):
+    def _quantizer(self, spec, timeline):
         if spec.bits >= 32:
             return None
         if spec.per not in ("tensor", "head"):
@@ -245,12 +235,10 @@ class QuantMatmul(nn.Module):
                 "operands of attention products are quantized per tensor or per head, not "
                 f"'per: {spec.per}'"
             )
-        per = spec.per if num_heads > 1 else "tensor"
-        return Quantizer(spec, activation_groups(per, num_heads, 2), timeline)
+        per = spec.per if self.num_heads > 1 else "tensor"
+        return Quantizer(spec, activation_groups(per, self.num_heads, 2), timeline)
 
-    def quantizer_inputs(
-        self, a: torch.Tensor, b: torch.Tensor
-    ) -> list[tuple[Quantizer, torch.Tensor]]:
+    def quantizer_inputs(self, a: torch.Tensor, b: torch.Tensor) -> QuantizerInputs:
         """The quantizers of the operands that are quantized, each with what it reads."""
         pairs = (self.a_quantizer, a), (self.b_quantizer, b)
         return [(q, x) for q, x in pairs if q is not None]
@@ -276,12 +264,11 @@ class QuantOperand(nn.Module):
     def __init__(self, operand: Operand, spec: QuantSpec, timeline: Timeline, split: bool):
         super().__init__()
         self.role, splits = operand.role, operand.input_splits
-        group_of = activation_groups(
-            spec.per, sum(splits), 0, group_size=spec.group_size, splits=splits if split else ()
-        )
+        options = {"group_size": spec.group_size, "splits": splits if split else ()}
+        group_of = activation_groups(spec.per, sum(splits), 0, **options)
         self.input_quantizer = Quantizer(spec, group_of, timeline)
 
-    def quantizer_inputs(self, x: torch.Tensor) -> list[tuple[Quantizer, torch.Tensor]]:
+    def quantizer_inputs(self, x: torch.Tensor) -> QuantizerInputs:
         """The quantizer and what it reads."""
         return [(self.input_quantizer, x)]
 
@@ -290,10 +277,5 @@ class QuantOperand(nn.Module):
         return self.input_quantizer(x) if self.input_quantizer.enabled else x
 
 
-SWAP = {
-    nn.Conv1d: QuantLayer,
-    nn.Conv2d: QuantLayer,
-    nn.Linear: QuantLayer,
-    Matmul: QuantMatmul,
-    Operand: QuantOperand,
-}
+SWAP = dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Linear), QuantLayer)
+SWAP |= {Matmul: QuantMatmul, Operand: QuantOperand}

@@ -26,8 +26,7 @@ class QuantizedNet(nn.Module):
     `bypass` (or None) adds what the rounding of x does to the answer; `correction` (or None) is
     applied to the answer by the model that calls the network, behind guidance; `recipe` is the
     JSON-able dict that is stored with it; `observers` {quantizer: Observer} hold what `observing`
-    has seen until `fit` uses it.
-    """
+    has seen until `fit` uses it."""
 
     def __init__(self, net: nn.Module, timeline: Timeline):
         super().__init__()
@@ -38,8 +37,7 @@ class QuantizedNet(nn.Module):
         self.observers: dict[Quantizer, Observer] = {}
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
-        """The answer to x (N, C, H, W) at the network times t (N,) under a condition, if it takes
-        one."""
+        """The answer to x (N, C, H, W) at the network times t (N,), under a condition if any."""
         self.timeline.set_time(t)
         answer = self.net(x, t, *cond)
         return answer if self.bypass is None else answer + self.bypass(self.input_error(x))
@@ -98,8 +96,7 @@ class Correction(nn.Module):
             raise ValueError(
                 f"the noise correction of this network has no statistics for time {far:g} (it has "
                 f"{len(self.times)} times from {self.times[0]:g} to {self.times[-1]:g}); sample "
-                "with the "
-                "steps it was quantized for, or quantize again with these"
+                "with the steps it was quantized for, or quantize again with these"
             )
         return entries
 
@@ -118,8 +115,7 @@ class Correction(nn.Module):
 
 
 def core_of(net: nn.Module) -> nn.Module:
-    """The network proper, whose modules have the names of the float network: `net`, or what is
-    inside a QuantizedNet."""
+    """The network that has the float network's names: `net`, or what a QuantizedNet holds."""
     return net.net if isinstance(net, QuantizedNet) else net
 
 
@@ -135,11 +131,8 @@ def quant_layers(net: nn.Module) -> dict[str, QuantLayer]:
 
 def input_quantizers(net: nn.Module) -> dict[str, Quantizer]:
     """Name -> activation quantizer, in registration order."""
-    return {
-        name: m
-        for name, m in modules_of(net).items()
-        if isinstance(m, Quantizer) and not name.endswith("weight_quantizer")
-    }
+    quantizers = {name: m for name, m in modules_of(net).items() if isinstance(m, Quantizer)}
+    return {name: q for name, q in quantizers.items() if not name.endswith("weight_quantizer")}
 
 
 def stem_of(net: nn.Module) -> QuantLayer | None:
@@ -174,7 +167,7 @@ def observing(net: QuantizedNet, num_samples: int = 256) -> Iterator[None]:
     >>> torch.allclose(answer, net(x, t), atol=1e-6)
     True
     """
-    readers = {name: m for name, m in modules_of(net).items() if hasattr(m, "quantizer_inputs")}
+    readers = [name for name, m in modules_of(net).items() if hasattr(m, "quantizer_inputs")]
 
     def note(module, inputs):
         for q, x in module.quantizer_inputs(*inputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,15 +12,12 @@ from quant.grid import LOG2_TOP, scale_zero_point
 from quant.quantizer import Quantizer
 from quant.ranges import find_range
 
-# observed values kept for the range searches of a group, of all samples
-VALUES_PER_GROUP = 2**16
+VALUES_PER_GROUP = 2**16  # observed values kept for the range searches of a group, of all samples
 
 
 class Observer:
     """Notes what reaches a quantizer and fits its scales to that. `num_samples` samples are going
-    to pass, which sets how many values each may keep.
-
-    `num_values`: how many values of a sample share a scale, once one has been seen."""
+    to pass, which sets how many values each may keep; `num_values` of a sample share a scale."""
 
     def __init__(self, quantizer: Quantizer, num_samples: int):
         self.quantizer, self.num_samples = quantizer, num_samples
@@ -39,10 +37,8 @@ class Observer:
         position = torch.arange(picks, device=x.device) * (counts[:, None] - 1) // max(picks - 1, 1)
         values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position]]
         target, empty = index.expand(len(x), -1), flat.new_zeros(len(x), groups)
-        low, high = (
-            empty.scatter_reduce(1, target, flat, extreme, include_self=False)[:, :, None]
-            for extreme in ("amin", "amax")
-        )
+        reduced = partial(empty.scatter_reduce, 1, target, flat, include_self=False)
+        low, high = reduced("amin")[:, :, None], reduced("amax")[:, :, None]
         segment = torch.as_tensor(q.segment(), device=x.device).expand(len(x))
         self.noted.append((torch.cat([values, low, high], dim=2), segment))
 
@@ -50,8 +46,7 @@ class Observer:
     def fit(self, neighbours: int = 0, batch_size: int = 64) -> None:
         """Choose scale and zero point from what was noted; for each segment also from the
         `neighbours` before and after it. With `ema` the intervals of successive `batch_size`
-        samples of the segment are averaged. Raises ValueError where a segment, and these, were
-        never seen."""
+        samples of the segment are averaged. Raises ValueError where none of these were seen."""
         q = self.quantizer
         for s in range(len(q.scale)):
             near = [values[(segment - s).abs() <= neighbours] for values, segment in self.noted]
@@ -72,10 +67,9 @@ def pooled(noted: torch.Tensor) -> torch.Tensor:
     values like any other, more than they are: with extremes that only bounded it, and other picks
     in every sample, `tdq` at W8A8 on latent-compact clipped what the next layers could not do
     without (44.8 dB of PSNR in place of 49.8)."""
-    picks, low, high = noted[:, :, :-2], noted[:, :, -2], noted[:, :, -1]
-    return torch.cat(
-        [picks.transpose(0, 1).flatten(1), low.amin(0)[:, None], high.amax(0)[:, None]], dim=1
-    )
+    picks = noted[:, :, :-2].transpose(0, 1).flatten(1)
+    low, high = noted[:, :, -2].amin(0), noted[:, :, -1].amax(0)
+    return torch.cat([picks, low[:, None], high[:, None]], dim=1)
 
 
 @torch.no_grad()
@@ -100,8 +94,7 @@ def fit_scales(
 
 
 def refit(module: nn.Module, *inputs: torch.Tensor) -> None:
-    """Fit the activation quantizers of a lone quantized layer or product to one batch of what it
-    reads."""
+    """Fit the activation quantizers of a lone quantized layer or product to one batch of inputs."""
     for quantizer, x in module.quantizer_inputs(*inputs):
         observer = Observer(quantizer, len(x))
         observer.note(x)

@@ -23,26 +23,25 @@ SMALLEST = 1e-8  # of a scale
 def prepare(net: QuantizedNet, calibration: CalibrationSet, dynamic: bool) -> None:
     """Make a converted network (of one time segment) learnable, begun at the ranges of a
     CalibrationSet; with `dynamic` by functions of time, one in each quantizer of an activation,
-    that read the times of every batch. Raises ValueError where there is no scale to make a function
-    of."""
+    that read the times of every batch. Raises ValueError where no scale could be a function."""
     num_values = _fit_ranges(net, calibration)
     net.requires_grad_(True)
     for layer in quant_layers(net).values():
-        if layer.weight_quantizer is not None:
-            scale = layer.weight_quantizer.scale
-            damp(scale, layer.weight.numel() / scale.numel() * layer.weight_quantizer.high)
-    learned = {name: q for name, q in input_quantizers(net).items() if q.learnable}
+        q = layer.weight_quantizer
+        if q is not None:
+            damp(q.scale, layer.weight.numel() / q.scale.numel() * q.high)
     for q in input_quantizers(net).values():
         q.scale.requires_grad_(q.learnable and not dynamic)
+    learned = [q for q in input_quantizers(net).values() if q.learnable]
     if not dynamic:
-        for name, q in learned.items():
-            damp(q.scale, num_values[name] * q.high)
+        for q in learned:
+            damp(q.scale, num_values[q] * q.high)
         return
     if not learned:
         raise ValueError(
             "no quantized activation has a scale that could depend on time; set bits.input below 16"
         )
-    for q in learned.values():
+    for q in learned:
         start = q.scale[0].detach().cpu()
         q.soft_scale = DynamicScale(torch.zeros(1), start).to(q.scale.device)
     net.timeline.segment = slice(None)  # row i of a table of scales is that of sample i
@@ -51,15 +50,13 @@ def prepare(net: QuantizedNet, calibration: CalibrationSet, dynamic: bool) -> No
 
 @torch.no_grad()
 def _fit_ranges(net, calibration):
-    """Fits all scales to a CalibrationSet -> name of an activation quantizer -> how many values of
-    a sample share its scale."""
+    """Fits all scales -> {activation quantizer: how many values of a sample share its scale}."""
     device = next(net.parameters()).device
     samples = calibration.subset(None, net.timeline, 0)
     with observing(net, len(samples)):
         for arguments in samples.batches(64):
             net(*(a.to(device) for a in arguments))
-    names = input_quantizers(net)
-    num_values = {name: net.observers[q].num_values for name, q in names.items()}
+    num_values = {q: observer.num_values for q, observer in net.observers.items()}
     fit(net)
     return num_values
 
@@ -89,8 +86,7 @@ def finish(
     """-> (the trained network hardened, with a table of scales at the sampler's network times (S,)
     if it has functions of time; those functions, named as in functions_of). It is on the CPU."""
     net = net.cpu()
-    # any one: all that has functions gets its table from them below
-    set_times(net, torch.zeros(1))
+    set_times(net, torch.zeros(1))  # any one: the tables come from the functions below
     harden(net)
     functions = functions_of(net)
     return (retabulated(net, functions, times) if functions else net), functions

@@ -30,8 +30,7 @@ class Quantizer(nn.Module):
     Passes set what forwards heed: `enabled`, whether x is to be quantized, which its layer asks
     (ranges and errors are measured against full precision); while they learn also `drop`, x ->
     which elements stay unquantized (QDrop), and `soft_scale`, what gives the table of scales
-    (quant/scales.py). `made_by` is what gave the table, once it has been learned so.
-    """
+    (quant/scales.py). `made_by` is what gave the table, once it has been learned so."""
 
     def __init__(self, spec: QuantSpec, group_of: torch.Tensor, timeline: Timeline | None = None):
         super().__init__()
@@ -46,8 +45,7 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.full(shape, float("nan")), requires_grad=False)
         self.register_buffer("zero_point", torch.full(shape, float("nan")))
         self.register_buffer("group_of", group_of, persistent=False)
-        # modules of this one as soon as there are any
-        self.soft_scale: nn.Module | None = None
+        self.soft_scale: nn.Module | None = None  # modules of this one as soon as there are any
         self.made_by: nn.Module | None = None
         self.drop: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.enabled = True
@@ -67,8 +65,7 @@ class Quantizer(nn.Module):
         return self.timeline.segment if self.timeline else 0
 
     def table(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Row(s) of a (segments, groups) table for the current segment, shaped to broadcast against
-        x."""
+        """Row(s) of a (segments, groups) table for the current segment, to broadcast against x."""
         rows = values[self.segment()]
         if rows.dim() == 1:
             return rows[self.group_of]
@@ -82,8 +79,7 @@ class Quantizer(nn.Module):
 
     @property
     def learnable(self) -> bool:
-        """16-bit quantizers (softmax outputs of text models) and fixed grids keep their scale, as
-        in released code."""
+        """16-bit quantizers (softmax outputs of text models) and fixed grids keep their scale."""
         return self.spec.bits < 16 and self.spec.grid == "uniform"
 
     def scales(self) -> torch.Tensor:
@@ -91,8 +87,7 @@ class Quantizer(nn.Module):
         return self.scale if self.soft_scale is None else self.soft_scale()
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """Centred integer codes of x, as floats: code - zero_point. Chosen in float32, under
-        autocast too."""
+        """Centred codes of x, code - zero_point as floats; chosen in float32, always."""
         x = x.float()
         if self.spec.grid == "log2":
             return log2_codes(x, self.spec.bits)
@@ -104,17 +99,14 @@ class Quantizer(nn.Module):
 
     def codes_at(self, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Codes with another table of scales than the own one."""
-        low, high = self.code_ends(x)
-        return StraightThrough.apply(
-            x, self.table(scales, x), self.table(self.zero_point, x), low, high
-        )
+        scale, zero_point = self.table(scales, x), self.table(self.zero_point, x)
+        return StraightThrough.apply(x, scale, zero_point, *self.code_ends(x))
 
     def code_ends(self, x: torch.Tensor) -> tuple[int, int] | tuple[torch.Tensor, ...]:
-        """Smallest and largest code: numbers, or tables shaped to broadcast where segments differ
-        in bits."""
-        if len(set(self.bits)) == 1:
-            return code_range(self.bits[0], self.spec.symmetric)
+        """Smallest and largest code: numbers, or tables to broadcast if segments differ in bits."""
         ends = [code_range(bits, self.spec.symmetric) for bits in self.bits]
+        if len(set(ends)) == 1:
+            return ends[0]
         ends = torch.tensor(ends, device=x.device).float()
         return tuple(self.table(end[:, None].expand_as(self.scale), x) for end in ends.unbind(1))
 

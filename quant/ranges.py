@@ -11,8 +11,7 @@ QDrop (Wei et al. 2022, arXiv:2203.05740), Q-Diffusion (Li et al. 2023, arXiv:23
 of candidates serves all methods; PTQ4DM and EDA-DM have others (R i / 100 for i = 1 .. 100, EDA-DM
 those of a symmetric interval).
 
-The interval always contains zero, so zero is exactly representable (convolutions pad with it).
-"""
+The interval always contains zero, so zero is exactly representable (convolutions pad with it)."""
 
 from typing import Any
 
@@ -34,18 +33,16 @@ def minmax(values: torch.Tensor, bits: int, symmetric: bool) -> Interval:
 
 def percentile(values: torch.Tensor, bits: int, symmetric: bool, tail: float = 0.001) -> Interval:
     """Leave out the fraction `tail` of the values at either end."""
-    ordered = values.sort(dim=1).values
-    last = values.shape[1] - 1
+    ordered, last = values.sort(dim=1).values, values.shape[1] - 1
     left_out = round(tail * last)
     return ordered[:, left_out].clamp(max=0), ordered[:, last - left_out].clamp(min=0)
 
 
 def search_1d(values: torch.Tensor, bits: int, symmetric: bool) -> Interval:
-    """Shrink both ends together; keep the candidate of least mean |x - Q(x)|^2.4 (first one
-    wins)."""
+    """Shrink both ends together; keep the (first) candidate of least mean |x - Q(x)|^2.4."""
     low, high = minmax(values, bits, symmetric)
-    factors = 1 - 0.01 * torch.arange(NUM_SHRINKS, dtype=values.dtype, device=values.device)
-    factors = factors[:, None]
+    steps = torch.arange(NUM_SHRINKS, dtype=values.dtype, device=values.device)
+    factors = 1 - 0.01 * steps[:, None]
     return _best(values, low[None] * factors, high[None] * factors, bits, symmetric)
 
 
@@ -81,8 +78,7 @@ def _best(values, lows, highs, bits, symmetric):
     scales, zeros = scale_zero_point(lows, highs, bits, symmetric)
     size = max(1, CHUNK_ELEMENTS // values.numel())
     errors = []
-    for scale, zero in zip(scales.split(size), zeros.split(size)):
-        scale, zero = scale[:, :, None], zero[:, :, None]
+    for scale, zero in zip(scales[:, :, None].split(size), zeros[:, :, None].split(size)):
         codes = centered_codes(values[None], scale, zero, low_code, high_code)
         error = codes.mul_(scale).sub_(values[None])
         errors.append(error.abs_().pow_(NORM).mean(2))

@@ -31,22 +31,16 @@ def check_bits(bits: Any, what: str) -> None:
 def check_rules(rules: list[dict[str, Any]]) -> None:
     """Raises ValueError for an unknown key of a rule or of its specifications."""
     for rule in rules:
-        if not isinstance(rule, dict) or not all(
-            isinstance(rule.get(p, {}), dict) for p in ("weight", "input")
-        ):
+        is_dict = isinstance(rule, dict)
+        if not is_dict or not all(isinstance(rule.get(part, {}), dict) for part in FOREIGN):
             raise ValueError(
                 f"rule {rule} must be a mapping such as {{role: stem, weight: {{bits: 8}}}}"
             )
-        for key in rule:
-            if key not in RULE_KEYS:
-                raise ValueError(
-                    unknown_word(f"rule {dict(rule)} has an unknown key '{key}'", key, RULE_KEYS)
-                )
+        _check_words(f"rule {dict(rule)} has an unknown key", rule, RULE_KEYS)
         for key, words in (("role", ROLES), ("kind", ("layer", "matmul"))):
-            for word in listed(rule.get(key, words[0])):
-                if word not in words:
-                    complaint = f"rule {dict(rule)} has an unknown {key} '{word}'"
-                    raise ValueError(unknown_word(complaint, str(word), words))
+            _check_words(
+                f"rule {dict(rule)} has an unknown {key}", listed(rule.get(key, [])), words
+            )
         for part, foreign in FOREIGN.items():
             facts = rule.get(part, {})
             known = [f.name for f in fields(QuantSpec) if f.name not in foreign]
@@ -55,16 +49,19 @@ def check_rules(rules: list[dict[str, Any]]) -> None:
                     raise ValueError(
                         unknown_word(f"{key} '{facts[key]}' is unknown", facts[key], words)
                     )
-            for key in facts:
-                if key not in known:
-                    complaint = f"{part} of rule {dict(rule)} has an unknown key '{key}'"
-                    raise ValueError(unknown_word(complaint, key, known))
+            _check_words(f"{part} of rule {dict(rule)} has an unknown key", facts, known)
             check_bits(facts.get("bits", 32), part)
         if rule.get("input", {}).get("grid") == "log2" and listed(rule.get("role")) != ["probs"]:
             raise ValueError(
                 f"rule {dict(rule)} has grid log2, which is for softmax outputs, numbers in [0, "
                 "1]; give it role: probs"
             )
+
+
+def _check_words(complaint, words, known):
+    for word in words:
+        if word not in known:
+            raise ValueError(unknown_word(f"{complaint} '{word}'", str(word), known))
 
 
 def listed(value: Any) -> list[Any]:
@@ -85,11 +82,8 @@ def rule_for(name: str, role: str, kind: str) -> dict[str, str]:
 def applies(rule: dict[str, Any], name: str, role: str, kind: str) -> bool:
     """Whether a rule speaks of this layer or operand."""
     of_role = role in listed(rule["role"]) if "role" in rule else role not in BY_NAME
-    return (
-        of_role
-        and fnmatchcase(name, rule.get("match", "*"))
-        and kind in listed(rule.get("kind", kind))
-    )
+    of_kind = kind in listed(rule.get("kind", kind))
+    return of_role and of_kind and fnmatchcase(name, rule.get("match", "*"))
 
 
 def resolve(rules: list[dict[str, Any]], name: str, role: str, kind: str) -> dict[str, Any]:

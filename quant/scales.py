@@ -1,6 +1,5 @@
 """What gives a quantizer its table of scales while a pass learns it: a model in place of a free
-scale for every segment. At its end the table stays and the model goes, so running it costs
-nothing."""
+scale for every segment. In the end the table stays, so that the model costs nothing to run."""
 
 from collections.abc import Callable
 

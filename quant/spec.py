@@ -7,20 +7,16 @@ from dataclasses import dataclass
 class QuantSpec:
     """How one tensor is quantized; the `weight:` or `input:` part of a rule."""
 
-    # 2 to 8; 16 for softmax outputs; 32 leaves the tensor alone
-    bits: int = 32
+    bits: int = 32  # 2 to 8; 16 for softmax outputs; 32 leaves the tensor alone
     per: str = "tensor"  # tensor | channel | group | head
     group_size: int = 0  # channels per group for per: group
     symmetric: bool = False  # signed codes and zero point 0
-    # uniform | log2: powers of two up to 1, for softmax outputs
-    grid: str = "uniform"
+    grid: str = "uniform"  # uniform | log2: powers of two up to 1, for softmax outputs
     range: str = "minmax"  # a word of quant.ranges.RANGES
     tail: float = 0.001  # fraction left out at either end by range: percentile
-    # > 0: average the interval of successive batches, old weight `ema`
-    ema: float = 0.0
+    ema: float = 0.0  # > 0: average the interval of successive batches, old weight `ema`
     per_segment: bool = False  # of a weight: an own one for every time segment
-    # of an input: bits in each time segment, in place of `bits`
-    segment_bits: tuple = ()
+    segment_bits: tuple = ()  # of an input: bits in each time segment, in place of `bits`
     static: bool = False  # of an input: one scale for all time segments
 
     def options(self) -> dict[str, float]:

@@ -16,23 +16,17 @@ PER_STEP = "per_step"
 
 
 def segment_boundaries(times: Iterable[float], segments: int | str | Sequence) -> list[float]:
-    """Boundaries that cut a sampler's network times (in any order) into `segments`: 1; k parts of
-    as equal numbers of steps as possible; "per_step", one for each time; or a list of the
-    boundaries themselves, as network times. Those that are chosen here lie midway between
-    neighbouring times, so that another step count finds the nearest segment. Raises ValueError for
-    a segment without any time."""
+    """Boundaries that cut a sampler's network times (in any order) into `segments`: k parts of as
+    equal numbers of steps as possible; "per_step", one for each time; or a list of the boundaries
+    themselves. Those that are chosen here lie midway between neighbouring times, so that another
+    step count finds the nearest segment. Raises ValueError for a segment without any time."""
     times = sorted(set(map(float, times)))
     if isinstance(segments, (list, tuple)):
         return checked_boundaries(times, segments)
     count = len(times) if segments == PER_STEP else segments
     if not isinstance(count, int) or isinstance(count, bool):
-        raise ValueError(
-            unknown_word(
-                f"segments '{segments}' is neither a number, a list nor a known word",
-                str(segments),
-                [PER_STEP],
-            )
-        )
+        complaint = f"segments '{segments}' is neither a number, a list nor a known word"
+        raise ValueError(unknown_word(complaint, str(segments), [PER_STEP]))
     if not 1 <= count <= len(times):
         raise ValueError(
             f"{count} time segments asked for, the sampler has {len(times)} steps; choose 1 to "
@@ -82,8 +76,7 @@ class Timeline:
         self.segment = int(segment[0]) if bool((segment == segment[0]).all()) else segment
 
     def restricted_to(self, t: torch.Tensor) -> Timeline:
-        """A timeline of the segments that hold the times t (N,) alone, set to these samples: for
-        trials on few."""
+        """A timeline of the segments that hold the times t (N,) alone, set to these, for trials."""
         known = self.segments_of(t).float().unique()
         few = Timeline(((known[1:] + known[:-1]) / 2).tolist())
         few.set_time(self.segments_of(t))
@@ -94,8 +87,7 @@ class Timeline:
         return torch.bucketize(t.float(), self.boundaries.to(t.device), right=True)
 
     def segment_times(self, t: torch.Tensor) -> torch.Tensor:
-        """Mean time of each segment over t (N,) -> (segments,). Raises ValueError for a segment
-        without any."""
+        """Mean time of each segment over t (N,) -> (segments,); ValueError for one without any."""
         segment, times = self.segments_of(t), []
         for s in range(self.num_segments):
             own = t[segment == s].float()

@@ -136,6 +136,24 @@ def test_passes_of_a_method_run_on_it():
     assert deviation(qnet(X, T), net(X, T)) < 0.05
 
 
+@pytest.mark.parametrize(
+    "passes, what",
+    [
+        (["step_bits", "fit_ranges"], "trajectories of the model"),
+        (["fit_ranges", {"correct_noise": {"num_images": 2}}], "trajectories of the model"),
+        (["fit_ranges", {"reconstruct": {"frequency": 1.0}}], "images with gradients"),
+    ],
+)
+def test_a_pass_that_needs_more_than_a_network_says_so(passes, what):
+    net, samples = network(), quant.CalibrationSet(X, T)
+    qnet = quant.convert(net, RULES)
+    with pytest.raises(ValueError, match=f"a pass in this list needs {what}, .* give .* model="):
+        quant.run_passes(qnet, passes, net, samples)
+    run = {"trajectory": lambda num_images, seed: iter([(0, 500.0, X, None, X)])}
+    with pytest.raises(ValueError, match="a pass in this list needs the model's with_net, which"):
+        quant.run_passes(qnet, ["fit_ranges", "correct_noise"], net, samples, **run)
+
+
 def test_what_a_pass_decides_is_in_the_file(tmp_path):
     """decide_by_ranges says by rules which inputs have one scale for all segments."""
     net, samples = network(), quant.CalibrationSet(X, T)
