@@ -146,12 +146,12 @@ def test_passes_of_a_method_run_on_it():
 )
 def test_a_pass_that_needs_more_than_a_network_says_so(passes, what):
     net, samples = network(), quant.CalibrationSet(X, T)
-    qnet = quant.convert(net, RULES)
     with pytest.raises(ValueError, match=f"a pass in this list needs {what}, .* give .* model="):
-        quant.run_passes(qnet, passes, net, samples)
+        quant.run_passes(quant.convert(net, RULES), passes, net, samples)
     run = {"trajectory": lambda num_images, seed: iter([(0, 500.0, X, None, X)])}
     with pytest.raises(ValueError, match="a pass in this list needs the model's with_net, which"):
-        quant.run_passes(qnet, ["fit_ranges", "correct_noise"], net, samples, **run)
+        passes = ["fit_ranges", "correct_noise"]
+        quant.run_passes(quant.convert(net, RULES), passes, net, samples, **run)
 
 
 def test_what_a_pass_decides_is_in_the_file(tmp_path):
