@@ -84,7 +84,7 @@ class ResBlock(nn.Module):
         return self.skip_connection(self.resample(x)) + conv2(dropout(swish(h)))
 
 
-class Stage(nn.Sequential):
+class Chain(nn.Sequential):
     """Layers in a row, each given what it takes."""
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, context: Context) -> torch.Tensor:
@@ -180,7 +180,7 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(num_classes, emb_ch)
 
         ch, factor = level_channels[0], 1
-        self.input_blocks = nn.ModuleList([Stage(conv("stem", in_channels, ch))])
+        self.input_blocks = nn.ModuleList([Chain(conv("stem", in_channels, ch))])
         widths = [ch]  # channels of every tensor that is kept for the way up
         for level, out_ch in enumerate(level_channels):
             for _ in range(num_res_blocks):
@@ -188,14 +188,14 @@ class UNet(nn.Module):
                 ch = out_ch
                 if factor in attention_resolutions:
                     layers.append(attention(ch, num_heads))
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(Chain(*layers))
                 widths.append(ch)
             if level != len(level_channels) - 1:
-                self.input_blocks.append(Stage(resampler(Downsample, ch)))
+                self.input_blocks.append(Chain(resampler(Downsample, ch)))
                 factor *= 2
                 widths.append(ch)
 
-        self.middle_block = Stage(block(ch, ch), attention(ch, num_heads), block(ch, ch))
+        self.middle_block = Chain(block(ch, ch), attention(ch, num_heads), block(ch, ch))
 
         # As released, only fused attention with legacy heads minds `num_heads_upsample`.
         apart = num_heads_upsample > 0 and legacy and not use_spatial_transformer
@@ -211,7 +211,7 @@ class UNet(nn.Module):
                 if level != 0 and i == num_res_blocks:
                     layers.append(resampler(Upsample, ch))
                     factor //= 2
-                self.output_blocks.append(Stage(*layers))
+                self.output_blocks.append(Chain(*layers))
 
         self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), conv("out", ch, out_channels))
         if use_fp16:
@@ -236,12 +236,12 @@ class UNet(nn.Module):
         h = x.to(next(self.input_blocks.parameters()).dtype)
         context = None if context is None else context.to(h.dtype)
         skips = []
-        for stage in self.input_blocks:
-            h = stage(h, emb, context)
+        for chain in self.input_blocks:
+            h = chain(h, emb, context)
             skips.append(h)
         h = self.middle_block(h, emb, context)
-        for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+        for chain in self.output_blocks:
+            h = chain(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h.to(x.dtype))
 
     def context_and_labels(self, cond: Condition, n: int) -> tuple[Context, torch.Tensor | None]:

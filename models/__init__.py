@@ -1,1 +1,1 @@
-"""What a pretrained diffusion model is: networks by name, weights, data, training."""
+"""What a pretrained diffusion model is: networks by name, weights, conditions, data, sampling."""

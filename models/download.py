@@ -24,7 +24,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[1]  # not from base.files: torch may not be there yet
 # models of the clone; an installed copy leaves its own folder alone and takes the current one
 FOLDER = PROJECT / "models" if (PROJECT / "pyproject.toml").exists() else Path("models")
 PIECE = 1 << 20  # bytes read at a time

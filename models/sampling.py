@@ -47,25 +47,18 @@ class Sampling:
 @exact_arithmetic()
 @torch.no_grad()
 def sample(
-    model: DiffusionModel,
-    indices: Iterable[int],
-    sampling: Sampling,
-    *,
-    eps: Callable | None = None,
-    start: Callable | None = None,
-    callback: Callable = nothing,
+    model: DiffusionModel, indices: Iterable[int], sampling: Sampling, **hooks: Callable
 ) -> torch.Tensor:
     """Draws the images number `indices` of `sampling.seed`; returns them as (N, 3, H, W) uint8.
 
     The row in a batch can change the last bit of a float result. Therefore whole blocks of images
     kB ... kB+B-1 run, where B is `sampling.batch_size`, and what was not asked for is dropped:
     image i always runs in row i % B beside the same neighbours, and has the same bytes in any run.
-    `eps`, `start` and `callback` are those of `denoise`, which runs once for every block."""
+    `hooks` are `eps`, `start` and `callback` of `denoise`, which runs once for every block."""
     indices, size, images = list(indices), sampling.batch_size, {}
     for block in sorted({i // size for i in indices}):
         batch = range(block * size, (block + 1) * size)
-        x = denoise(model, batch, sampling, eps=eps, start=start, callback=callback)
-        decoded = model.decode(x)
+        decoded = model.decode(denoise(model, batch, sampling, **hooks))
         images |= {i: decoded[i - batch.start] for i in indices if i in batch}
     return torch.stack([images[i] for i in indices])
 

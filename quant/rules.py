@@ -21,7 +21,7 @@ BITS = (2, 3, 4, 5, 6, 7, 8, 32)
 def check_bits(bits: Any, what: str) -> None:
     """Raises ValueError for a width that cannot be stored or computed."""
     allowed = BITS + (16,) if what == "input" else BITS
-    if bits not in allowed:
+    if bits not in allowed or not isinstance(bits, int):
         raise ValueError(
             f"{what} bits {bits} are impossible; choose {', '.join(map(str, sorted(allowed)))} "
             "(32 leaves the tensor in floating point)"
@@ -37,6 +37,8 @@ def check_rules(rules: list[dict[str, Any]]) -> None:
                 f"rule {rule} must be a mapping such as {{role: stem, weight: {{bits: 8}}}}"
             )
         _check_words(f"rule {dict(rule)} has an unknown key", rule, RULE_KEYS)
+        if not isinstance(rule.get("match", ""), str):
+            raise ValueError(f"match of rule {dict(rule)} must be one pattern, such as 'down.*.q'")
         for key, words in (("role", ROLES), ("kind", ("layer", "matmul"))):
             _check_words(
                 f"rule {dict(rule)} has an unknown {key}", listed(rule.get(key, [])), words
@@ -45,10 +47,9 @@ def check_rules(rules: list[dict[str, Any]]) -> None:
             facts = rule.get(part, {})
             known = [f.name for f in fields(QuantSpec) if f.name not in foreign]
             for key, words in (("range", RANGES), ("grid", GRIDS), ("per", PER)):
-                if facts.get(key, next(iter(words))) not in words:
-                    raise ValueError(
-                        unknown_word(f"{key} '{facts[key]}' is unknown", facts[key], words)
-                    )
+                if key in facts and facts[key] not in tuple(words):
+                    complaint = f"{key} '{facts[key]}' is unknown"
+                    raise ValueError(unknown_word(complaint, str(facts[key]), words))
             _check_words(f"{part} of rule {dict(rule)} has an unknown key", facts, known)
             check_bits(facts.get("bits", 32), part)
         if rule.get("input", {}).get("grid") == "log2" and listed(rule.get("role")) != ["probs"]:

@@ -255,6 +255,10 @@ def test_more_bits_come_closer(tiny_net, tmp_path):
         ({"kind": "matmuls"}, "unknown kind 'matmuls'; did you mean 'matmul'"),
         ({"match": "conv_im"}, "no layer matches 'conv_im'; did you mean 'conv_in'"),
         ({"weight": {"range": "minmix"}}, "'minmix' is unknown; did you mean 'minmax'"),
+        ({"weight": {"range": 5}}, "range '5' is unknown; known: minmax"),
+        ({"weight": {"per": ["channel"]}}, "per .* is unknown; did you mean 'channel'"),
+        ({"match": ["conv_in", "conv_out"]}, "match of rule .* must be one pattern, such as"),
+        ({"weight": {"bits": 4.0}}, "weight bits 4.0 are impossible"),
     ],
 )
 def test_a_rule_that_can_apply_to_nothing_is_refused(tiny_net, rule, sentence):
