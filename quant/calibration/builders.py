@@ -22,7 +22,7 @@ def uniform(
 ) -> Pairs:
     """Q-Diffusion's set (arXiv:2302.04304): N / images evenly spaced steps (every so many-th where
     that divides S), the same images at each. Raises ValueError if there are fewer steps."""
-    asked = steps_asked(num_steps, num_images, num_samples)
+    asked = _steps_asked(num_steps, num_images, num_samples)
     return at_each(torch.arange(asked) * num_steps // asked, num_images)
 
 
@@ -32,15 +32,13 @@ def quad(
     """As `uniform`, but denser towards the image, as the quad sequence of DDIM (Song et al. 2021,
     D.3): its i-th step from the image end is (i / (N / images - 1))^2 (S - 1), or i where that is
     more, so that no step occurs twice."""
-    asked = steps_asked(num_steps, num_images, num_samples)
+    asked = _steps_asked(num_steps, num_images, num_samples)
     roots = torch.linspace(0, (num_steps - 1) ** 0.5, asked, dtype=torch.float64)
     place = roots.square().round().long().maximum(torch.arange(asked))
     return at_each(num_steps - 1 - place.flip(0), num_images)
 
 
-def steps_asked(num_steps: int, num_images: int, num_samples: int) -> int:
-    """Returns N / images, the number of steps that all images are used at. Raises ValueError if
-    there are fewer."""
+def _steps_asked(num_steps, num_images, num_samples):
     asked = num_samples // num_images
     if not 1 <= asked <= num_steps:
         raise ValueError(
@@ -120,7 +118,7 @@ def normal(
         )
     ends = (torch.tensor([0.0, 1.0], dtype=torch.float64) - mean) / std
     low, high = torch.special.ndtr(ends).tolist() if resample else (0, 1)
-    place = chain_index(mean + std * between_quantiles(low, high, num_samples, rng), num_steps)
+    place = _chain_index(mean + std * _between_quantiles(low, high, num_samples, rng), num_steps)
     image = in_turn(num_samples, num_images)
     if pairing == "legacy":
         return place + 1, image, place.float()
@@ -138,23 +136,22 @@ def half_normal(
 ) -> Pairs:
     """|Normal(0, std)| as a fraction of the chain from the image end, clipped to the noisy end
     (iszry/HKU_2023_Summer_Research)."""
-    place = chain_index(std * between_quantiles(0.5, 1, num_samples, rng), num_steps)
+    place = _chain_index(std * _between_quantiles(0.5, 1, num_samples, rng), num_steps)
     return num_steps - 1 - place, in_turn(num_samples, num_images)
 
 
-def between_quantiles(low: float, high: float, num: int, rng: torch.Generator) -> torch.Tensor:
+def _between_quantiles(low, high, num, rng):
     """Draws `num` standard normal values between two of its quantiles."""
     shares = torch.rand(num, generator=rng, dtype=torch.float64)
     return torch.special.ndtri(low + (high - low) * shares)
 
 
-def chain_index(fraction: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """Returns the place in the chain, 0 to num_steps - 1, at a fraction of it."""
+def _chain_index(fraction, num_steps):
     return (fraction * num_steps).floor().clamp(0, num_steps - 1).long()
 
 
 def at_each(steps: torch.Tensor, num_images: int) -> Pairs:
-    """Returns all pairs of `steps` and the first images, where the image runs fastest."""
+    """Pairs all `steps` with the first images, where the image runs fastest."""
     return steps.repeat_interleave(num_images), torch.arange(num_images).repeat(len(steps))
 
 
@@ -163,16 +160,8 @@ def in_turn(num_samples: int, num_images: int) -> torch.Tensor:
     return torch.arange(num_samples) % num_images
 
 
-BUILDERS = {
-    "uniform": uniform,
-    "quad": quad,
-    "segments": segments,
-    "random": random,
-    "linspace": linspace,
-    "normal": normal,
-    "half_normal": half_normal,
-    "tdac": tdac,
-}
+FUNCTIONS = uniform, quad, segments, random, linspace, normal, half_normal, tdac
+BUILDERS = {function.__name__: function for function in FUNCTIONS}
 
 
 def check_builder(name: str, options: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Calibration sets: what the network sees on its way from noise to image, and how it was collected.
 
-Axes: N samples, S evaluations of the network on a trajectory (step 0 is the first one, the
-noisiest), B images of a recorded batch, K conditions, C channels, H x W pixels."""
+Axes: N samples, S evaluations of the network on a trajectory (step 0 is the noisiest), B images of
+a recorded batch, K conditions, C channels, H x W pixels."""
 
 from __future__ import annotations
 

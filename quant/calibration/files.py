@@ -17,10 +17,8 @@ def load_calibration(path: Path | str) -> CalibrationSet:
     if path.suffix == ".safetensors":
         tensors, meta = load_tensors(path)
         if meta.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} is not a calibration file (format '{meta.get('format')}', expected "
-                f"'{FORMAT}')"
-            )
+            found = f"format '{meta.get('format')}', expected '{FORMAT}'"
+            raise ValueError(f"{path} is not a calibration file ({found})")
         return CalibrationSet(**tensors, made=meta["made"])
     return _ecosystem_set(path)
 
@@ -36,10 +34,8 @@ def _ecosystem_set(path):
         ) from None
     if not isinstance(content, dict) or not {"xs", "ts"} <= content.keys():
         raise ValueError(f"{path} must hold a dict with 'xs' and 'ts' (lists over sampling steps)")
-    xs, ts, cs, ucs = (
-        _entries(path, key, content[key]) if key in content else []
-        for key in ("xs", "ts", "cs", "ucs")
-    )
+    names = ("xs", "ts", "cs", "ucs")
+    xs, ts, cs, ucs = (_entries(path, name, content.get(name, [])) for name in names)
     if not xs or xs[0].dim() != 4:
         raise ValueError(
             f"{path} must hold images (samples, channels, height, width) in every entry of 'xs'; "
@@ -54,26 +50,25 @@ def _ecosystem_set(path):
                 f"{path} has {len(x)} samples in an entry of 'xs' and {len(steps)} steps in "
                 "that of 'ts'"
             )
-    cond = which = None
+    x, cond, which = torch.cat(xs).float(), None, None
     if cs:
         cond = torch.cat(cs)
         which = torch.arange(len(cond))
-        if len(cond) != sum(map(len, xs)):
+        if len(cond) != len(x):
             raise ValueError(
-                f"{path} has {len(cond)} conditions in 'cs' and {sum(map(len, xs))} samples in 'xs'"
+                f"{path} has {len(cond)} conditions in 'cs' and {len(x)} samples in 'xs'"
             )
     made = {"file": path.name, "steps": len(xs)}
-    trajectory = torch.cat([torch.arange(len(x)) for x in xs])
-    found = CalibrationSet(
-        torch.cat(xs).float(), torch.cat(t).float(), cond, which, trajectory, made
-    )
+    trajectory = torch.cat([torch.arange(len(entry)) for entry in xs])
+    found = CalibrationSet(x, torch.cat(t).float(), cond, which, trajectory, made)
     if not ucs:
         return found
     null = torch.cat(ucs)
-    if cond is None or len(null) != len(cond):
+    count = sum(map(len, cs))
+    if not cs or len(null) != count:
         raise ValueError(
             f"{path} has {len(null)} conditions in 'ucs', which needs as many in 'cs'; found "
-            f"{0 if cond is None else len(cond)}"
+            f"{count}"
         )
     return twice(found, null)
 

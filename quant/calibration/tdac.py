@@ -1,8 +1,7 @@
 """Temporal distribution alignment calibration (EDA-DM, arXiv:2401.04585): steps whose features have
 many neighbours (density) and differ most from the rest (variety) get more calibration samples.
 
-Axes: S steps, n images (twice as many with guidance), C channels, h x w positions.
-"""
+Axes: S steps, n images (twice as many with guidance), C channels, h x w positions."""
 
 from collections.abc import Callable
 from typing import Any

@@ -8,38 +8,31 @@ bit operations.
 with one choice of weight bits w_l, and for bops of input bits a_l, for each layer of n_l weights
 and m_l multiply-adds: the integer programme of HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680), solved
 by scipy's HiGHS. HAWQ estimates e_l by Hessians; here it is measured, the squared error of eps when
-that weight or that input alone is rounded to nearest. The two of a layer are measured apart: for k
-widths that takes 2 k runs in place of k^2, and to add them up assumes no more than to add up
-layers, that errors of different roundings do not correlate."""
+that weight or that input alone is rounded to nearest. To add them up assumes that errors of
+different roundings do not correlate."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from quant.layers import QuantLayer
 from quant.network import QuantizedNet, in_full_precision, quant_layers
-from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.declare import DECIDES, Moment, quant_pass
+from quant.passes.job import Facts, Job
 
-# what gets widths out of `choices`
-BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}
+BUDGETS = {"size": ("weight",), "bops": ("weight", "input")}  # what gets widths
 UNITS = {"size": "bits of weights", "bops": "bit operations"}
 Widths = tuple[int, ...]  # of the parts that a budget is about
 Errors = dict[str, dict[str, dict[int, float]]]  # layer -> part -> bits -> squared error
 
 
-@quant_pass(
-    moment=Moment.DECIDE,
-    once=True,
-    one_network=True,
-    inside_segments="it decides for the whole network; list it before segment_models",
-)
+@quant_pass(moment=Moment.DECIDE, once=True, one_network=True, inside_segments=DECIDES)
 def allocate_bits(
     job: Job,
     *,
@@ -47,7 +40,7 @@ def allocate_bits(
     average: float | None = None,
     choices: Sequence[int] = (2, 3, 4, 6, 8),
     num_samples: int = 16,
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass, before any that changes the network: choose bits out of `choices` and add a rule
     for each layer. All layers together take no more than they would with `average` bits everywhere
     (None: with the widths that the rules give them). Layers that the rules make an exception of,
@@ -59,10 +52,8 @@ def allocate_bits(
         raise ValueError(f"allocate_bits chooses among widths of 2 to 8 bits, not {list(choices)}")
     parts, unit = BUDGETS[budget], UNITS[budget]
     layers, usual = ordinary_layers(job.net, parts)
-    amounts = {
-        name: prod(m.shape) if budget == "size" else job.graph.macs[name]
-        for name, m in layers.items()
-    }
+    sizes = {name: prod(layer.shape) for name, layer in layers.items()}
+    amounts = sizes if budget == "size" else {name: job.graph.macs[name] for name in layers}
     widths = list(product(choices, repeat=len(parts)))
     costs = {name: {bits: n * prod(bits) for bits in widths} for name, n in amounts.items()}
     everywhere = prod(usual) if average is None else average ** len(parts)
@@ -74,10 +65,9 @@ def allocate_bits(
             f"it takes {least:,}"
         )
     apart = sensitivities(job, layers, parts, choices, num_samples)
-    errors = {
-        name: {bits: sum(apart[name][part][b] for part, b in zip(parts, bits)) for bits in widths}
-        for name in costs
-    }
+    errors = {name: {} for name in costs}
+    for name, bits in product(costs, widths):
+        errors[name][bits] = sum(apart[name][part][b] for part, b in zip(parts, bits))
     chosen = solve(errors, costs, allowed)
     used = sum(costs[name][bits] for name, bits in chosen.items())
     rules = [_rule(name, dict(zip(parts, bits))) for name, bits in chosen.items()]
@@ -86,8 +76,8 @@ def allocate_bits(
     spent = {"budget": budget, "allowed": allowed, "used": used, "rules": rules}
     facts = [{"pass": "allocate_bits", **spent}]
     for name, bits in chosen.items():
-        found = {"unit": name, "bits": dict(zip(parts, bits)), "errors": apart[name]}
-        facts.append({"pass": "allocate_bits", **found})
+        found = {"bits": dict(zip(parts, bits)), "errors": apart[name]}
+        facts.append({"pass": "allocate_bits", "unit": name, **found})
     return facts
 
 
@@ -125,9 +115,7 @@ def sensitivities(
     """Returns {layer: {part: {bits: squared error of the network's output, mean over samples}}},
     each part quantized alone."""
     sample = job.calibration.spread(num_samples, job.net.timeline, job.seed)
-    batches = [
-        tuple(a.to(job.device) for a in arguments) for arguments in sample.batches(job.batch(16))
-    ]
+    batches = [[a.to(job.device) for a in batch] for batch in sample.batches(job.batch(16))]
     targets = [job.model.net(*arguments) for arguments in batches]
     errors = {name: {part: {} for part in parts} for name in layers}
     for bits in choices:
@@ -137,10 +125,9 @@ def sensitivities(
             for name, part in product(layers, parts):
                 quantizer = getattr(net.get_submodule(name), f"{part}_quantizer")
                 quantizer.enabled = True
-                found = sum(
-                    float((net(*arguments) - target).double().square().sum())
-                    for arguments, target in zip(batches, targets)
-                )
+                pairs = zip(batches, targets)
+                differences = (net(*arguments) - target for arguments, target in pairs)
+                found = sum(float(d.double().square().sum()) for d in differences)
                 quantizer.enabled = False
                 errors[name][part][bits] = found / len(sample)
         job.log(f"allocate_bits: measured the errors of {bits} bits in {len(layers)} layers")
@@ -154,15 +141,14 @@ def solve(
 ) -> dict[str, Widths]:
     """{name: {choice: error}}, {name: {choice: cost}} -> {name: choice} of least total error at no
     more cost than `budget`, which the cheapest choices keep."""
-    # takes a second to import, and most methods have no use for it
+    # a second to import, which most methods have no use for
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     pairs = [(name, choice) for name, row in errors.items() for choice in row]
     error = np.array([errors[name][choice] for name, choice in pairs])
     cost = np.array([[float(costs[name][choice]) for name, choice in pairs]])
     one_each = np.array([[float(name == own) for own, _ in pairs] for name in errors])
-    # In units of the least that any choice leaves and of the budget: the solver's tolerances are
-    # absolute.
+    # in units of the least that is left and of the budget: the solver's tolerances are absolute
     unit = max(sum(min(row.values()) for row in errors.values()), 1e-9 * error.max(), 1e-30)
     result = milp(
         error / unit,
@@ -176,5 +162,4 @@ def solve(
     chosen = {name: choice for (name, choice), on in zip(pairs, result.x) if on > 0.5}
     if sum(costs[name][choice] for name, choice in chosen.items()) <= budget:
         return chosen
-    # within the solver's tolerance is not within the budget
-    return solve(errors, costs, budget * (1 - 1e-6))
+    return solve(errors, costs, budget * (1 - 1e-6))  # the solver tolerates a little too much

@@ -7,12 +7,12 @@ layers that share the input (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438, Eq
 can hurt and the error has several minima in alpha, so alpha is searched per layer with the layer's
 own quantizers, the identity among the candidates: on the calibration data no layer gets worse.
 
-Behind a norm that feeds nothing else s goes into the norm; behind v into the rows of v; both are
-exact. Behind SiLU and in the residual stream there is no exact fold: the layer multiplies its input
-by 1/s (`inverse_balance`), which an integer engine does in its quantize step."""
+Behind a norm that feeds nothing else s goes into the norm, behind v into its rows, exactly
+(quant/folds.py). Behind SiLU and in the residual stream there is no exact fold: the layer
+multiplies its input by 1/s (`inverse_balance`), which an integer engine does as it quantizes."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from quant.layers import QuantLayer
 from quant.network import QuantizedNet, core_of, in_full_precision, input_quantizers, quant_layers
 from quant.observer import refit
 from quant.passes.declare import Moment, Plan, quant_pass
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 from quant.reconstruction.capture import inputs_of
 from quant.timeline import Timeline
 
@@ -64,7 +64,7 @@ def _check(plan: Plan) -> None:
     "share; leave it out",
     check=_check,
 )
-def balance(job: Job, *, num_samples: int = 64, num_alphas: int = 11) -> list[dict[str, Any]]:
+def balance(job: Job, *, num_samples: int = 64, num_alphas: int = 11) -> Facts:
     """The pass, before fit_ranges. Layers whose rule says `balance: true` are balanced; attention
     blocks also fold norm -> q, k, v, q <-> k and v -> proj where these are such layers.
     `num_samples` calibration samples, spread over the time segments; `num_alphas` candidates from 0
@@ -78,25 +78,18 @@ def balance(job: Job, *, num_samples: int = 64, num_alphas: int = 11) -> list[di
         raise ValueError("balance changes what scales are fitted to; list it before fit_ranges")
     timeline = job.net.timeline
     sample = job.calibration.spread(num_samples, timeline, job.seed)
-    layers = {
-        name: m
-        for name, m in quant_layers(job.net).items()
-        if m.inverse_balance is not None
-        and m.weight_quantizer is not None
-        and m.input_quantizer is not None
-    }
+    layers = {name: m for name, m in quant_layers(job.net).items() if _can_gain(m)}
     parts = [p for p in attention_parts(core_of(job.net)) if p.layers <= layers.keys()]
     shared = {name: part for part in parts for name in part.readers}
     check_folds(job.model.net, parts, sample.arguments(slice(0, 1)))
     groups = [part.readers for part in parts] + [[name] for name in layers if name not in shared]
     alphas, facts = torch.linspace(0, 1, num_alphas).tolist(), []
     segments = timeline.segments_of(sample.t)
-    for captured in _chunks(job, sample, groups):
-        for names, x in captured:
-            readers, part = [layers[name] for name in names], shared.get(names[0])
-            facts.append(balance_group(names, readers, x, segments, timeline, alphas))
-            if part and facts[-1]["alpha"] is not None:
-                fold_into_norm(job.net, part, readers)
+    for names, x in _captured(job, sample, groups):
+        readers, part = [layers[name] for name in names], shared.get(names[0])
+        facts.append(balance_group(names, readers, x, segments, timeline, alphas))
+        if part and facts[-1]["alpha"] is not None:
+            fold_into_norm(job.net, part, readers)
     few = sample.thinned(job.batch(PRODUCT_SAMPLES))
     for part in parts:
         facts.append(balance_product(job, part, few))
@@ -116,6 +109,11 @@ def balance(job: Job, *, num_samples: int = 64, num_alphas: int = 11) -> list[di
     return facts
 
 
+def _can_gain(layer):
+    parts = layer.inverse_balance, layer.weight_quantizer, layer.input_quantizer
+    return all(part is not None for part in parts)
+
+
 @torch.no_grad()
 def _deviation(job, arguments):
     """max |difference| / max |answer| of the balanced network without quantizers and the float
@@ -126,11 +124,9 @@ def _deviation(job, arguments):
         return float((job.net(*arguments) - wanted).abs().max() / wanted.abs().max())
 
 
-def _chunks(
-    job: Job, sample: CalibrationSet, groups: Iterable[list[str]]
-) -> Iterator[list[tuple[list[str], torch.Tensor]]]:
-    """(names, input over the sample) of each group, captured for as many groups at a time as memory
-    allows."""
+def _captured(job, sample, groups):
+    """Yields (names, input over the sample) of each group, captured for as many groups at a time as
+    memory allows."""
     todo, one = list(groups), sample.rows(torch.tensor([0]))
     first = inputs_of(job.model.net, [names[0] for names in todo], one, 1)
     size = {name: x.numel() * 4 * len(sample) for name, x in first.items()}
@@ -140,7 +136,7 @@ def _chunks(
             used += size[todo[0][0]]
             taken.append(todo.pop(0))
         found = inputs_of(job.model.net, [names[0] for names in taken], sample, job.batch(32))
-        yield [(names, found[names[0]]) for names in taken]
+        yield from ((names, found[names[0]]) for names in taken)
 
 
 @torch.no_grad()
@@ -170,17 +166,12 @@ def balance_group(
     return fact
 
 
-def _best(
-    names: list[str],
-    vectors: dict[float | None, torch.Tensor],
-    error_of: Callable[[torch.Tensor], float],
-) -> tuple[float | None, dict[str, Any]]:
+def _best(names, vectors, error_of):
     """The key of the vector of least error, and the fact about it. The identity comes first, under
     None, and wins ties."""
     errors = {alpha: error_of(s) for alpha, s in vectors.items()}
     best = min(errors, key=errors.get)
-    before, after = errors[None], errors[best]
-    found = {"alpha": best, "error_before": before, "error_after": after}
+    found = {"alpha": best, "error_before": errors[None], "error_after": errors[best]}
     return best, {"pass": "balance", "layers": names} | found
 
 
@@ -253,8 +244,7 @@ def fold_into_values(job: Job, part: AttentionPart, sample: CalibrationSet) -> N
     operands = list(inputs_of(job.model.net, [part.av], sample, len(sample), whole=True)[part.av])
     wanted, at = operands[0] @ operands[1], roles.index("v")
     plain = quantized_product(job.net, part.av, *operands, sample)
-    # Channels of v are rows of a left operand, columns of a right one; and so they are in the
-    # product.
+    # channels of v are rows of a left operand, columns of a right one; so they are in the product
     factors = inverse.reshape(*operands[at].shape[1:-2], -1)
     factors = factors[..., :, None] if at == 0 else factors[..., None, :]
     operands[at] = operands[at] * factors

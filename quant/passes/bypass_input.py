@@ -15,13 +15,11 @@ output channel, in floating point.
 Axes: N samples, C channels of x, S time segments.
 """
 
-from typing import Any
-
 import torch
 
 from quant.network import Bypass, stem_of
 from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 
 RIDGE = 1e-6  # share of the mean variance of x - x_q
 
@@ -33,7 +31,7 @@ RIDGE = 1e-6  # share of the mean variance of x - x_q
     inside_segments="it fits the finished network; list it after segment_models",
 )
 @torch.no_grad()
-def bypass_input(job: Job, *, num_samples: int = 1024) -> list[dict[str, Any]]:
+def bypass_input(job: Job, *, num_samples: int = 1024) -> Facts:
     """The pass: fit K by `num_samples` calibration samples, alike of every segment, to the network
     as it is then.
 
@@ -45,10 +43,8 @@ def bypass_input(job: Job, *, num_samples: int = 1024) -> list[dict[str, Any]]:
         raise ValueError("the network has a bypass of its input already; list bypass_input once")
     stem, timeline = stem_of(job.net), job.net.timeline
     if stem is None:
-        job.log(
-            "bypass_input: the network reads its input in floating point, nothing needs to go "
-            "around it"
-        )
+        reads = "the network reads its input in floating point"
+        job.log(f"bypass_input: {reads}, nothing needs to go around it")
         return []
     calibration = job.calibration.spread(num_samples, timeline, job.seed)
     timeline.segment_times(calibration.t)  # says which segment has no samples

@@ -11,28 +11,24 @@ k)^2, and a sampler that adds noise of its own adds that much less (ddim/sampler
 Axes: S times, N images, C channels of eps of H x W pixels.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from base.network import batch_of
 from quant.network import Correction, quant_layers
 from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 
-# Lowest k that is corrected
-SLOPES = {
-    True: 0.0,  # PTQD
-    # also an error that shrinks eps, as learning by mean squares leaves it
-    "signed": -0.5,
-    False: None,
-}
+# Lowest k that is corrected: PTQD; also of errors that shrink eps, as learning leaves them; none
+SLOPES = {True: 0.0, "signed": -0.5, False: None}
 # What is taken for the bias, from the sums of d and of r: (d, r) -> as these
 BIASES = {
     "residual": lambda d, r: r,  # the paper
     "total": lambda d, r: d,  # the released code
     False: lambda d, r: 0 * d,
 }
+Axes = tuple[int, ...]
 SUMMED = {"channel": (0, 2, 3), "line": (0,)}  # `per`: axes of eps to sum over
 
 
@@ -51,7 +47,7 @@ def correct_noise(
     bias: Literal[tuple(BIASES)] = "residual",
     per: Literal[tuple(SUMMED)] = "channel",
     variance: bool = True,
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass: measure k, b and sigma_q^2 at every time that the sampler visits, both networks on
     the full-precision trajectories of `num_images` images of `seed`, and give them to the quantized
     network as `correction`. `slope` (true: of errors that enlarge eps; signed; false), `bias`
@@ -77,29 +73,21 @@ def correct_noise(
         if step == 0:
             images += len(x)
             job.log(f"correct_noise: image {images} of {num_images}")
-    times = sorted(totals)
-    fits = [fit(totals[t], slope, bias, variance) for t in times]
-    correction = Correction(torch.tensor(times), *totals[times[0]].shape[1:]).to(x.device)
+    fits = {t: fit(totals[t], slope, bias, variance) for t in sorted(totals)}
+    correction = Correction(torch.tensor([*fits]), *next(iter(totals.values())).shape[1:])
+    job.net.correction = correction.to(x.device)
     for name in ("slope", "rows", "columns", "variance"):
-        getattr(correction, name).copy_(torch.stack([tables[name] for tables in fits]))
-    job.net.correction = correction
-    return [
-        {
-            "pass": "correct_noise",
-            "t": t,
-            "slope": float(tables["slope"]),
-            "bias": float((tables["rows"] + tables["columns"]).abs().mean()),
-            "sigma": float(tables["variance"]) ** 0.5,
-            "mse_before": float(tables["mse_before"]),
-            "mse_after": float(tables["mse_after"]),
-        }
-        for t, tables in zip(times, fits)
-    ]
+        getattr(correction, name).copy_(torch.stack([found[name] for found in fits.values()]))
+    return [{"pass": "correct_noise", "t": t} | _numbers(found) for t, found in fits.items()]
 
 
-def sums(
-    e: torch.Tensor, d: torch.Tensor, axes: tuple[int, ...] = SUMMED["channel"]
-) -> torch.Tensor:
+def _numbers(found):
+    bias, sigma = (found["rows"] + found["columns"]).abs().mean(), float(found["variance"]) ** 0.5
+    numbers = {"slope": float(found["slope"]), "bias": float(bias), "sigma": sigma}
+    return numbers | {key: float(found[key]) for key in ("mse_before", "mse_after")}
+
+
+def sums(e: torch.Tensor, d: torch.Tensor, axes: Axes = SUMMED["channel"]) -> torch.Tensor:
     """Returns n, sum e, sum d, sum e d, sum e^2, sum d^2 over `axes` of eps e and its error d (N,
     C, H, W) -> (6, C, 1, 1) or (6, C, H, W) float64. Those of several batches add up."""
     e, d = e.double(), d.double()

@@ -20,19 +20,15 @@ from quant.analysis import decide, describe, observe_ranges
 from quant.calibration.dataset import CalibrationSet
 from quant.layers import QuantLayer, QuantMatmul, QuantOperand
 from quant.network import modules_of
-from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.declare import DECIDES, Moment, quant_pass
+from quant.passes.job import Facts, Job
 from quant.rules import rule_for
 
 
-@quant_pass(
-    moment=Moment.DECIDE,
-    needs_segments="per_step",
-    inside_segments="it decides for the whole network; list it before segment_models",
-)
+@quant_pass(moment=Moment.DECIDE, needs_segments="per_step", inside_segments=DECIDES)
 def decide_by_ranges(
     job: Job, *, num_samples: int = 1024, segments_above: float = 0.25, balance_above: float = 4.0
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass, before any that changes the network: measure the ranges of `num_samples`
     calibration samples through the full-precision network and add a rule for every quantized point.
 
@@ -80,6 +76,6 @@ def quantized_points(net: nn.Module) -> dict[str, dict[str, Any]]:
             for role, q in zip(module.roles, (module.a_quantizer, module.b_quantizer)):
                 if q is not None:
                     found[f"{name}.{role}"] = rule_for(name, role, "matmul")
-        elif isinstance(module, (QuantLayer, QuantOperand)) and module.input_quantizer is not None:
+        elif isinstance(module, QuantLayer | QuantOperand) and module.input_quantizer is not None:
             found[name] = rule_for(name, module.role, "layer")
     return found

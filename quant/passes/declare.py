@@ -7,6 +7,10 @@ from enum import Enum
 from functools import wraps
 from typing import Any
 
+# why a pass cannot be inside segment_models
+DECIDES = "it decides for the whole network; list it before segment_models"
+GIVES_SCALES = "each of the segments has one scale alone; leave it out"
+
 
 class Moment(Enum):
     """When a pass runs, from first to last, and why it cannot wait for those of a later moment."""
@@ -71,19 +75,12 @@ def with_fields(function: Callable) -> Callable:
     """Makes a pass (job, *, name: dataclass, ...) one that takes the fields of these dataclasses as
     options, with their defaults; options of its own stay."""
     given = inspect.signature(function).parameters
-    groups = {
-        name: parameter.annotation
-        for name, parameter in given.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and is_dataclass(parameter.annotation)
-    }
+    options = {name: p.annotation for name, p in given.items() if p.kind is p.KEYWORD_ONLY}
+    groups = {name: group for name, group in options.items() if is_dataclass(group)}
     flat = [parameter for name, parameter in given.items() if name not in groups]
-    flat += [
-        inspect.Parameter(
-            one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type
-        )
-        for group in groups.values()
-        for one in fields(group)
-    ]
+    for one in (one for group in groups.values() for one in fields(group)):
+        stated = {"default": one.default, "annotation": one.type}
+        flat.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, **stated))
     signature = inspect.Signature(flat)
 
     @wraps(function)

@@ -16,8 +16,8 @@ from torch import nn
 
 from base.network import timestep_embedding
 from quant.network import QuantizedNet, input_quantizers
-from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.declare import GIVES_SCALES, Moment, quant_pass
+from quant.passes.job import Facts, Job
 from quant.scales import SoftScale, attach
 from quant.timeline import PER_STEP, Timeline, segment_boundaries
 
@@ -39,8 +39,7 @@ class DynamicScale(SoftScale):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.layers[-1].weight)
         self.layers[-1].bias.data = start.double().expm1().log().float()  # softplus^-1
-        # no buffer: a batch is no state, and is not averaged or saved
-        self.times = times
+        self.times = times  # no buffer: a batch is no state, and is not averaged or saved
 
     def at(self, times: torch.Tensor) -> torch.Tensor:
         """times (S,) -> scales (S, groups), in float32 under autocast too."""
@@ -60,11 +59,11 @@ class DynamicScale(SoftScale):
     moment=Moment.MODEL,
     needs_segments="per_step",
     excludes={"group_scales": "both give the scales"},
-    inside_segments="each of the segments has one scale alone; leave it out",
+    inside_segments=GIVES_SCALES,
 )
 def dynamic_scales(
     job: Job, *, hidden: int = 64, depth: int = 4, warm_steps: int = 300, warm_lr: float = 1e-3
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass: replace the fitted table of every activation quantizer by an MLP that follows it,
     by regression of ln s(t) on the table, `warm_steps` Adam steps; what comes after (reconstruct)
     learns the MLP. Scales must have been fitted, on a timeline of several segments."""
@@ -96,12 +95,11 @@ def dynamic_scales(
 def functions_of(net: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters of the MLPs that gave a hardened network its tables, by quantizer:
     {"NAME|layers.0.weight": ...}."""
-    return {
-        f"{name}|{key}": value
-        for name, q in input_quantizers(net).items()
-        if isinstance(q.made_by, DynamicScale)
-        for key, value in q.learned_by().items()
-    }
+    found = {}
+    for name, q in input_quantizers(net).items():
+        if isinstance(q.made_by, DynamicScale):
+            found |= {f"{name}|{key}": value for key, value in q.learned_by().items()}
+    return found
 
 
 @torch.no_grad()
@@ -127,7 +125,7 @@ def retabulated(
     for name, q in quantizers.items():
         if q.spec.static:
             continue
-        table = _table(by_name[name], times) if name in by_name else q.scale[nearest]
+        table = _evaluated(by_name[name], times) if name in by_name else q.scale[nearest]
         q.scale, q.zero_point = nn.Parameter(table, requires_grad=False), q.zero_point[nearest]
         q.bits = [q.bits[i] for i in nearest]
     if net.bypass is not None:
@@ -135,7 +133,7 @@ def retabulated(
     return net
 
 
-def _table(parameters, times):
+def _evaluated(parameters, times):
     """Scales (S, groups) that the MLP with these parameters gives."""
     widths = [value.shape[0] for key, value in parameters.items() if key.endswith("bias")]
     soft = DynamicScale(times, torch.ones(widths[-1]), widths[0], len(widths))

@@ -21,7 +21,7 @@ def find_pass(name: str) -> Callable:
     """Returns the function behind a name in the YAML. Raises ValueError where there is none."""
     module, _, function = name.rpartition(".")
     if not module:
-        found = _of_folder(name) if name in _modules() else None
+        found = _of_folder(name)
         if found is None:
             raise ValueError(unknown_word(f"pass '{name}' is unknown", name, pass_names()))
         return found
@@ -41,8 +41,7 @@ def find_pass(name: str) -> Callable:
 def declaration_of(name: str) -> Declaration:
     """Returns what a pass says of itself: nothing, if it says nothing, is unknown or comes from
     elsewhere, as nothing is imported for this."""
-    found = _of_folder(name) if name in _modules() else None
-    return getattr(found, "declaration", Declaration())
+    return getattr(_of_folder(name), "declaration", Declaration())
 
 
 def _modules():
@@ -50,11 +49,11 @@ def _modules():
 
 
 def _of_folder(name):
+    if name not in _modules():
+        return None
     found = getattr(importlib.import_module(f"quant.passes.{name}"), name, None)
     return found if _is_pass(found) else None
 
 
 def _is_pass(found):
-    return (
-        inspect.isfunction(found) and next(iter(inspect.signature(found).parameters), None) == "job"
-    )
+    return inspect.isfunction(found) and [*inspect.signature(found).parameters][:1] == ["job"]

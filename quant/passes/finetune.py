@@ -12,15 +12,15 @@ errors count most for the image. The second term is what the sampler sums up: er
 from step to step make more of the image's error than as large ones that are not. Where successive
 errors are independent both terms are alike, 1 before the pass.
 
-Block reconstruction makes each unit right by itself; what is left of their errors adds up along the
-network. Here all that is not an integer is learned together against the network's answer: scales of
-activations and of weights, biases, and the affine parameters of norms (selective fine-tuning as in
-QuEST, Wang et al. 2024, arXiv:2402.03666; the error of the whole network as in APQ-DM,
-arXiv:2305.18723). All of it is stored anyway and costs nothing at run time."""
+What block reconstruction leaves of the units' errors adds up along the network. Here all that is
+not an integer is learned together against the network's answer: scales of activations and of
+weights, biases, and the affine parameters of norms (selective fine-tuning as in QuEST, Wang et al.
+2024, arXiv:2402.03666; the error of the whole network as in APQ-DM, arXiv:2305.18723). All of it is
+stored anyway and costs nothing at run time."""
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import nn
 from base.files import load_tensors, save_tensors
 from quant.network import harden, input_quantizers, quant_layers
 from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 ERROR_SAMPLES = 256  # on which the error before and after is measured
@@ -55,7 +55,7 @@ def finetune(
     stretch: int = 8,
     batch_size: int = 16,
     bfloat16: bool = False,
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule.
     `scale_lr` is relative to the mean of a table of scales; `bias_lr`, of biases and norms, is
     absolute. A batch is made of stretches of `stretch` samples (K above; fewer where no trajectory
@@ -84,15 +84,11 @@ def finetune(
     level = rms_by_step(job.calibration.t, batches, errors)
     before = mean_objective(errors, batches, level)
     groups = learned(job.net, scale_lr, bias_lr)
-    # A saved state is continued if it is of the same options and began with the same error.
-    state = State(
-        job.resume_folder / "finetune.safetensors",
-        {"options": options, "error": before},
-        [p for group in groups for p in group["params"]],
-        torch.optim.Adam(groups),
-        torch.Generator().manual_seed(job.seed),
-    )
-    original = [parameter.detach().clone() for parameter in state.parameters]
+    path, begun = job.resume_folder / "finetune.safetensors", {"options": options, "error": before}
+    parameters = [p for group in groups for p in group["params"]]
+    generator = torch.Generator().manual_seed(job.seed)
+    state = State(path, begun, parameters, torch.optim.Adam(groups), generator)
+    original = [parameter.detach().clone() for parameter in parameters]
 
     def loss(generator):
         rows = stretches[torch.randint(len(stretches), (each,), generator=generator)]
@@ -102,11 +98,10 @@ def finetune(
     after = mean_objective(errors_of(job, batches), batches, level)
     if not after < before:  # nor where it has become NaN
         after = before
-        for parameter, value in zip(state.parameters, original):
+        for parameter, value in zip(parameters, original):
             parameter.copy_(value)
-    return [
-        {"pass": "finetune", "unit": "whole network", "error_before": before, "error_after": after}
-    ]
+    errors = {"error_before": before, "error_after": after}
+    return [{"pass": "finetune", "unit": "whole network", **errors}]
 
 
 @dataclass
@@ -143,7 +138,7 @@ class State:
         return saved["step"]
 
 
-def _optimise(state, iters, loss_of: Callable[[torch.Generator], torch.Tensor], log):
+def _optimise(state, iters, loss_of, log):
     """Adam steps from where the state stands to `iters`; the parameters are then at rest."""
     started, optimizer = time.monotonic(), state.optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -162,8 +157,8 @@ def _optimise(state, iters, loss_of: Callable[[torch.Generator], torch.Tensor], 
         if step % SAVED_EVERY == 0 or step == iters:
             state.save(step)
             left = (time.monotonic() - started) * (iters - step) / (step - done)
-            error = f"error {loss.item():.3f}, about {left:.0f} s left"
-            log(f"finetune: step {step} of {iters}, {error}")
+            said = f"error {loss.item():.3f}, about {left:.0f} s left"
+            log(f"finetune: step {step} of {iters}, {said}")
     for parameter in state.parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -182,11 +177,11 @@ def learned(net: nn.Module, scale_lr: float, bias_lr: float) -> list[dict[str, A
                 shifts.append(getattr(module, name))
     quantizers = [q for q in input_quantizers(net).values() if q.learnable and q.made_by is None]
     quantizers += [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
-    scales = [
-        {"params": [q.scale.requires_grad_(True)], "lr": scale_lr * q.scale.mean().item()}
-        for q in quantizers
-    ]
-    return [{"params": shifts, "lr": bias_lr}, *scales]
+    groups = [{"params": shifts, "lr": bias_lr}]
+    for q in quantizers:
+        rate = scale_lr * q.scale.mean().item()
+        groups.append({"params": [q.scale.requires_grad_(True)], "lr": rate})
+    return groups
 
 
 def eps_error(job: Job, rows: torch.Tensor, bfloat16: bool = False) -> torch.Tensor:

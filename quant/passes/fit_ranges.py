@@ -1,16 +1,14 @@
 """Ranges of weights and activations from the calibration set."""
 
-from typing import Any
-
 from quant.network import input_quantizers, quant_layers
 from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 
 
 @quant_pass(moment=Moment.FIT)
 def fit_ranges(
     job: Job, *, num_samples: int | None = 256, batch_size: int = 64, neighbours: int = 0
-) -> list[dict[str, Any]]:
+) -> Facts:
     """Choose every scale and zero point: weights from the weights, activations from `num_samples`
     calibration samples (None: all) through the full-precision network, `batch_size` at a time,
     which a moving average (`ema`) goes by. Where segments of time are short, each has few samples

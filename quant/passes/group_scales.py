@@ -15,21 +15,19 @@ channels c to them,
     sigma[t, c] = softmax(logits[t, c]).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from quant.network import input_quantizers
-from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.declare import GIVES_SCALES, Moment, quant_pass
+from quant.passes.job import Facts, Job
 from quant.quantizer import Quantizer
 from quant.scales import SoftScale, attach
 
-# a group's initial logit one gap between groups away is lower by this
-SHARPNESS = 2.0
-# share of the learning after which every step has one group
-DECIDED_FROM = 0.5
+SHARPNESS = 2.0  # by which the initial logit of a group one gap between groups away is lower
+DECIDED_FROM = 0.5  # share of the learning after which every step has one group
 
 
 class GroupedScale(SoftScale):
@@ -48,8 +46,7 @@ class GroupedScale(SoftScale):
             distance = (log[:, :, None] - scales).square().mean(1, keepdim=True)
             spread = log.amax(0) - log.amin(0)
         else:
-            # (segments, 1, num)
-            scales = torch.quantile(log, share, dim=1).T[:, None]
+            scales = torch.quantile(log, share, dim=1).T[:, None]  # (segments, 1, num)
             distance = (log[:, :, None] - scales).square()
             spread = log.amax(1) - log.amin(1)
         self.shape, gap = table.shape, spread.square().mean().sqrt().clamp(min=1e-6) / num
@@ -66,11 +63,9 @@ class GroupedScale(SoftScale):
         if self.done >= DECIDED_FROM:
             return super().codes(quantizer, x)
         scales, shares = self.options()
-        mixture = sum(
-            quantizer.codes_at(scale, x) * quantizer.table(scale * share, x)
-            for scale, share in zip(scales.unbind(2), shares.unbind(2))
-        )
-        return mixture / quantizer.table(self(), x)
+        groups = zip(scales.unbind(2), shares.unbind(2))
+        parts = (quantizer.codes_at(s, x) * quantizer.table(s * share, x) for s, share in groups)
+        return sum(parts) / quantizer.table(self(), x)
 
     def forward(self) -> torch.Tensor:
         """Returns the table of the most probable groups, without gradient while the mixture
@@ -89,18 +84,14 @@ class GroupedScale(SoftScale):
         return self.entropy_weight * self.entropy().mean()
 
 
-@quant_pass(
-    moment=Moment.MODEL,
-    needs_segments="per_step",
-    inside_segments="each of the segments has one scale alone; leave it out",
-)
+@quant_pass(moment=Moment.MODEL, needs_segments="per_step", inside_segments=GIVES_SCALES)
 def group_scales(
     job: Job,
     *,
     groups: int = 8,
     axis: Literal["timestep", "channel"] = "timestep",
     entropy_weight: float = 0.8,
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass: replace every fitted table by `groups` shared scales with soft assignments, which
     the reconstruction that follows learns and hardens.
 
@@ -113,16 +104,11 @@ def group_scales(
             "that many"
         )
     job.need_ranges("group_scales")
-    if axis == "channel":
-        _check_channels(job)
-    count = attach(job.net, lambda q: GroupedScale(q.scale.detach(), groups, axis, entropy_weight))
-    return [{"pass": "group_scales", "inputs": count, "groups": groups}]
-
-
-def _check_channels(job):
     for name, q in input_quantizers(job.net).items():
-        if q.scale.shape[1] == 1 and not q.spec.static:
+        if axis == "channel" and q.scale.shape[1] == 1 and not q.spec.static:
             raise ValueError(
                 f"group_scales puts channels into groups, but {name} has one scale for all of "
                 "them; give the inputs of its rule per: channel, or choose axis: timestep"
             )
+    count = attach(job.net, lambda q: GroupedScale(q.scale.detach(), groups, axis, entropy_weight))
+    return [{"pass": "group_scales", "inputs": count, "groups": groups}]

@@ -17,6 +17,8 @@ from quant.network import QuantizedNet, fit, input_quantizers, observing, quant_
 from quant.quantizer import Quantizer
 from quant.timeline import Timeline
 
+Facts = list[dict[str, Any]]  # what a pass returns, a row for each thing that it did
+
 
 class NoiseSchedule(Protocol):
     """What passes ask of the schedule of a model."""
@@ -41,42 +43,33 @@ class Model(Protocol):
         """Returns the same model around another network."""
 
 
-def _ignore(facts: list[dict[str, Any]]) -> None:
-    pass
-
-
 @dataclass
 class Job:
-    """What a pass works on: the float model, its quantized copy `net`, calibration data, the
-    network's graph."""
+    """The float model, its quantized copy `net`, calibration data, the network's graph."""
 
     model: Model
     net: QuantizedNet
     calibration: CalibrationSet
     graph: Graph  # of the float network
     resume_folder: Path  # finished parts of the running pass
-    # that `net` was converted by; passes may add to them
-    rules: list[dict[str, Any]] = field(default_factory=list)
+    rules: list[dict[str, Any]] = field(default_factory=list)  # of `net`; passes may add to them
     seed: int = 0
     max_batch: int = 256  # samples measured at once, which memory has to hold
-    # captured activations held in memory; the rest spills to disk
-    memory_gb: float = 4.0
+    memory_gb: float = 4.0  # of captured activations; the rest spills to disk
     log: Callable[[str], Any] = logging.getLogger("tinydm").info  # one line of progress
-    note: Callable[[list[dict[str, Any]]], Any] = _ignore  # facts so far of the running pass
+    note: Callable[[Facts], Any] = lambda facts: None  # facts so far of the running pass
     # (num_images, seed) -> x_0 (N, C, H, W), with gradients, of batch by batch
     differentiable: Callable[[int, int], Iterator[torch.Tensor]] | None = None
     # (num_images, seed) -> (step, t, x, cond, eps) of the float model, in turn
     trajectory: Callable[[int, int], Iterator[tuple]] | None = None
 
     def batch(self, usual: int) -> int:
-        """Returns how many samples a pass measures at once: as many as usual, if that many are
-        allowed."""
+        """Returns how many samples a pass measures at once: as usual, if so many are allowed."""
         return min(usual, self.max_batch)
 
     def add_rules(self, rules: list[dict[str, Any]], timeline: Timeline | None = None) -> None:
-        """Converts the network again, by further rules and if need be on another timeline: for
-        passes that decide about widths or grids, which therefore come before all that fit or change
-        the network."""
+        """Converts the network again, by further rules and if need be on another timeline. Raises
+        ValueError where an earlier pass has fitted or changed the network."""
         fitted = any(q.is_fitted for q in input_quantizers(self.net).values())
         if fitted or any(m.weight is not f.weight for m, f in self.layer_pairs()):
             raise ValueError(
@@ -93,14 +86,12 @@ class Job:
         return all(q.is_fitted for q in self.net.modules() if isinstance(q, Quantizer))
 
     def need_ranges(self, name: str) -> None:
-        """Raises ValueError unless every scale has been fitted, which the pass `name` begins
-        with."""
+        """Raises ValueError unless every scale is fitted, which the pass `name` begins with."""
         if not self.has_ranges:
             raise ValueError(f"{name} needs scales to begin with; list it after fit_ranges")
 
     def need_float_weights(self, name: str) -> None:
-        """Raises ValueError where weights are integers already, which the pass `name` was to see
-        before."""
+        """Raises ValueError where weights are integers already, for a pass that is too late."""
         if any(layer.weight_int is not None for layer in quant_layers(self.net).values()):
             raise ValueError(
                 f"weights are integers already when {name} begins; list it before the passes that "
@@ -124,14 +115,12 @@ class Job:
         fit(self.net, neighbours=neighbours, batch_size=batch_size)
 
     def fitted_copy(self, rules: list[dict[str, Any]]) -> QuantizedNet:
-        """Returns a copy of the network with fitted ranges, by the own rules and these, for
-        measurements."""
+        """Returns a copy of the network by these further rules, its ranges fitted, to measure."""
         copy = replace(self, net=convert(self.model.net, [*self.rules, *rules], self.net.timeline))
         copy.fit_ranges()
         return copy.net
 
     def layer_pairs(self) -> list[tuple[QuantLayer, nn.Module]]:
         """Returns quantized layers and their originals."""
-        return [
-            (m, self.model.net.get_submodule(name)) for name, m in quant_layers(self.net).items()
-        ]
+        layers = quant_layers(self.net)
+        return [(layer, self.model.net.get_submodule(name)) for name, layer in layers.items()]

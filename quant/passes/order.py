@@ -26,8 +26,7 @@ def check_order(passes: Entries) -> None:
                 raise ValueError(f"{name} and {other} do not go together: {why}; leave one out")
     for outer, options in passes:
         for inner in _inner_names(options):
-            why = declaration_of(inner).inside_segments
-            if why:
+            if why := declaration_of(inner).inside_segments:
                 raise ValueError(f"{inner} cannot be inside {outer}: {why}")
 
 
@@ -46,10 +45,8 @@ def _check_pair(earlier, name, declared):
 
 def _inner_names(options):
     """Names of the passes that are an option of another one."""
-    return [
-        next(iter(entry)) if isinstance(entry, dict) else entry
-        for entry in options.get("passes", [])
-    ]
+    inner = options.get("passes", [])
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in inner]
 
 
 def check_needs(passes: Entries, rules: list[dict[str, Any]], num_segments: int) -> None:
@@ -67,12 +64,8 @@ def check_needs(passes: Entries, rules: list[dict[str, Any]], num_segments: int)
                 f"{name} needs several time segments; set segments: {declared.needs_segments}"
             )
         declared.check(Plan(options, names, rules, num_segments))
-    if any(rule.get("weight", {}).get("per_segment") for rule in rules):
-        _check_own_weights(names)
-
-
-def _check_own_weights(names):
-    """Of rules with per_segment."""
+    if not any(rule.get("weight", {}).get("per_segment") for rule in rules):
+        return
     if "segment_models" not in names and not any("." in name for name in names):
         raise ValueError(
             "own weights for every time segment (per_segment) are made by the pass "

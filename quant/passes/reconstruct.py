@@ -1,22 +1,19 @@
 """Block reconstruction (BRECQ, Li et al. 2021, arXiv:2102.05426; Q-Diffusion, Li et al. 2023,
 arXiv:2302.04304).
 
-Unit by unit in execution order. In two phases: weights first; learn the rounding so that the unit,
+Unit by unit in execution order. In two phases: learn the rounding of the weights so that the unit,
 fed by the network quantized so far (activations in full precision), gives the full-precision
-output:
-    L = lp(out, target; 2) + lambda * sum(1 - |2h - 1|^beta),
-    beta 20 -> 2 after a warm-up without the second term.
-Then, with hard weights, learn the activation scales (LSQ) from full-precision inputs to
-full-precision outputs,
-    L = lp(out, target; 2.4).
+output, with a penalty of rounding whose beta falls after a warm-up without it; then, with hard
+weights, the activation scales (LSQ) from full-precision inputs to full-precision outputs.
 Or jointly (QDrop, Wei et al. 2022, arXiv:2203.05740): rounding and scales at once, fed by the
 network with quantized weights and activations, elements of whose output are replaced by
-full-precision ones at random."""
+full-precision ones at random. quant/reconstruction/learn.py has the losses."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,13 +22,20 @@ from base.seeds import mix
 from quant.network import input_quantizers, quant_layers, set_input_quantization
 from quant.passes.declare import Moment, Plan, quant_pass, with_fields
 from quant.passes.find import declaration_of
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 from quant.reconstruction.capture import Store, Stream
 from quant.reconstruction.frequency import FrequencyFilter
-from quant.reconstruction.learn import Lesson, learn_jointly, learn_rounding, learn_scales
+from quant.reconstruction.learn import (
+    Lesson,
+    change_of_error,
+    learn_jointly,
+    learn_rounding,
+    learn_scales,
+    measured,
+)
 from quant.reconstruction.saliency import Saliency
 from quant.reconstruction.settings import Objective, Schedule
-from quant.reconstruction.unit import Unit, load_unit, mixed, relative_error, save_unit
+from quant.reconstruction.unit import Unit, load_unit, mixed, save_unit
 
 
 def _check(plan: Plan) -> None:
@@ -43,26 +47,21 @@ def _check(plan: Plan) -> None:
 
 
 def _idle(options: dict[str, Any], names: list[str]) -> set[str]:
-    """Of the counts and rates: those of a phase that is left out, and the rate of free scales where
-    a pass has put functions in their place, which learn at soft_lr."""
+    """Those of a phase that is left out; and the rate of free scales where a pass has put functions
+    in their place, which learn at soft_lr."""
     modelled = any(declaration_of(name).moment is Moment.MODEL for name in names)
     idle = {"input_iters"} if options.get("joint") else set()
     idle |= {"weight_lr"} if options.get("weight_iters") == 0 else set()
     return idle | ({"input_lr"} if modelled or options.get("input_iters") == 0 else set())
 
 
-EFFORT = "weight_iters", "input_iters", "weight_lr", "input_lr", "batch_size", "bfloat16"
+KEYS = "weight_iters", "input_iters", "weight_lr", "input_lr", "batch_size", "bfloat16"
+EFFORT = {key: key for key in KEYS}
 
 
-@quant_pass(
-    moment=Moment.LEARN,
-    one_network=True,
-    effort=dict(zip(EFFORT, EFFORT)),
-    idle=_idle,
-    check=_check,
-)
+@quant_pass(moment=Moment.LEARN, one_network=True, effort=EFFORT, idle=_idle, check=_check)
 @with_fields
-def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> list[dict[str, Any]]:
+def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `bfloat16`
     computes the steps under autocast. Captured activations beyond `job.memory_gb` spill to disk.
 
@@ -94,26 +93,22 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> list[d
     if objective.frequency:
         filters = FrequencyFilter(job, names, objective.frequency)
     segments = timeline.segments_of(calibration.t)
+
+    def set_time(rows):
+        timeline.set_time(calibration.t[rows])
+
     set_input_quantization(job.net, schedule.joint)
     share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()
     for i, name in enumerate(names):
         path = job.resume_folder / f"{i:03d}_{name}.safetensors"
-        unit = Unit(
-            name,
-            quantized.modules[name],
-            quantized.device,
-            lambda rows: timeline.set_time(calibration.t[rows]),
-            batch_size=batch_size,
-            original=original.modules[name],
-            saliency=saliency,
-            segments=segments,
-            visits=torch.zeros(timeline.num_segments),
-        )
+        unit = Unit(name, quantized.modules[name], quantized.device, set_time, batch_size)
+        unit.original, unit.saliency = original.modules[name], saliency
+        unit.segments, unit.visits = segments, torch.zeros(timeline.num_segments)
         if filters:
             unit.frequency = lambda rows, error: filters(name, calibration.t[rows], error)
         unit.float_inputs, quant_inputs = original.inputs(name), quantized.inputs(name)
         target = original.advance(name, unit.float_inputs)
-        new = load_unit(unit.module, path) if path.is_file() else None
+        new = load_unit(unit.module, path)
         if new is None:
             generator = torch.Generator().manual_seed(mix(job.seed, i))
             new = _learn_unit(Lesson(unit, quant_inputs, target, generator, objective, schedule))
@@ -126,7 +121,8 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> list[d
         facts += new
         done = sum(share[n] for n in names[: i + 1])
         left = (time.monotonic() - started) * (1 - done) / done
-        job.log(f"[{i + 1}/{len(names)}] {name:20} {_errors(new)}  about {left:.0f} s left")
+        changes = "  ".join(map(change_of_error, new))
+        job.log(f"[{i + 1}/{len(names)}] {name:20} {changes}  about {left:.0f} s left")
         job.note(facts)
     set_input_quantization(job.net, True)
     return facts
@@ -135,57 +131,34 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> list[d
 def shares_of_work(names: Iterable[str], macs: dict[str, int]) -> dict[str, float]:
     """Returns the fraction of the whole work for each unit: half by multiply-adds, half alike, as a
     step of a tiny unit costs time too."""
-    work = {
-        name: sum(m for layer, m in macs.items() if f"{layer}.".startswith(f"{name}."))
-        for name in names
-    }
+    work = dict.fromkeys(names, 0)
+    for name, layer in product(work, macs):
+        work[name] += macs[layer] if f"{layer}.".startswith(f"{name}.") else 0
     total = sum(work.values())
     return {name: work[name] / total / 2 + 1 / len(work) / 2 for name in work}
 
 
 def _learn_unit(lesson):
-    """Learn the unit of a lesson whose inputs are those of the quantized network; it ends hardened.
-    Returns its facts. Layers that are hard already stay as they are."""
+    """Learns the unit of a lesson whose inputs are those of the quantized network; it ends
+    hardened. Returns its facts. Layers that are hard already stay as they are."""
     unit = lesson.unit
-    layers = [
-        m
-        for m in quant_layers(unit.module).values()
-        if m.weight_quantizer is not None and m.weight_int is None
-    ]
+    layers = [m for m in quant_layers(unit.module).values() if m.weight_quantizer is not None]
+    layers = [m for m in layers if m.weight_int is None]
     quantizers = list(input_quantizers(unit.module).values())
     if lesson.schedule.joint:
         if not layers and not quantizers:
             return []
         inputs = mixed(lesson.inputs, unit.float_inputs, lesson.generator)
         learn = partial(learn_jointly, replace(lesson, inputs=inputs), layers, quantizers)
-        return [_measured("joint", lesson, learn)]
+        return [measured("reconstruct", "joint", lesson, learn)]
     facts = []
     if layers:
-        facts.append(_measured("weight", lesson, partial(learn_rounding, lesson, layers)))
+        learn = partial(learn_rounding, lesson, layers)
+        facts.append(measured("reconstruct", "weight", lesson, learn))
     if quantizers:
         lesson = replace(lesson, inputs=unit.float_inputs)
         set_input_quantization(unit.module, True)
-        facts.append(_measured("input", lesson, partial(learn_scales, lesson, quantizers)))
+        learn = partial(learn_scales, lesson, quantizers)
+        facts.append(measured("reconstruct", "input", lesson, learn))
         set_input_quantization(unit.module, False)
     return facts
-
-
-def _measured(phase: str, lesson: Lesson, learn: Callable[[], None]) -> dict[str, Any]:
-    """Error before, learn(), error after."""
-    unit, inputs, target = lesson.unit, lesson.inputs, lesson.target
-    before, started = relative_error(unit, inputs, target), time.monotonic()
-    learn()
-    return {
-        "pass": "reconstruct",
-        "phase": phase,
-        "unit": unit.name,
-        "error_before": before,
-        "error_after": relative_error(unit, inputs, target),
-        "seconds": time.monotonic() - started,
-    }
-
-
-def _errors(facts):
-    return "  ".join(
-        f"{f['phase']} error {f['error_before']:.2e} -> {f['error_after']:.2e}" for f in facts
-    )

@@ -4,11 +4,10 @@ reconstructed together and first.
 
     L = sum over blocks lp(e_i^q(t), e_i(t); 2) + rounding penalty
 
-The steps of a sampler are a finite set, so the whole input of these layers is known.
-"""
+The steps of a sampler are a finite set, so the whole input of these layers is known."""
 
-import time
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,10 @@ from base.config import Share
 from base.seeds import mix
 from quant.network import core_of, modules_of, quant_layers, set_input_quantization
 from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
-from quant.reconstruction.learn import Lesson, learn_rounding
+from quant.passes.job import Facts, Job
+from quant.reconstruction.learn import Lesson, change_of_error, learn_rounding, measured
 from quant.reconstruction.settings import Objective, Schedule
-from quant.reconstruction.unit import Unit, load_unit, relative_error, save_unit
+from quant.reconstruction.unit import Unit, load_unit, save_unit
 
 ROLES = ("temb", "emb_proj")
 
@@ -33,9 +32,9 @@ class TemporalBlock(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.__dict__["embed_time"] = core_of(net).embed_time
-        self.projections = _by_name(
-            {n: m for n, m in modules_of(net).items() if getattr(m, "role", None) == "emb_proj"}
-        )
+        modules = modules_of(net).items()
+        found = {name: m for name, m in modules if getattr(m, "role", None) == "emb_proj"}
+        self.projections = _by_name(found)
 
     def forward(self, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
         """Runs the embedding, then every projection."""
@@ -61,15 +60,12 @@ def reconstruct_temporal(
     warmup: Share = 0.2,
     beta_start: float = 20.0,
     beta_end: float = 2.0,
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass: AdaRound on the temporal layers, which are hard afterwards; `reconstruct` then
     leaves them alone."""
     path = job.resume_folder / "temporal.safetensors"
-    layers = {
-        n: m
-        for n, m in quant_layers(job.net).items()
-        if m.role in ROLES and m.weight_quantizer is not None
-    }
+    layers = {n: m for n, m in quant_layers(job.net).items() if m.role in ROLES}
+    layers = {n: m for n, m in layers.items() if m.weight_quantizer is not None}
     if not layers:
         raise ValueError(
             "no quantized layer has the role temb or emb_proj; leave reconstruct_temporal out"
@@ -77,47 +73,26 @@ def reconstruct_temporal(
     job.need_ranges("reconstruct_temporal")
     job.need_float_weights("reconstruct_temporal")
     holder = _by_name(layers)
-    facts = load_unit(holder, path) if path.is_file() else None
+    facts = load_unit(holder, path)
     if facts is not None:
         job.log("temporal information block: learned already")
         return facts
-    started, inputs = time.monotonic(), distinct_times(job)
+    inputs = distinct_times(job)
     with torch.no_grad():
         target = TemporalBlock(job.model.net)(*(a.to(job.device) for a in inputs))
     unit = Unit("temporal", TemporalBlock(job.net), job.device, lambda rows: None)
-    lesson = Lesson(
-        unit,
-        inputs,
-        target,
-        torch.Generator().manual_seed(mix(job.seed, -1)),
-        Objective(round_weight=round_weight),
-        Schedule(
-            weight_iters=iters,
-            weight_lr=lr,
-            batch_size=batch_size,
-            warmup=warmup,
-            beta_start=beta_start,
-            beta_end=beta_end,
-        ),
-    )
+    schedule = Schedule(iters, batch_size=batch_size, weight_lr=lr, warmup=warmup)
+    schedule = replace(schedule, beta_start=beta_start, beta_end=beta_end)
+    generator = torch.Generator().manual_seed(mix(job.seed, -1))
+    objective = Objective(round_weight=round_weight)
+    lesson = Lesson(unit, inputs, target, generator, objective, schedule)
+    learn = partial(learn_rounding, lesson, list(layers.values()))
     set_input_quantization(job.net, False)
     try:
-        before = relative_error(unit, inputs, target)
-        learn_rounding(lesson, list(layers.values()))
-        after = relative_error(unit, inputs, target)
+        facts = [measured("reconstruct_temporal", "weight", lesson, learn)]
     finally:
         set_input_quantization(job.net, True)
-    facts = [
-        {
-            "pass": "reconstruct_temporal",
-            "phase": "weight",
-            "unit": "temporal",
-            "error_before": before,
-            "error_after": after,
-            "seconds": time.monotonic() - started,
-        }
-    ]
-    job.log(f"temporal information block: weight error {before:.2e} -> {after:.2e}")
+    job.log(f"temporal information block: {change_of_error(facts[0])}")
     save_unit(holder, path, facts)
     return facts
 

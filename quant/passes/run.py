@@ -1,9 +1,7 @@
-"""Runs a method's list of passes: functions (job, **options) -> rows of facts.
+"""Checks and runs a method's list of passes: functions (job, **options) -> rows of facts.
 
-Those of this folder are found by the names of their files, others as module.function
-(quant/passes/find.py). These are imported only where passes run, by scripts/quantize.py: to open,
-sample or score a run folder from elsewhere runs no code that it names; before quantizing by a
-recipe from elsewhere, read its passes."""
+Passes from elsewhere (quant/passes/find.py) are imported only where passes run: to open, sample or
+score a run folder runs no code that it names. Before quantizing by a recipe, read its passes."""
 
 import inspect
 import time
@@ -14,7 +12,7 @@ from base.config import Share
 from base.errors import check_options, unknown_word
 from quant.network import harden
 from quant.passes.find import declaration_of, find_pass
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 from quant.passes.order import check_order
 
 Entry = str | dict[str, dict[str, Any] | None]  # of the YAML: a name, or {name: options}
@@ -30,9 +28,9 @@ KINDS = [
 def named(entry: Entry) -> tuple[str, dict[str, Any]]:
     """An entry of a list of passes -> (name, options)."""
     if isinstance(entry, dict) and len(entry) != 1:
+        example = "{fit_ranges: {}}"
         raise ValueError(
-            f"pass entry {entry} must be one name with its options, for example {{fit_ranges: "
-            "{}}"
+            f"pass entry {entry} must be one name with its options, for example {example}"
         )
     ((name, options),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
     options = options or {}
@@ -46,21 +44,19 @@ def named(entry: Entry) -> tuple[str, dict[str, Any]]:
 def with_effort(passes: Iterable[Entry], effort: Mapping[str, Any]) -> list[Entry]:
     """Gives the learning passes of a list, also those inside another one, the counts and rates of
     `effort` that the list does not say itself."""
-    passes = list(passes)
+    passes, result = list(passes), []
     names = [name for name, _ in map(named, passes)]
-    return [_with_effort(entry, effort, names) for entry in passes]
-
-
-def _with_effort(entry, effort, names):
-    name, options = named(entry)
-    declared, filled = declaration_of(name), dict(options)
-    idle = declared.idle(options, names)
-    for option, key in declared.effort.items():
-        if option not in options and option not in idle:
-            filled[option] = effort[key]
-    if "passes" in options:
-        filled["passes"] = with_effort(options["passes"], effort)
-    return entry if filled == options else {name: filled}
+    for entry in passes:
+        name, options = named(entry)
+        declared, filled = declaration_of(name), dict(options)
+        said = options.keys() | declared.idle(options, names)
+        filled |= {
+            option: effort[key] for option, key in declared.effort.items() if option not in said
+        }
+        if "passes" in options:
+            filled["passes"] = with_effort(options["passes"], effort)
+        result.append(entry if filled == options else {name: filled})
+    return result
 
 
 def changed_passes(passes: Iterable[Entry], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -83,7 +79,7 @@ def changed_passes(passes: Iterable[Entry], changes: Mapping[str, Any]) -> list[
 
 
 def _changed(passes, changes, found):
-    """As `changed_passes`; adds the names in the list to `found`."""
+    """Adds the names in the list to `found`."""
     result = []
     for name, options in map(named, passes):
         found.add(name)
@@ -119,14 +115,14 @@ def _check_value(name, key, value, parameter):
     """Raises ValueError for a word that is none of the option's Literal, a value of another kind
     than its default, or a Share that is none; null is left to the pass."""
     annotation, default = parameter.annotation, parameter.default
-    words = get_args(annotation) if get_origin(annotation) is Literal else ()
-    if words and value not in words:
-        *most, last = (str(word).lower() for word in words)
-        raise ValueError(
-            f"{key} '{value}' of {name} is unknown; choose {', '.join(most)} or {last}"
-        )
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            *most, last = (str(word).lower() for word in get_args(annotation))
+            words = f"{', '.join(most)} or {last}"
+            raise ValueError(f"{key} '{value}' of {name} is unknown; choose {words}")
+        return
     row = next((row for row in KINDS if isinstance(default, row[0])), None)
-    if words or value is None or row is None:
+    if value is None or row is None:
         return
     kind, accepted, called = row
     fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
@@ -136,7 +132,7 @@ def _check_value(name, key, value, parameter):
         raise ValueError(f"{key} of {name} is {value}; it must lie between 0 and 1")
 
 
-def run_passes(job: Job, passes: Iterable[Entry]) -> list[dict[str, Any]]:
+def run_passes(job: Job, passes: Iterable[Entry]) -> Facts:
     """Runs them in order, then hardens what is still soft; returns the facts of all, those of each
     pass closed by the seconds that it took. Each has a resume folder of its own; in the end the job
     has its old one again."""

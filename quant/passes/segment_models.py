@@ -15,8 +15,10 @@ import torch
 from quant.convert import convert
 from quant.network import QuantizedNet, core_of, input_quantizers, quant_layers
 from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.job import Facts, Job
 from quant.passes.run import run_passes
+
+TABLES = "scale", "zero_point"  # of a quantizer, a row for each segment
 
 
 @quant_pass(
@@ -25,13 +27,12 @@ from quant.passes.run import run_passes
     needs_segments="3 or more",
     inside_segments="each of the segments is one alone; leave it out",
 )
-def segment_models(job: Job, *, passes: list[Any]) -> list[dict[str, Any]]:
+def segment_models(job: Job, *, passes: list[Any]) -> Facts:
     """The pass: run `passes` on one copy of the network for each segment of the timeline, then put
     the copies' weights and scales side by side. Rules say `weight: {per_segment: true}`; without it
     the weights of all copies must agree.
 
-    Raises ValueError where a pass changed norms or biases, which the segments share.
-    """
+    Raises ValueError where a pass changed norms or biases, which the segments share."""
     timeline, facts, parts = job.net.timeline, [], []
     count = timeline.num_segments
     if count < 2:
@@ -88,7 +89,7 @@ def _merge_weights(net, parts):
         _join(layer.weight_quantizer, [source.weight_quantizer for source in kept])
         layer.weight_int = torch.stack(weights) if layer.has_segments else weights[0].clone()
         layer.weight = None
-        changed |= {f"{name}.weight_int", *_tables(f"{name}.weight_quantizer")}
+        changed |= {f"{name}.weight_int", *(f"{name}.weight_quantizer.{key}" for key in TABLES)}
     return changed
 
 
@@ -102,14 +103,11 @@ def _merge_scales(net, parts):
                 "static"
             )
         _join(q, [each[name] for each in scales])
-        changed |= _tables(name)
+        changed |= {f"{name}.{key}" for key in TABLES}
     return changed
 
 
 def _join(quantizer, sources):
-    quantizer.scale.copy_(torch.cat([source.scale for source in sources]))
-    quantizer.zero_point.copy_(torch.cat([source.zero_point for source in sources]))
-
-
-def _tables(name):
-    return {f"{name}.scale", f"{name}.zero_point"}
+    for table in TABLES:
+        joined = torch.cat([getattr(source, table) for source in sources])
+        getattr(quantizer, table).copy_(joined)

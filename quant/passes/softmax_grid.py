@@ -1,26 +1,21 @@
 """The grid of softmax outputs, chosen per layer: even steps, or powers of two, which follow the
 long tail of small weights (log2 quantization of attention: Lin et al. 2022, arXiv:2111.13824)."""
 
-from typing import Any
-
 import torch
 
 from base.network import attention_parts
 from quant.layers import QuantMatmul
 from quant.observer import Observer
-from quant.passes.declare import Moment, quant_pass
-from quant.passes.job import Job
+from quant.passes.declare import DECIDES, Moment, quant_pass
+from quant.passes.job import Facts, Job
 from quant.quantizer import Quantizer
 from quant.reconstruction.capture import inputs_of
 from quant.rules import rule_for
 from quant.timeline import Timeline
 
 
-@quant_pass(
-    moment=Moment.DECIDE,
-    inside_segments="it decides for the whole network; list it before segment_models",
-)
-def softmax_grid(job: Job, *, num_samples: int = 16) -> list[dict[str, Any]]:
+@quant_pass(moment=Moment.DECIDE, inside_segments=DECIDES)
+def softmax_grid(job: Job, *, num_samples: int = 16) -> Facts:
     """The pass, before any that changes the network: for every attention the grid with the smaller
     ||A V - A^ V||^2 / ||A V||^2 on `num_samples` calibration samples. V is that of full precision,
     so that the error of its own grid, which both share, does not blur the choice. Adds a rule for
@@ -36,28 +31,20 @@ def softmax_grid(job: Job, *, num_samples: int = 16) -> list[dict[str, Any]]:
         if not isinstance(product, QuantMatmul):
             continue
         at = product.roles.index("probs")
-        quantizer = (product.a_quantizer, product.b_quantizer)[at]
-        if quantizer is None:
+        q = (product.a_quantizer, product.b_quantizer)[at]
+        if q is None:
             continue
         operands = inputs_of(job.model.net, [name], sample, len(sample), whole=True)[name]
         errors, drifts = {}, {}
         for grid in ("uniform", "log2"):
-            errors[grid], drifts[grid] = grid_error(
-                quantizer, grid, operands, at, job.net.timeline, sample.t
-            )
+            found = grid_error(q, grid, operands, at, job.net.timeline, sample.t)
+            errors[grid], drifts[grid] = found
         best = min(errors, key=errors.get)  # the uniform one wins ties
         if best == "log2":
             rules.append(rule_for(name, "probs", "matmul") | {"input": {"grid": "log2"}})
-        facts.append(
-            {
-                "pass": "softmax_grid",
-                "unit": name,
-                "grid": best,
-                "error_uniform": errors["uniform"],
-                "error_log2": errors["log2"],
-                "row_drift": drifts[best],
-            }
-        )
+        fact = {"pass": "softmax_grid", "unit": name, "grid": best}
+        fact |= {f"error_{grid}": error for grid, error in errors.items()}
+        facts.append(fact | {"row_drift": drifts[best]})
     job.add_rules(rules)
     job.log(f"softmax_grid: log2 for {len(rules)} of {len(facts)} attention maps")
     return facts

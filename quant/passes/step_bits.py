@@ -14,57 +14,39 @@ from typing import Any
 from torch import nn
 
 from base.network import batch_of
-from quant.network import QuantizedNet, input_quantizers, quant_layers
-from quant.passes.declare import Moment, Plan, quant_pass
-from quant.passes.job import Job, NoiseSchedule
+from quant.network import input_quantizers, quant_layers
+from quant.passes.declare import DECIDES, Moment, Plan, quant_pass
+from quant.passes.job import Facts, Job, NoiseSchedule
 from quant.rules import rule_for
 from quant.timeline import Timeline
 
 
-def _check(plan: Plan) -> None:
-    _check_segments(plan.num_segments)
-
-
-def _check_segments(num_segments):
-    if num_segments > 1:
+def _check(plan: Plan | Timeline) -> None:  # either knows the number of segments
+    if plan.num_segments > 1:
         raise ValueError("step_bits makes its own time segments; leave `segments` at 1")
 
 
-@quant_pass(
-    moment=Moment.DECIDE,
-    once=True,
-    inside_segments="it decides for the whole network; list it before segment_models",
-    check=_check,
-)
+@quant_pass(moment=Moment.DECIDE, once=True, inside_segments=DECIDES, check=_check)
 def step_bits(
     job: Job, *, choices: Sequence[int] = (4, 6, 8), num_images: int = 16, seed: int = 2000
-) -> list[dict[str, Any]]:
+) -> Facts:
     """The pass, before any that changes the network: cut the timeline into ranges of steps with
     their own width out of `choices`, and add the rule. Needs a network whose rules quantize inputs
     on a timeline of one segment."""
-    _check_segments(job.net.timeline.num_segments)
+    _check(job.net.timeline)
     choices = sorted(choices)
     ratio = _signal_to_noise(job, choices, num_images, seed)
-    times = list(ratio[choices[0]])
-    forward = {t: forward_snr(job.model.schedule, t) for t in times}
-    bits = {
-        t: next((b for b in choices if ratio[b][t] > forward[t]), choices[-1])
-        for t in sorted(times)
-    }
+    bits, facts = {}, []
+    for t in sorted(ratio[choices[0]]):
+        forward, quantized = forward_snr(job.model.schedule, t), {b: ratio[b][t] for b in choices}
+        bits[t] = next((b for b in choices if quantized[b] > forward), choices[-1])
+        ratios = {"snr_forward": forward, "snr_quantized": quantized}
+        facts.append({"pass": "step_bits", "t": t, "bits": bits[t]} | ratios)
     boundaries, widths = ranges_of(bits)
     job.add_rules(input_rules(job.net, {"segment_bits": widths}), Timeline(boundaries))
     in_turn = ", ".join(f"{b} bits" for b in widths)
     job.log(f"step_bits: {in_turn} with boundaries at t = {boundaries}")
-    return [
-        {
-            "pass": "step_bits",
-            "t": t,
-            "bits": b,
-            "snr_forward": forward[t],
-            "snr_quantized": {b: ratio[b][t] for b in choices},
-        }
-        for t, b in bits.items()
-    ]
+    return facts
 
 
 def _signal_to_noise(job, choices, num_images, seed):
@@ -81,7 +63,7 @@ def _signal_to_noise(job, choices, num_images, seed):
     return {b: {t: (signal[t] / max(noise[b][t], 1e-30)) ** 0.5 for t in signal} for b in choices}
 
 
-def _with_inputs_of(job: Job, bits: int) -> QuantizedNet:
+def _with_inputs_of(job, bits):
     """The network with inputs of this width and weights in full precision."""
     net = job.fitted_copy(input_rules(job.net, {"bits": bits}))
     for layer in quant_layers(net).values():

@@ -44,13 +44,11 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(dir=self.folder, suffix=".spill")
         try:
-            # a full disk is an error here, not a crash on first touch
-            os.posix_fallocate(handle, 0, 4 * count)
+            os.posix_fallocate(handle, 0, 4 * count)  # no crash later on, when the disk is full
             tensor = torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
         finally:
             os.close(handle)
-            # the mapping keeps the space until it is dropped
-            os.unlink(path)
+            os.unlink(path)  # the mapping keeps the space until it is dropped
         self.spilled += 4 * count
         return tensor
 
@@ -111,7 +109,7 @@ class Stream:
         def answer(*_):
             if name in self.outputs:
                 return self.outputs[name][rows].to(self.device)
-            # Nobody reads it any more: the right shape without memory.
+            # nobody reads it any more: the right shape without memory
             shape = rows.stop - rows.start, *self.shapes[name]
             return torch.zeros((), device=self.device).expand(shape)
 
@@ -119,23 +117,22 @@ class Stream:
 
     @torch.no_grad()
     def inputs(self, unit: str) -> list[Any]:
-        """Returns the arguments of `unit` over the whole set: a list of tensors (N, ...) (or
-        Conditions); give them back with `free`."""
+        """Returns the arguments of `unit` over the whole set, tensors (N, ...) or Conditions; give
+        them back with `free`."""
         gathered = None
         for rows in self.rows:
             batch = [a.to(self.device) for a in self.calibration.arguments(rows)]
             arguments = self._reach(unit, rows, batch)
-            # The condition reaches units as it is: it stays in the calibration set, one row for
-            # many samples.
-            given = [len(batch) == 3 and a is batch[2] for a in arguments]
-            gathered = gathered or [
-                Conditions(self.calibration) if is_condition else self._whole(a)
-                for a, is_condition in zip(arguments, given)
-            ]
-            for whole, a, is_condition in zip(gathered, arguments, given):
-                if not is_condition:
+            gathered = gathered or [self._room(a, batch) for a in arguments]
+            for whole, a in zip(gathered, arguments):
+                if not isinstance(whole, Conditions):
                     whole[rows] = a
         return gathered
+
+    def _room(self, a, batch):
+        """For an argument over all samples. The condition reaches units as it is: it stays in the
+        calibration set, one row for many samples."""
+        return Conditions(self.calibration) if any(a is c for c in batch[2:]) else self._whole(a)
 
     def _reach(self, unit, rows, batch):
         """What the unit is called with when the network runs on the batch of these rows."""
@@ -152,7 +149,6 @@ class Stream:
         raise RuntimeError(f"the network never calls {unit}")
 
     def _whole(self, part):
-        """Room for what `part` is of some samples, for all."""
         return self.store.empty((len(self.calibration), *part.shape[1:]))
 
     @torch.no_grad()
@@ -200,7 +196,5 @@ def inputs_of(
     with watching(net, {name: partial(note, name) for name in found}, before=True):
         for arguments in calibration.batches(batch_size):
             net(*(a.to(device) for a in arguments))
-    joined = {
-        name: tuple(torch.cat(parts) for parts in zip(*calls)) for name, calls in found.items()
-    }
+    joined = {name: tuple(map(torch.cat, zip(*calls))) for name, calls in found.items()}
     return joined if whole else {name: inputs[0] for name, inputs in joined.items()}

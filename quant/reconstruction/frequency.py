@@ -19,10 +19,7 @@ F^p: every step keeps its weight. With p = 1 it is the diagonal of the Fisher ma
 et al. 2021, arXiv:2102.05426) weighs elements, in another basis and for the loss that counts here;
 p = 0 is the plain error.
 
-Axes: N samples, C channels, H x W positions, G groups of steps.
-"""
-
-from __future__ import annotations
+Axes: N samples, C channels, H x W positions, G groups of steps."""
 
 import functools
 import math

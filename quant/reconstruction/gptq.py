@@ -38,10 +38,11 @@ def second_order_codes(
     names = {layer: name for name, layer in unit.module.named_modules() if layer in layers}
     taken, each = {layer: [] for layer in layers}, max(1, POSITIONS // len(rows))
 
-    # sample by sample: the columns of a batch would need gigabytes
     def take(layer, arguments):
-        parts = (columns(layer, x) for x in arguments[0].split(1))
-        taken[layer] += [_pick(part, each, generator) for part in parts]
+        for x in arguments[0].split(1):  # the columns of a batch would need gigabytes
+            found = columns(layer, x)
+            picked = torch.randperm(len(found), generator=generator)[:each]
+            taken[layer].append(found[picked.to(x.device)])
 
     for layer in layers:
         layer.weight_quantizer.enabled = False
@@ -69,17 +70,11 @@ def columns(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
     return F.unfold(x, kernel, **options).transpose(1, 2).flatten(0, 1)
 
 
-def _pick(x, count, generator):
-    """At most `count` of the rows of x, any."""
-    return x[torch.randperm(len(x), generator=generator)[:count].to(x.device)]
-
-
 def rounded(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
     """Returns codes, of the weight's shape, of a layer that reads the columns x (n, M)."""
     q, weight = layer.weight_quantizer, layer.weight.detach()
-    scale, zero_point = (
-        q.table(v, weight).expand_as(weight).flatten(1) for v in (q.scale, q.zero_point)
-    )
+    tables = (q.table(values, weight).expand_as(weight) for values in (q.scale, q.zero_point))
+    scale, zero_point = (table.flatten(1) for table in tables)
     low, high, hessian = q.low - zero_point, q.high - zero_point, x.T @ x / len(x)
     codes = optimal_codes(weight.flatten(1), scale, low, high, hessian)
     return codes.reshape(weight.shape)

@@ -9,6 +9,7 @@ lp is BRECQ's measure, `layer_weight` the fine-grained block reconstruction of E
 arXiv:2203.05740). Positions may be weighted by their saliency."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +23,11 @@ from quant.reconstruction.gptq import second_order_codes
 from quant.reconstruction.loss import comparable, lp, output_loss, outputs_of
 from quant.reconstruction.rounding import Rounding
 from quant.reconstruction.settings import Objective, Schedule
-from quant.reconstruction.unit import Inputs, Unit, uniform_like
+from quant.reconstruction.unit import Inputs, Unit, relative_error, uniform_like
 
 SMALLEST = 1e-8  # scale
 Penalty = Callable[[float], torch.Tensor | float]  # of the share of the steps that is done
-Group = dict[str, Any]  # of an optimizer
+Groups = list[dict[str, Any]]  # of an optimizer
 
 
 @dataclass(frozen=True)
@@ -43,83 +44,80 @@ class Lesson:
     schedule: Schedule
 
 
+def measured(name: str, phase: str, lesson: Lesson, learn: Callable[[], None]) -> dict[str, Any]:
+    """Calls `learn`; returns the fact of a phase of the pass `name`."""
+    unit, inputs, target = lesson.unit, lesson.inputs, lesson.target
+    before, started = relative_error(unit, inputs, target), time.monotonic()
+    learn()
+    errors = {"error_before": before, "error_after": relative_error(unit, inputs, target)}
+    seconds = time.monotonic() - started
+    return {"pass": name, "phase": phase, "unit": unit.name, **errors, "seconds": seconds}
+
+
+def change_of_error(fact: dict[str, Any]) -> str:
+    """Says a fact of `measured` in words."""
+    return f"{fact['phase']} error {fact['error_before']:.2e} -> {fact['error_after']:.2e}"
+
+
 def learn_rounding(lesson: Lesson, layers: list[QuantLayer]) -> None:
     """Learns weights: AdaRound. No scale is learned here whose doubts could choose batches
     actively."""
     lesson = replace(lesson, schedule=replace(lesson.schedule, active=0.0, visit_cost=0.0))
     _begin_rounding(lesson, layers)
-    optimise(
-        lesson,
-        [_rounding_group(layers, lesson.schedule)],
-        lesson.schedule.weight_iters,
-        lesson.objective.weight_norm,
-        lambda done: rounding_penalty(layers, done, lesson),
-    )
-    for layer in layers:
-        layer.harden()
+    _learn(lesson, layers, [], lesson.schedule.weight_iters, lesson.objective.weight_norm)
 
 
 def learn_scales(lesson: Lesson, quantizers: list[Quantizer]) -> None:
     """Learns scales of activations: LSQ."""
-    learned = [q for q in quantizers if q.learnable]
-    groups = _scale_groups(learned, lesson.schedule)
-    if groups:
-        optimise(
-            lesson,
-            groups,
-            lesson.schedule.input_iters,
-            lesson.objective.input_norm,
-            lambda done: scale_penalty(learned, lesson.objective.smooth),
-        )
-    _end_scales(learned)
+    _learn(lesson, [], quantizers, lesson.schedule.input_iters, lesson.objective.input_norm)
 
 
 def learn_jointly(lesson: Lesson, layers: list[QuantLayer], quantizers: list[Quantizer]) -> None:
     """Learns rounding and scales in one phase, quantization of activations dropped at random
     (QDrop)."""
     _begin_rounding(lesson, layers)
-    schedule, smooth = lesson.schedule, lesson.objective.smooth
-    learned = [q for q in quantizers if q.learnable]
-    groups = [_rounding_group(layers, schedule)] if layers else []
-    groups += _scale_groups(learned, schedule)
     for q in quantizers:
-        q.drop = lambda x: uniform_like(x, lesson.generator) < schedule.drop
+        q.drop = lambda x: uniform_like(x, lesson.generator) < lesson.schedule.drop
     try:
-        if groups:
-            optimise(
-                lesson,
-                groups,
-                schedule.weight_iters,
-                lesson.objective.weight_norm,
-                lambda done: (
-                    rounding_penalty(layers, done, lesson) + scale_penalty(learned, smooth)
-                ),
-            )
+        _learn(
+            lesson, layers, quantizers, lesson.schedule.weight_iters, lesson.objective.weight_norm
+        )
     finally:
         for q in quantizers:
             q.drop = None
+
+
+def _learn(lesson, layers, quantizers, iters, norm):
+    """Learns the rounding of `layers`, if any, and the scales of `quantizers`; both end hard."""
+    learned = [q for q in quantizers if q.learnable]
+    groups = [*_rounding_groups(layers, lesson.schedule), *_scale_groups(learned, lesson.schedule)]
+
+    def penalty(done):
+        rounding = rounding_penalty(layers, done, lesson)
+        return rounding + scale_penalty(learned, lesson.objective.smooth)
+
+    if groups:
+        optimise(lesson, groups, iters, norm, penalty)
     for layer in layers:
         layer.harden()
-    _end_scales(learned)
+    for q in learned:
+        q.harden()
+        q.scale.requires_grad_(False)
 
 
 def _begin_rounding(lesson, layers):
     """From the weights or, with `gptq`, from halfway to second-order codes."""
     starts = [None] * len(layers)
     if lesson.schedule.gptq:
-        starts = second_order_codes(
-            lesson.unit, layers, lesson.inputs, len(lesson.target), lesson.generator
-        )
+        count = len(lesson.target)
+        starts = second_order_codes(lesson.unit, layers, lesson.inputs, count, lesson.generator)
     for layer, start in zip(layers, starts):
         layer.rounding = Rounding(layer.weight, layer.weight_quantizer, start)
 
 
-def _rounding_group(layers, schedule):
-    return {
-        "params": [layer.rounding.alpha for layer in layers],
-        "lr": schedule.weight_lr,
-        "cosine": schedule.weight_cosine,
-    }
+def _rounding_groups(layers, schedule):
+    params, rate = [layer.rounding.alpha for layer in layers], schedule.weight_lr
+    return [{"params": params, "lr": rate, "cosine": schedule.weight_cosine}] if params else []
 
 
 def rounding_penalty(layers: list[QuantLayer], done: float, lesson: Lesson) -> torch.Tensor | float:
@@ -134,39 +132,34 @@ def rounding_penalty(layers: list[QuantLayer], done: float, lesson: Lesson) -> t
 
 
 def _scale_groups(quantizers, schedule):
-    """Optimizer groups: tables of scales, and the parameters of whatever gives a table while it is
-    learned."""
+    """Tables of scales, and the parameters of whatever gives a table while it is learned."""
     free = [q.scale.requires_grad_(True) for q in quantizers if q.soft_scale is None]
-    soft = [p for q in quantizers if q.soft_scale is not None for p in q.soft_scale.parameters()]
+    soft = [p for soft_scale in _soft_scales(quantizers) for p in soft_scale.parameters()]
     rates = ((free, schedule.input_lr), (soft, schedule.soft_lr))
     return [{"params": params, "lr": rate, "cosine": True} for params, rate in rates if params]
 
 
-def _end_scales(quantizers):
-    for q in quantizers:
-        q.harden()
-        q.scale.requires_grad_(False)
+def _soft_scales(quantizers):
+    return [q.soft_scale for q in quantizers if q.soft_scale is not None]
 
 
 def scale_penalty(quantizers: list[Quantizer], smooth: float) -> torch.Tensor | float:
     """Returns the penalties of soft scales, and smooth * sum over segments (ln scale_i -
     ln scale_{i+1})^2: neighbours differ little."""
-    penalty = sum(q.soft_scale.penalty() for q in quantizers if q.soft_scale is not None)
+    penalty = sum(soft_scale.penalty() for soft_scale in _soft_scales(quantizers))
     if smooth:
         steps = (q.scales().log().diff(dim=0) for q in quantizers)
         penalty = penalty + smooth * sum(step.square().sum() for step in steps)
     return penalty
 
 
-def optimise(
-    lesson: Lesson, groups: list[Group], iters: int, norm: float, penalty: Penalty
-) -> None:
+def optimise(lesson: Lesson, groups: Groups, iters: int, norm: float, penalty: Penalty) -> None:
     """Takes `iters` Adam steps on `groups`; `penalty` is added to the loss of a batch."""
     optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     quantizers = input_quantizers(lesson.unit.module).values()
     scales = {id(q.scale) for q in quantizers}
-    soft = [q.soft_scale for q in quantizers if q.soft_scale is not None]
+    soft = _soft_scales(quantizers)
     for step in range(iters):
         done = step / iters
         for model in soft:
@@ -207,14 +200,12 @@ def draw_rows(lesson: Lesson) -> torch.Tensor:
     unit, schedule, generator = lesson.unit, lesson.schedule, lesson.generator
     if not (schedule.active or schedule.visit_cost):
         return torch.randint(len(lesson.target), (schedule.batch_size,), generator=generator)
-    quantizers = input_quantizers(unit.module).values()
-    soft = [q.soft_scale for q in quantizers if q.soft_scale is not None]
-    visits = unit.visits
+    soft = _soft_scales(input_quantizers(unit.module).values())
     score = sum(m.entropy().detach().cpu() for m in soft) / max(len(soft), 1)
-    score = score + schedule.active / (visits + 1) - schedule.visit_cost * visits
-    # no sample lies there
-    score[torch.bincount(unit.segments, minlength=len(score)) == 0] = -torch.inf
+    score = score + schedule.active / (unit.visits + 1) - schedule.visit_cost * unit.visits
+    empty = torch.bincount(unit.segments, minlength=len(score)) == 0
+    score[empty] = -torch.inf
     segment = int(score.argmax())
-    visits[segment] += 1
+    unit.visits[segment] += 1
     rows = (unit.segments == segment).nonzero()[:, 0]
     return rows[torch.randint(len(rows), (schedule.batch_size,), generator=generator)]

@@ -1,9 +1,4 @@
-"""Losses of block reconstruction.
-
-lp(a, b; p) = mean over samples and positions of sum over channels |a - b|^p     (BRECQ's measure)
-"""
-
-from __future__ import annotations
+"""Losses of block reconstruction, and what they compare."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,8 +17,7 @@ BLOCK_ENDS = "conv2", "ff"  # roles
 def lp(
     a: torch.Tensor, b: torch.Tensor | float, norm: float, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sums |a - b|^norm over axis 1 and means over the rest: the loss measure of BRECQ and its
-    descendants. `weights` broadcast to a."""
+    """Sums |a - b|^norm over axis 1 and means over the rest. `weights` broadcast to a."""
     error = (a - b).abs().pow(norm)
     return (error if weights is None else error * weights).sum(1).mean()
 
@@ -37,12 +31,10 @@ def comparable(module: nn.Module) -> list[str]:
     layers = quant_layers(module)
     ends = [name for role in BLOCK_ENDS for name, layer in layers.items() if layer.role == role]
     end = (ends or list(layers))[-1]
-    moved = {
-        name
-        for name, layer in layers.items()
-        if layer.inverse_balance is not None and layer.role in ("q", "k", "v", "qkv")
-    }
-    return [name for name in layers if name != end and name not in moved]
+    del layers[end]
+    balanced = [name for name, layer in layers.items() if layer.inverse_balance is not None]
+    moved = {name for name in balanced if layers[name].role in ("q", "k", "v", "qkv")}
+    return [name for name in layers if name not in moved]
 
 
 def output_loss(

@@ -1,4 +1,5 @@
-"""What block reconstruction learns towards, and how: the options of the pass `reconstruct`."""
+"""What block reconstruction learns towards, and how: the options of the pass `reconstruct`, whose
+docstring explains them (quant/passes/reconstruct.py)."""
 
 from dataclasses import dataclass
 
@@ -7,9 +8,7 @@ from base.config import Share
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a unit (quant/reconstruction/loss.py, learn.py). `saliency` is the share of the
-    error's weights that follows received attention (saliency.py), `frequency` says how far the
-    error is weighed by what errors of each spatial frequency do to the image (frequency.py)."""
+    """The loss of a unit (learn.py, loss.py, saliency.py, frequency.py of this folder)."""
 
     weight_norm: float = 2.0  # p of the error while the rounding is learned
     input_norm: float = 2.4  # and while the scales of activations are
@@ -22,13 +21,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of learning. Counts are optimizer steps per unit and phase; rates of scales fall to
-    0 along a cosine, that of the rounding only with `weight_cosine`.
-
-    `joint` learns rounding and scales at once in `weight_iters` steps, each activation unquantized
-    with probability `drop`. With `gptq` the rounding begins halfway between the weight and
-    second-order codes (gptq.py), else at the weight. `active` or `visit_cost` > 0 takes the batches
-    from the segment that needs them most (learn.py)."""
+    """The steps of learning (learn.py, gptq.py of this folder)."""
 
     weight_iters: int = 20000
     input_iters: int = 5000
@@ -45,4 +38,4 @@ class Schedule:
     active: float = 0.0
     visit_cost: float = 0.0
     gptq: bool = False
-    bfloat16: bool = False  # computes the steps under autocast
+    bfloat16: bool = False

@@ -12,8 +12,7 @@ from base.files import load_tensors, save_tensors
 from quant.layers import QuantLayer
 from quant.network import input_quantizers, quant_layers
 
-# share of a unit's input that is full precision in joint mode (QDrop)
-DROPPED_INPUTS = 0.5
+DROPPED_INPUTS = 0.5  # share of a unit's input that is full precision in joint mode (QDrop)
 ERROR_ROWS = 256  # samples on which the error before and after is measured
 Inputs = list[Any]  # arguments over all samples, each read by rows as a tensor (N, ...)
 
@@ -25,8 +24,7 @@ class Unit:
     name: str
     module: nn.Module
     device: torch.device
-    # tells the timeline which calibration rows are about to run
-    set_time: Callable[[torch.Tensor], Any]
+    set_time: Callable[[torch.Tensor], Any]  # tells the timeline which rows are about to run
     batch_size: int = 64  # samples measured at once
     # the unit of the full-precision network, and its inputs
     original: nn.Module | None = None
@@ -96,12 +94,11 @@ def relative_error(unit: Unit, inputs: Inputs, target: torch.Tensor) -> float:
 def save_unit(module: nn.Module, path: Path, facts: list[dict[str, Any]]) -> None:
     """Writes everything that reconstruction decided, integer weights and activation scales, what
     the integers stand on, and its `facts`."""
-    tensors, basis = {}, {}
+    tensors = {}
     for name, layer in quant_layers(module).items():
         if layer.weight_int is not None:
             tensors[f"{name}|weight_int"] = layer.weight_int.to(torch.int16)
-            basis |= {f"{name}|on.{key}": value for key, value in _stands_on(layer).items()}
-    tensors |= basis
+            tensors |= {f"{name}|{key}": value for key, value in _stands_on(layer).items()}
     for name, q in input_quantizers(module).items():
         tensors[f"{name}|scale"] = q.scale
         tensors |= {f"{name}|soft.{key}": value for key, value in q.learned_by().items()}
@@ -114,33 +111,35 @@ def _stands_on(layer: QuantLayer) -> dict[str, torch.Tensor]:
     found = {"scale": q.scale, "zero_point": q.zero_point, "bits": torch.tensor(q.spec.bits)}
     if layer.inverse_balance is not None:
         found["inverse_balance"] = layer.inverse_balance
-    return found
+    return {f"on.{key}": value for key, value in found.items()}
 
 
 def load_unit(module: nn.Module, path: Path) -> list[dict[str, Any]] | None:
-    """Puts a saved unit back; returns its facts, None where it was learned upon other grids or
-    another balance: on another device or number of threads, sums round otherwise and earlier passes
-    may choose otherwise."""
-    layers, quantizers = quant_layers(module), input_quantizers(module)
+    """Puts a saved unit back; returns its facts, None where there is none, or it was learned upon
+    other grids or another balance: on another device or number of threads, sums round otherwise and
+    earlier passes may choose otherwise."""
+    if not path.is_file():
+        return None
+    layers, quantizers, saved = quant_layers(module), input_quantizers(module), {}
     tensors, meta = load_tensors(path)
-    entries = [(*key.rpartition("|")[::2], value) for key, value in tensors.items()]
-    for name in (name for name, part, _ in entries if part == "weight_int"):
-        before = {
-            part.removeprefix("on."): value
-            for owner, part, value in entries
-            if owner == name and part.startswith("on.")
-        }
-        now = {key: value.cpu() for key, value in _stands_on(layers[name]).items()}
-        if before.keys() != now.keys() or not all(torch.equal(before[k], now[k]) for k in now):
-            return None
-    for name, part, value in entries:
-        if part == "weight_int":
+    for key, value in tensors.items():
+        name, _, part = key.rpartition("|")
+        saved.setdefault(name, {})[part] = value
+    for name, parts in saved.items():
+        if "weight_int" in parts:
+            before = {key: value for key, value in parts.items() if key.startswith("on.")}
+            now = {key: value.cpu() for key, value in _stands_on(layers[name]).items()}
+            if before.keys() != now.keys() or not all(torch.equal(before[k], now[k]) for k in now):
+                return None
+    for name, parts in saved.items():
+        if "weight_int" in parts:
             layers[name].harden()
-            layers[name].weight_int.copy_(value)
-        elif part == "scale":
-            quantizers[name].scale.data.copy_(value)
-        elif part.startswith("soft."):
-            quantizers[name].soft_scale.get_parameter(part.removeprefix("soft.")).data.copy_(value)
-    for name in {name for name, part, _ in entries if part.startswith("soft.")}:
-        quantizers[name].harden()  # others wait for the pass that learns them
+            layers[name].weight_int.copy_(parts["weight_int"])
+        if "scale" in parts:
+            quantizers[name].scale.data.copy_(parts["scale"])
+        soft = [key.removeprefix("soft.") for key in parts if key.startswith("soft.")]
+        for key in soft:
+            quantizers[name].soft_scale.get_parameter(key).data.copy_(parts[f"soft.{key}"])
+        if soft:
+            quantizers[name].harden()  # others wait for the pass that learns them
     return meta["facts"]
