@@ -67,9 +67,8 @@ def _on_its_base(path, content, above):
 def load(
     schema: type[Schema], files: Iterable[Path | str], overrides: Iterable[str] = ()
 ) -> Schema:
-    """Merges `files` and `overrides` ("a.b=3") into the dataclass `schema`; returns an instance of
-    it. Raises ValueError in one sentence for an unknown key (with "did you mean"), a wrong type or
-    a malformed override."""
+    """Merges `files` and `overrides` ("a.b=3") into an instance of the dataclass `schema`. Raises
+    ValueError for an unknown key (with "did you mean"), a wrong type, a malformed override."""
     config = OmegaConf.structured(schema)
     sources = [(str(path), lambda path=path: read_yaml(path)) for path in files]
     for text in overrides:
@@ -122,8 +121,7 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def one_folder(arguments: Iterable[str]) -> tuple[str, list[str]]:
-    """Takes the run folder and the overrides from the command line of a later stage. Raises
-    ValueError where there is no folder, or several."""
+    """Run folder and overrides of a later stage. Raises ValueError for no folder, or several."""
     plain, overrides = split_arguments(arguments)
     if len(plain) != 1:
         found = " ".join(plain) or "no folder"
@@ -132,8 +130,7 @@ def one_folder(arguments: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def take_words(words: Iterable[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Takes those key=value words out of `words` whose keys `defaults` has; returns {key: value},
-    the last one of each, and the other words."""
+    """Takes key=value words whose keys `defaults` has; returns {key: last value}, other words."""
     words = [word.partition("=") for word in words]
     taken = {key: value for key, _, value in words if key in defaults}
     return defaults | taken, ["".join(word) for word in words if word[0] not in defaults]

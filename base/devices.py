@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import torch
 
+Device = torch.device | str
+
 
 @contextmanager
 def exact_arithmetic(threads: int = 0) -> Iterator[None]:
     """While inside, GPUs compute float32 as float32, convolutions too, and the same bytes every
-    time, and the processor computes with `threads` threads (0: as many as before). All is as before
-    in the end."""
+    time, and the processor computes with `threads` threads (0: as many as before)."""
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.deterministic, torch.get_num_threads()
     try:

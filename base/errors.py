@@ -1,5 +1,4 @@
-"""A user's mistake ends in one sentence and exit status 2, never in a traceback. Needs the standard
-library alone."""
+"""A user's mistake ends in one sentence and status 2, no traceback. Standard library alone."""
 
 import difflib
 import errno
@@ -27,8 +26,7 @@ def check_options(
     where: str = "",
 ) -> None:
     """Raises ValueError for the first of `options` that is not `known` ("<what> has no <kind> 'x'",
-    with what it may have meant) and for `needed` ones that are missing ("<what> needs x, y" and
-    `where` they belong)."""
+    with a guess) and for `needed` ones that are missing ("<what> needs x, y" and `where`)."""
     known = list(known)
     for name in options:
         if name not in known:
@@ -40,8 +38,7 @@ def check_options(
 
 
 def main(run: Callable[[list[str]], object]) -> None:
-    """run(arguments) of the command line; without arguments or with --help the docstring of its
-    module is printed."""
+    """run(arguments) of the command line; without any, or with --help, its module's docstring."""
     arguments = sys.argv[1:]
     if not arguments or asks_for_help(arguments):
         print(sys.modules[run.__module__].__doc__.strip())
@@ -54,8 +51,7 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 
 def guard(run: Callable[[list[str]], object], arguments: list[str]) -> None:
-    """run(arguments), with what the library logs printed; a mistake of the user's ends the process
-    with one sentence and status 2."""
+    """run(arguments), with the log printed; a user's mistake ends in one sentence and status 2."""
     print_log()
     try:
         run(arguments)
@@ -64,6 +60,8 @@ def guard(run: Callable[[list[str]], object], arguments: list[str]) -> None:
     except KeyboardInterrupt:
         stop(130, "stopped; run the same command to continue")
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        if error.filename is None:  # not about a path
+            raise
         stop(2, f"error: {error.filename}: {error.strerror}; give another path")
     except Exception as error:
         # torch's; scripts that need no torch do not import it
@@ -84,8 +82,7 @@ class _Printer(logging.Handler):
 
 
 def print_log() -> None:
-    """From now on prints what the library says by logging.getLogger("tinydm"), information too;
-    called again, it changes nothing."""
+    """Prints from now on, once each, what the library says by logging.getLogger("tinydm")."""
     logger = logging.getLogger("tinydm")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Printer) for handler in logger.handlers):
@@ -99,6 +96,5 @@ def stop(status: int, sentence: str) -> NoReturn:
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Tells whether `error` comes from a full disk; libraries wrap the system's error in their own
-    and keep its words."""
+    """Tells whether `error` comes from a full disk; libraries wrap the system's, and its words."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

@@ -1,5 +1,4 @@
-"""Atomic writing: a file is either the old one or the complete new one, whatever happens in
-between; and safetensors with metadata of ours."""
+"""Atomic writing: a file is the old one or the complete new one; safetensors with metadata."""
 
 import hashlib
 import json
@@ -40,8 +39,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def alone(folder: Path | str) -> Iterator[None]:
-    """Let one process at a time inside, since several may write the same files of `folder`, which
-    is made if need be."""
+    """Let one process at a time inside, for writers of the same `folder`, made if need be."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".writing.lock"
@@ -93,6 +91,5 @@ def load_tensors(
             tensors = {name: file.get_tensor(name) for name in names}
             return tensors, json.loads((file.metadata() or {}).get("tinydm", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is cut off or no safetensors file ({error}); remove it and make it again"
-        ) from None
+        remedy = "remove it and make it again"
+        raise ValueError(f"{path} is cut off or no safetensors file ({error}); {remedy}") from None

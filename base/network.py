@@ -19,9 +19,7 @@ ROLES = tuple(
 
 
 class Matmul(nn.Module):
-    """A batched matrix product of two activations: a module, so that it can be replaced by a
-    quantized one.
-
+    """A batched matrix product of two activations, as a module that a quantized one can replace.
     `roles` are those of the left and of the right operand: ("q", "k") or ("v", "probs") and so on.
     With several heads they are axis 1 of both operands."""
 
@@ -36,8 +34,7 @@ class Matmul(nn.Module):
 
 def tag(role: str, layer: Layer, **attributes: Any) -> Layer:
     """Sets the role of a layer, and further attributes such as its `input_splits`, for the
-    quantization rules to find; returns the layer. Raises ValueError for a role that is none of
-    ROLES."""
+    quantization rules to find; returns the layer. Raises ValueError for a role not in ROLES."""
     layer.role = _known_role(role)
     for name, value in attributes.items():
         setattr(layer, name, value)
@@ -67,8 +64,8 @@ def timestep_embedding(t: torch.Tensor, width: int, *, cos_first: bool = False) 
 
 
 class Operand(nn.Identity):
-    """An activation (N, C), passed on as it is: a module, so that it can be replaced by a quantized
-    one. `input_splits` are the channels of its parts."""
+    """An activation (N, C), passed on, as a module that a quantized one can replace.
+    `input_splits` are the channels of its parts."""
 
 
 @dataclass

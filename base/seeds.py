@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from base.devices import Device
+
 
 class SeededNoise:
     """One random stream per image: image i draws from (seed, i) whatever the batch, the order or
@@ -11,11 +13,7 @@ class SeededNoise:
     moved to `device`."""
 
     def __init__(
-        self,
-        seed: int,
-        indices: Iterable[int],
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
+        self, seed: int, indices: Iterable[int], shape: Sequence[int], device: Device = "cpu"
     ) -> None:
         # SplitMix64 of the pair: neighbouring images get unrelated streams.
         self.generators = [torch.Generator().manual_seed(mix(seed, i)) for i in indices]

@@ -19,7 +19,9 @@ from base.errors import asks_for_help, guard, stop, unknown_word
 from tinydm.keys import show_keys
 
 RECIPE = ("model", "bits", "method", "preset")
-RUN = "tinydm.recipe.RunConfig"
+# classes whose keys a command has
+RUN, PLAN = "tinydm.recipe.RunConfig", "tinydm.plan.CompareConfig"
+TRAIN = "tinydm.training.config.TrainConfig"
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,11 @@ COMMANDS = {
     "sample": Command("draw images with it", "tinydm.stages.sample", RUN),
     "evaluate": Command("score the images", "tinydm.stages.evaluate", RUN),
     "report": Command("one page about runs", "tinydm.report.command"),
-    "compare": Command(
-        "methods under one protocol", "tinydm.compare", "tinydm.compare.CompareConfig", ("compare",)
-    ),
+    "compare": Command("methods under one protocol", "tinydm.compare", PLAN, ("compare",)),
     "analyze": Command("measure ranges and errors of a run", "tinydm.stages.analyze", RUN),
     "retabulate": Command("a run at another number of steps", "tinydm.stages.retabulate", RUN),
     "table": Command("tables of scored runs", "tinydm.report.table"),
-    "train": Command(
-        "train a model, also quantized",
-        "tinydm.training.train",
-        "tinydm.training.train.TrainConfig",
-        ("train",),
-    ),
+    "train": Command("train a model, also quantized", "tinydm.training.train", TRAIN, ("train",)),
     "download": Command("fetch public checkpoints", "models.download"),
     "doctor": Command("what is here and what is missing", "tinydm.doctor", needs_words=False),
 }

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ from filelock import lock_descriptor
 
 from base.config import load, split_arguments
 from base.files import PROJECT, write_text
-from tinydm.plan import Cell, CompareConfig, absent, cells_of, images_of, is_finished, shared_by
+from tinydm.identity import IMAGES
+from tinydm.plan import Cell, CompareConfig, absent, cells_of, is_finished, shared_by
 from tinydm.report.chart import draw
 from tinydm.report.page import write_report
 from tinydm.report.results import read_run, results_text
@@ -38,12 +40,12 @@ from tinydm.report.table import Row, assemble, csv_text, empty_row, markdown, ro
 # stages that also write beside the run folder, and those that write inside alone
 SHARED = [("calibrate",), ("sample", "precision=float")]
 INSIDE = [("quantize",), ("sample",), ("evaluate",)]
+REPORT = "table.md", "table.csv", "figure.png", "report.html", "results.jsonl"
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage="python scripts/compare.py FILE.yaml [...] [--jobs N] [key=value ...]"
-    )
+    usage = "python scripts/compare.py FILE.yaml [...] [--jobs N] [key=value ...]"
+    parser = argparse.ArgumentParser(usage=usage)
     parser.add_argument("words", nargs="+")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_intermixed_args(arguments)
@@ -55,16 +57,9 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"two of {', '.join(files)} have the same out folder; give each its own")
     for file, plan, cells in zip(files, plans, [cells_of(plan) for plan in plans]):
         words = shlex.join([file, *overrides])
-        rows = compare(plan, cells, words=words, jobs=options.jobs, log=_print)
+        rows = compare(plan, cells, words=words, jobs=options.jobs, log=partial(print, flush=True))
         written = ", ".join(f"{plan.out}/{name}" for name in REPORT)
         print(f"{markdown(rows)}compare: {written}")
-
-
-REPORT = "table.md", "table.csv", "figure.png", "report.html", "results.jsonl"
-
-
-def _print(line):
-    print(line, flush=True)
 
 
 def compare(
@@ -75,16 +70,13 @@ def compare(
     jobs: int = 1,
     log: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Makes the runs that are missing, `jobs` at a time, then writes the tables and the report;
-    returns the rows of the tables. A row without its checkpoint names the command that fills it:
-    compare.py with `words`."""
+    """Makes the runs that are missing, `jobs` at a time, then writes tables and report; returns the
+    rows. A row without its checkpoint names the command that fills it: compare.py with `words`."""
     for cell in cells:
         cell.note = "" if cell.known else absent(cell.config, words)
     todo = [cell for cell in cells if not cell.note and not is_finished(cell)]
-    log(
-        f"compare: {len(cells)} runs in {plan.out}: {len(todo)} to make, "
-        f"{sum(bool(cell.note) for cell in cells)} without checkpoint"
-    )
+    numbers = f"{len(todo)} to make, {sum(bool(cell.note) for cell in cells)} without checkpoint"
+    log(f"compare: {len(cells)} runs in {plan.out}: {numbers}")
     threads = torch.get_num_threads()
     first = {shared_by(cell): cell for cell in reversed(cells)}
     for key in dict.fromkeys(map(shared_by, todo)):
@@ -100,8 +92,7 @@ def compare(
 
 
 def _shared_run(cell):
-    """A run that only fills what the runs of `shared_by` share, so that none of them is charged for
-    it."""
+    """A run that only fills what others share, so that none of them is charged for it."""
     folder = cell.folder.with_name(f"shared-{cell.folder.name}")
     return replace(cell, folder=folder, arguments=[*cell.arguments, f"out={folder}"])
 
@@ -119,9 +110,8 @@ def _make(cell, threads, log, inside=INSIDE):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Lets one at a time into a folder, which is made if need be; gives the descriptor of the lock
-    file. A process that inherits the descriptor holds the lock too, so that a stage which outlives
-    a killed comparison is waited for."""
+    """Lets one at a time into a folder, made if need be; gives the descriptor of the lock file. A
+    process that inherits it holds the lock too: stages that outlive a comparison are waited for."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as file:
@@ -134,17 +124,13 @@ def locked(folder: Path) -> Iterator[int]:
 
 def _run_stages(cell, stages, threads, locks):
     """The scripts in turn, their output in log.txt; "" or what went wrong."""
-    log_path = cell.folder / "log.txt"
+    log_path, environment = cell.folder / "log.txt", {"OMP_NUM_THREADS": str(threads)}
+    how = {"stderr": subprocess.STDOUT, "env": os.environ | environment, "pass_fds": locks}
     for script, *words in stages:
         inputs = cell.arguments if script == "calibrate" else [cell.folder]
+        command = [sys.executable, PROJECT / "scripts" / f"{script}.py", *inputs, *words]
         with open(log_path, "ab") as log:
-            status = subprocess.run(
-                [sys.executable, PROJECT / "scripts" / f"{script}.py", *inputs, *words],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                pass_fds=locks,
-            ).returncode
+            status = subprocess.run(command, stdout=log, **how).returncode
         if status:
             last = (log_path.read_text(errors="replace").splitlines() or ["nothing"])[-1].strip()
             return f"{script} of seed {cell.config.seed} ended with status {status}: {last}"
@@ -158,9 +144,10 @@ def _report(plan, cells):
         row_of(result) if result else empty_row(cell.config, note=cell.note)
         for cell, result in zip(cells, results)
     ]
-    protocol = {images_of(cell): row.protocol for cell, row in zip(cells, rows) if row.runs}
-    for cell, row in zip(cells, rows):
-        row.protocol = row.protocol or protocol.get(images_of(cell), "")
+    images = [shared_by(cell, (IMAGES,)) for cell in cells]
+    protocol = {key: row.protocol for key, row in zip(images, rows) if row.runs}
+    for key, row in zip(images, rows):
+        row.protocol = row.protocol or protocol.get(key, "")
     rows, out = assemble(rows), Path(plan.out)
     write_text(out / "table.md", markdown(rows))
     write_text(out / "table.csv", csv_text(rows))

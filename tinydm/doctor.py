@@ -49,8 +49,7 @@ MISSING = "missing"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked for, what was found ("missing" if nothing), what it gives, and how
-    to get it."""
+    """One line: what was looked for, what was found, what it gives, and how to get it."""
 
     what: str
     found: str

@@ -188,10 +188,8 @@ def _put_calibration(run: Run, data: CalibrationSet) -> None:
     for name in ("x", "t", "cond", "which", "trajectory"):
         a, b = getattr(there, name), getattr(data, name)
         if (a is None) != (b is None) or a is not None and not torch.equal(a, b):
-            raise ValueError(
-                f"{path} holds other calibration data; choose another resume= folder, or delete "
-                "that one"
-            )
+            remedy = "choose another resume= folder, or delete that one"
+            raise ValueError(f"{path} holds other calibration data; {remedy}")
 
 
 def compare_images(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""What each key of a recipe decides, hence when two recipes are one.
-
-What decides the full-precision model's images also decides the trajectories that calibration data
-are picked from; what decides these, the calibration set; what decides that, the quantized
-network."""
+"""What each key of a recipe decides, hence when two recipes are one. What decides the images of the
+full-precision model also decides the trajectories that calibration data are picked from; what
+decides these, the calibration set; what decides that, the quantized network."""
 
 from __future__ import annotations
 
@@ -67,8 +65,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Names the keys that decide something and on which two RunConfigs disagree, with both
-    values."""
+    """Names the keys that decide something and differ in two RunConfigs, with both values."""
     a, b = flatten(identity(a)), flatten(identity(b))
     keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in keys]

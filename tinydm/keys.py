@@ -1,5 +1,4 @@
-"""What a configuration knows: every key of a schema with its type, its default and the comment
-beside it in the source."""
+"""Every key of a configuration with its type, its default and its comment in the source."""
 
 import ast
 import inspect
@@ -15,9 +14,8 @@ WIDTH = 100  # columns of a help text
 
 
 def describe_keys(schema: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
-    """(dotted key, type, default, comment) of every field of a dataclass in its order; a field that
-    is a dataclass itself stands for its own fields. The comment is what stands above the field and
-    beside it."""
+    """(dotted key, type, default, comment above and beside it) of every field of a dataclass in its
+    order; a field that is a dataclass itself stands for its own fields."""
     types, comments = _source_of(schema)
     rows = []
     for field in fields(schema):
@@ -58,8 +56,7 @@ def _default(field: Field) -> Any:
 
 
 def _source_of(schema: type) -> tuple[dict[str, str], dict[str, str]]:
-    """{field: annotation} and {field: comment} as the dataclasses of a class and its bases say
-    them."""
+    """{field: annotation} and {field: comment} of a dataclass and its bases."""
     types, comments = {}, {}
     for part in reversed(schema.__mro__):
         if not is_dataclass(part):

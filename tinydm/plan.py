@@ -1,8 +1,8 @@
-"""What a comparison consists of: its YAML, and the runs that follow from it, checked before any
-work begins."""
+"""A comparison's YAML and the runs that follow from it, checked before any work begins."""
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,13 @@ from tinydm.report.results import Result, config_of, read_recipe, read_results
 
 @dataclass
 class CompareConfig:
-    """What is compared. Names are those of configs/model, bits, method and preset; a path ends in
-    .yaml. Every variant makes rows of its own of each model, bits and method, with what it says
-    merged over these."""
+    """What is compared. Names are those of configs; a path ends in .yaml. Every variant makes rows
+    of its own of each model, bits and method, with what it says merged over these."""
 
     models: list[str] = field(default_factory=list)  # names of configs/model
     bits: list[str] = field(default_factory=list)  # names of configs/bits
     methods: list[str] = field(default_factory=list)  # names of configs/method
-    # {name: [key=value or a name of configs/method, ...]}
-    variants: Any = None
+    variants: Any = None  # {name: [key=value or a name of configs/method, ...]}
     # of the calibration data and of all else but the images
     seeds: list[int] = field(default_factory=lambda: [1000])
     preset: str = "demo"  # name of configs/preset
@@ -80,16 +78,12 @@ def cells_of(plan: CompareConfig) -> list[Cell]:
 def _check_variants(variants):
     """Raises ValueError for what is no list of words, or has a name that a folder cannot have."""
     if not isinstance(variants or {}, dict):
-        raise ValueError(
-            f"variants must be a mapping such as {{quad: [calibration.builder=quad]}}; found "
-            f"{variants}"
-        )
+        example = "{quad: [calibration.builder=quad]}"
+        raise ValueError(f"variants must be a mapping such as {example}; found {variants}")
     for name, words in (variants or {}).items():
         if not re.fullmatch(r"[\w.-]+", str(name)):
-            raise ValueError(
-                f"variant '{name}' cannot be part of a folder's name; use letters, digits, '.', "
-                "'_', '-'"
-            )
+            complaint = f"variant '{name}' cannot be part of a folder's name"
+            raise ValueError(f"{complaint}; use letters, digits, '.', '_', '-'")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(
                 f"variant '{name}' must be a list of key=value or names of configs/method; found "
@@ -116,9 +110,8 @@ def _check_recipes(cells):
         recipe = json.dumps(identity(cell.config), sort_keys=True)
         other = by_recipe.setdefault(recipe, cell)
         if other is not cell:
-            raise ValueError(
-                f"{other.folder.name} and {cell.folder.name} are the same recipe; leave one out"
-            )
+            both = f"{other.folder.name} and {cell.folder.name}"
+            raise ValueError(f"{both} are the same recipe; leave one out")
 
 
 def _cell_of(plan, model, bits, method, seed, variant, words):
@@ -157,17 +150,14 @@ def absent(config: RunConfig, words: str) -> str:
         find_checkpoint(asdict(config))
         return ""
     except ValueError:
-        how = (
-            f"fill this row with: {config.download} &&"
-            if config.download
-            else "put it there and run:"
-        )
+        how = "put it there and run:"
+        if config.download:
+            how = f"fill this row with: {config.download} &&"
         return f"needs {config.checkpoint}; {how} python scripts/compare.py {words}"
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the run folder, or a line of the known results, holds the scores of this very
-    recipe."""
+    """Whether the run folder, or the known results, hold the scores of this very recipe."""
     path = cell.folder / "metrics.json"
     if cell.known or not path.exists():
         return bool(cell.known)
@@ -181,16 +171,7 @@ def _is_of(cell, config, metrics):
     return same and not differences(config, cell.config)
 
 
-def images_of(cell: Cell) -> tuple:
-    """Returns what decides the full-precision images of a run, and how many there are."""
-    return _decided_by(cell, (IMAGES,))
-
-
-def shared_by(cell: Cell) -> tuple:
-    """Returns what decides the full-precision images and trajectories of a run."""
-    return _decided_by(cell, (IMAGES, TRAJECTORIES))
-
-
-def _decided_by(cell: Cell, what: tuple[str, ...]) -> tuple:
+def shared_by(cell: Cell, what: Sequence[str] = (IMAGES, TRAJECTORIES)) -> tuple:
+    """What is equal in runs of the same full-precision images and trajectories, or only `what`."""
     decisive = json.dumps(select(asdict(cell.config), what), sort_keys=True)
     return cell.folder.parent, cell.config.sampling.num, decisive

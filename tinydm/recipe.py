@@ -38,8 +38,7 @@ class Bits:
 
 @dataclass
 class Calibration:
-    """Where calibration data come from: `steps` * `images` samples of `images` trajectories, or a
-    file."""
+    """Calibration data: `steps` * `images` samples of `images` trajectories, or a file."""
 
     # which steps of which images: a word of quant.calibration.builders.BUILDERS
     builder: str = "uniform"
@@ -55,8 +54,7 @@ class Calibration:
 
 @dataclass
 class Guidance:
-    """Classifier-free guidance: its scale (1 = none) and the class or prompt that stands for no
-    condition."""
+    """Classifier-free guidance: its scale and the class or prompt that means no condition."""
 
     scale: float = 1.0  # 1 = none
     null_class: int | None = None  # class that stands for no condition
@@ -78,8 +76,7 @@ class Effort:
 
 @dataclass
 class Evaluation:
-    """Arguments of evaluation.scores.distribution.distribution_scores, and the number of images on
-    which SQNR per step is measured."""
+    """Arguments of distribution_scores, and the number of images on which SQNR is measured."""
 
     extractor: str = "auto"  # auto | inception | cifar-resnet: what features come from
     inception_path: str = ""  # file of the Inception weights
@@ -90,8 +87,7 @@ class Evaluation:
 
 @dataclass
 class RunConfig:
-    """All keys of a run: a model YAML, a bits YAML, a method YAML, a preset YAML and key=value,
-    merged in order."""
+    """All keys of a run: YAMLs of model, bits, method and preset, then key=value, in this order."""
 
     name: str = ""  # of the model
     network: dict[str, Any] = field(default_factory=dict)  # its family and that one's options
@@ -204,10 +200,8 @@ def _check_sampling(config):
     if sampler not in SAMPLERS:
         raise ValueError(unknown_word(f"sampler '{sampler}' is unknown", sampler, SAMPLERS))
     if eta and sampler not in STOCHASTIC:
-        raise ValueError(
-            f"{sampler} is deterministic, but sampling.eta is {eta}; set it to 0, or choose "
-            f"{' or '.join(STOCHASTIC)}"
-        )
+        remedy = f"set it to 0, or choose {' or '.join(STOCHASTIC)}"
+        raise ValueError(f"{sampler} is deterministic, but sampling.eta is {eta}; {remedy}")
     asked, there = config.calibration.steps, len(network_times(config))
     if asked > there and not config.calibration.file:
         raise ValueError(
@@ -241,10 +235,8 @@ def _check_start(c):
             "step only)"
         )
     if c.start == "i2n" and not c.data:
-        raise ValueError(
-            "calibration.start is i2n, which needs images; give calibration.data=FOLDER or "
-            "calibration.data=cifar10"
-        )
+        remedy = "give calibration.data=FOLDER or calibration.data=cifar10"
+        raise ValueError(f"calibration.start is i2n, which needs images; {remedy}")
 
 
 def network_times(config: RunConfig) -> list[float]:

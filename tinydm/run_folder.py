@@ -1,5 +1,4 @@
-"""The run folder: what is done in it, and how a stage refuses a folder that belongs to another
-recipe."""
+"""The run folder: what is done in it, and how a folder of another recipe is refused."""
 
 import importlib.metadata
 import os
@@ -37,8 +36,7 @@ class Run:
 
     @property
     def model(self) -> DiffusionModel:
-        """The full-precision model. Raises ValueError where its weights are not those that the
-        folder was made with."""
+        """The full-precision model. Raises ValueError where the folder was made with others."""
         if self._model is None:
             self._model = load_model(asdict(self.config), device=resolve_device(self.config.device))
         known, found = self.config.provenance.get("weights_hash"), self._model.weights_hash
@@ -70,9 +68,8 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Computes exactly while inside, with `threads` threads, and times the stage, with the most
-        memory it held. Unless forced it goes on from earlier calls, whose seconds are added to its
-        own."""
+        """Computes exactly while inside, with `threads` threads, and notes the time and the most
+        memory of the stage. Unless forced, the seconds of earlier calls are added to its own."""
         started = time.monotonic()
         try:
             with exact_arithmetic(self.config.threads):
@@ -115,16 +112,14 @@ class Run:
 
 
 def create(files: Iterable[Path | str], overrides: Iterable[str]) -> Run:
-    """Makes a new run folder for these files, or opens the one that is there if it has the same
-    recipe; raises ValueError if it has another."""
+    """Makes a run folder for these files, or opens it. Raises ValueError for another recipe."""
     return claim(load_recipe(files, overrides), files)
 
 
 def claim(
     config: RunConfig, files: Iterable[Path | str], model: DiffusionModel | None = None
 ) -> Run:
-    """Does the same for a recipe that was read from `files`, and for a model that is loaded
-    already."""
+    """Does the same for a recipe that was read from `files` and a model that is loaded already."""
     check(config)
     run = Run(config, model)
     if any(map(os.path.exists, map(run.path, CONTINUED))):
@@ -176,14 +171,14 @@ def write_config(run: Run) -> None:
 def provenance(
     model: DiffusionModel, files: Iterable[Path | str], threads: int = 0
 ) -> dict[str, Any]:
-    """Returns versions, commit and hashes that a number depends on; `threads` is the recipe's
-    number, 0 that of the process."""
+    """Returns versions, commit and hashes that a number depends on; 0 `threads`: the process's."""
+    files = [str(Path(file).resolve()) for file in files if file]
     packages = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity", "torchmetrics")
     is_cuda = model.device.type == "cuda"
     return {
         "weights_hash": model.weights_hash,
         "commit": _commit(),
-        "files": [str(Path(file).resolve()).removeprefix(f"{PROJECT}{os.sep}") for file in files],
+        "files": [file.removeprefix(f"{PROJECT}{os.sep}") for file in files],
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
         "threads": threads or torch.get_num_threads(),
@@ -200,8 +195,7 @@ def _commit():
 
 
 def peak_memory() -> dict[str, int]:
-    """Returns the most memory that this process held so far, in bytes: resident, and of the GPU
-    where one was used."""
+    """Returns the most bytes that this process held so far: resident, and of a GPU in use."""
     # Linux counts KiB
     peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_initialized():

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from base.devices import Device
 from evaluation.extractors.cifar_resnet import CifarResnet
-from evaluation.extractors.extractor import Device, Extractor
+from evaluation.extractors.extractor import Extractor
 from evaluation.extractors.inception import INCEPTION_NAMES, Inception
 
 EXTRACTORS: dict[str, type[Extractor]] = {cls.name: cls for cls in (Inception, CifarResnet)}

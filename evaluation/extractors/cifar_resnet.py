@@ -13,8 +13,7 @@ WEIGHTS = PROJECT / "models/weights/cifar10-classifier.safetensors"
 
 
 def load_classifier(path: Path | str = WEIGHTS) -> Classifier:
-    """Read the classifier from a file of tinydm/training/package_classifier.py, whose metadata says
-    how to build the network."""
+    """Read the classifier from a packaged file, whose metadata says how to build the network."""
     weights, metadata = load_tensors(path)
     if "network" not in metadata:
         raise ValueError(

@@ -1,5 +1,4 @@
-"""A small CIFAR-10 classifier: the feature extractor for scores where Inception weights cannot be
-had.
+"""A small CIFAR-10 classifier: the feature extractor where Inception weights cannot be had.
 
 Shaped like ResNet-9 (D. Page 2018, "How to train your ResNet"): few wide layers, max pooling after
 the convolution that widens. 0.95 M parameters, so that the weights fit in 2 MB, and one CPU core

@@ -5,8 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-Device = torch.device | str
-
 
 class Extractor(nn.Module):
     """Turns uint8 images (N, 3, H, W) into pooled features (N, D) and logits of classes (N, C).
@@ -24,8 +22,8 @@ class Extractor(nn.Module):
 
     @classmethod
     def find_weights(cls, path: str = "", *, fetch: bool = False) -> tuple[Path | None, str]:
-        """Where the weights are -> file or None, and where it was looked for. `path` names the
-        file; with `fetch` it may be downloaded."""
+        """-> file of the weights or None, and where it was looked for. `path` names the file; with
+        `fetch` it may be downloaded."""
         raise NotImplementedError
 
     @classmethod

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from base.devices import Device
 from base.files import alone, load_tensors, save_tensors, sha256
 from base.hooks import watching
-from evaluation.extractors.extractor import Device, Extractor
+from evaluation.extractors.extractor import Extractor
 from models.data import read_image
 
 SPATIAL_CHANNELS = 7
@@ -41,8 +42,7 @@ def image_batches(source: Source, batch_size: int) -> Iterator[torch.Tensor]:
 def extract(
     net: Network, source: Source, *, batch_size: int = 256, device: Device = "cpu"
 ) -> dict[str, Any]:
-    """Features of images, in batches on `device` -> {pooled (N, D), logits (N, C), size "WxH",
-    sha256 of pixels}."""
+    """Features of images -> {pooled (N, D), logits (N, C), size "WxH", sha256 of pixels}."""
     pooled, logits, digest = [], [], hashlib.sha256()
     for images in image_batches(source, batch_size):
         digest.update(images.numpy().tobytes())
@@ -78,9 +78,8 @@ def extract_once(
     folder: Path | str, net: Extractor, source: Source, *, device: Device = "cpu", **options: Any
 ) -> dict[str, Any]:
     """What `extract_all` gives of images that many runs are scored against, kept in `folder` as
-    features-KEY.safetensors. The key is a hash of the extractor, of the kind of device, and of a
-    tensor's bytes or the files' names, sizes and times of change. With "" for `folder` nothing is
-    kept."""
+    features-KEY.safetensors; nothing is kept with "". The key is a hash of the extractor, of the
+    kind of device, and of a tensor's bytes or the files' names, sizes and times of change."""
     if not folder:
         return extract_all(net, source, device=device, **options)
     made_by = f"{net.name} {sha256(net.weights)} {torch.device(device).type}\n"

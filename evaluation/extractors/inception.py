@@ -37,9 +37,8 @@ class Inception(Extractor):
 
     @classmethod
     def find_weights(cls, path: str = "", *, fetch: bool = False) -> tuple[Path | None, str]:
-        """As of every extractor; without `path` torch hub's cache is searched, and with `fetch` the
-        file is downloaded into it. Raises ValueError if `path` does not exist or the file found has
-        other bytes."""
+        """As of every extractor; without `path` torch hub's cache is searched, and with `fetch`
+        filled. Raises ValueError if `path` does not exist or the file found has other bytes."""
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         files = [Path(path)] if path else [cache / name for name in INCEPTION_NAMES]
         found = next((file for file in files if file.is_file()), None)

@@ -43,8 +43,7 @@ def write_statistics(path: Path | str, features: Tensors, metadata: dict[str, An
 def read_statistics(
     path: Path | str = STATISTICS,
 ) -> tuple[dict[str, Statistics], torch.Tensor, dict[str, Any]]:
-    """Read a file of `write_statistics` -> what statistics_of gave, the kept pooled features
-    (K, D), the metadata."""
+    """Read a file of `write_statistics` -> statistics, kept pooled features (K, D), metadata."""
     tensors, metadata = load_tensors(path)
     if not metadata or not {"mu", "sigma", "mu_s", "sigma_s", "features"} <= tensors.keys():
         raise ValueError(

@@ -25,8 +25,7 @@ class Reference:
     statistics: dict[str, Statistics] = field(default_factory=dict)  # by kind of features
 
     def fewest(self, samples: torch.Tensor) -> int:
-        """How many images the smaller of both sets has, that of the samples' features (N, D) or
-        this one."""
+        """The number of images of the smaller set: the samples' features (N, D), or this one."""
         return len(samples) if self.pooled is None else min(len(samples), len(self.pooled))
 
 

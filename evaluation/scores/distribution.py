@@ -1,14 +1,13 @@
-"""Scores of a folder of images as a distribution, by torch-fidelity's formulas, each with its
-protocol."""
+"""Scores of a folder of images as a distribution, by torch-fidelity, each with its protocol."""
 
 from pathlib import Path
 from typing import Any
 
 from torch_fidelity.version import __version__ as fidelity_version
 
+from base.devices import Device
 from base.files import sha256
 from evaluation.extractors.choice import EXTRACTORS, build_extractor, choose_extractor
-from evaluation.extractors.extractor import Device
 from evaluation.extractors.features import Source, extract_once
 from evaluation.references.images import MIN_IMAGES, find_reference
 from evaluation.scores.frechet import frechet_distances

@@ -1,5 +1,4 @@
-"""Precision, recall and KID: scores that compare samples with the images of a reference one by
-one."""
+"""Precision, recall and KID: scores that compare samples with single images of a reference."""
 
 from typing import Any
 

@@ -28,9 +28,8 @@ def compare_images(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
     trained on. Raises ValueError for batches of different shapes, empty ones, and other types."""
     _check_pair(a, b)
     if not len(a) or a.dtype != torch.uint8 or b.dtype != torch.uint8:
-        raise ValueError(
-            f"found {tuple(a.shape)} of {a.dtype} and {b.dtype}; give at least one image, uint8"
-        )
+        remedy = "give at least one image, uint8"
+        raise ValueError(f"found {tuple(a.shape)} of {a.dtype} and {b.dtype}; {remedy}")
     each = pairs_at_once(a[0])
     return pair_scores(zip(a.split(each), b.split(each)))
 
@@ -45,9 +44,8 @@ def paired_scores(
     names_a, names_b = map(set, both)
     names = sorted(names_a & names_b)
     if not names:
-        raise ValueError(
-            f"no PNG has the same name in {dir_a} and {dir_b}; sample both from the same seeds"
-        )
+        remedy = "sample both from the same seeds"
+        raise ValueError(f"no PNG has the same name in {dir_a} and {dir_b}; {remedy}")
     return pair_scores(_read_pairs(dir_a, dir_b, names)) | {"unpaired": len(names_a ^ names_b)}
 
 
@@ -91,17 +89,15 @@ def _read_pairs(dir_a: Path | str, dir_b: Path | str, names: list[str]) -> Pairs
 
 
 def psnr_db(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each pair in uint8 batches (N, 3, H, W) -> (N,); infinite
-    for equal images."""
+    """PSNR in dB of each pair in uint8 batches (N, 3, H, W) -> (N,); infinite for equal images."""
     _check_pair(a, b)
     options = {"data_range": 255.0, "dim": (1, 2, 3), "reduction": "none"}
     return metrics.peak_signal_noise_ratio(a.double(), b.double(), **options)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004: Gaussian window 11x11, sigma 1.5) of each pair in
-    uint8 batches (N, 3, H, W) -> (N,), averaged over the three channels and all pixels, the image
-    reflected at its edges."""
+    """SSIM (Wang et al. 2004: Gaussian window 11x11, sigma 1.5) of each pair in uint8 batches
+    (N, 3, H, W) -> (N,), averaged over channels and all pixels, edges reflected."""
     _check_pair(a, b)
     if min(a.shape[2:]) < 11:
         raise ValueError(

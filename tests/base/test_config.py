@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from base.config import flatten, load, read_yaml
+from base.config import flatten, load, read_yaml, take_words
 
 
 @dataclass
@@ -134,3 +134,10 @@ def test_flat_keys():
         "a.c.d": [2],
         "f": None,
     }
+
+
+def test_words_of_a_stage_are_taken_from_those_of_a_recipe():
+    words = ["shard=0/2", "seed=1", "shard=1/2", "out=a=b"]
+    taken, others = take_words(words, {"shard": "0/1", "precision": "simulated"})
+    assert taken == {"shard": "1/2", "precision": "simulated"}
+    assert others == ["seed=1", "out=a=b"]

@@ -104,3 +104,8 @@ def test_options_that_are_unknown_or_missing(options, sentence):
 def test_what_takes_no_options_says_so():
     with pytest.raises(ValueError, match="^builder 'x' has no option 'a'; known: none$"):
         check_options("builder 'x'", ["a"], ())
+
+
+def test_an_error_without_a_path_is_not_blamed_on_one(monkeypatch):
+    with pytest.raises(PermissionError):
+        run_main(monkeypatch, raising(PermissionError("no such right")), "x=1")

@@ -8,7 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from base.files import PROJECT, alone, load_tensors, save_tensors, write_atomically, write_text
+from base.files import (
+    PROJECT,
+    alone,
+    load_tensors,
+    read_lines,
+    save_tensors,
+    write_atomically,
+    write_lines,
+    write_text,
+)
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -142,3 +151,10 @@ def test_cut_file_is_named_in_one_sentence(tmp_path, size):
     ) as caught:
         load_tensors(path)
     assert "\n" not in str(caught.value)
+
+
+def test_json_lines_come_back_and_an_absent_file_has_none(tmp_path):
+    path, rows = tmp_path / "rows.jsonl", [{"a": 1}, ["b\n"]]
+    assert read_lines(path) == []
+    write_lines(path, rows)
+    assert read_lines(path) == rows and path.read_text().count("\n") == 2

@@ -78,7 +78,7 @@ def test_help_says_what_a_command_does_and_lists_its_keys(word, capsys):
 def test_help_shows_comments(capsys):
     cli.main(["calibrate", "--help"])
     printed = capsys.readouterr().out
-    assert "  sampling.steps=100                   that the sampler visits\n" in printed
+    assert "  sampling.steps=100                    that the sampler visits\n" in printed
     assert "images 0 .. num-1 of the seed\n" in printed
 
 

@@ -25,7 +25,7 @@ from tinydm.identity import (
     select,
 )
 from tinydm.recipe import RunConfig
-from tinydm.run_folder import open_run
+from tinydm.run_folder import open_run, provenance
 from tinydm.stages import sample
 
 
@@ -139,3 +139,9 @@ def test_full_precision_images_go_by_all_that_decides_them(pixel_run, tmp_path):
         change(run.config)
         names.append(sample.sample_folder(run, "float").name)
     assert len(set(names)) == 6
+
+
+def test_provenance_names_files_from_the_project_on_and_none_that_was_not_given(tmp_path):
+    model = SimpleNamespace(weights_hash="ab", device=torch.device("cpu"))
+    found = provenance(model, [PROJECT / "configs/a.yaml", "", tmp_path / "b.yaml"])["files"]
+    assert found == ["configs/a.yaml", str(tmp_path / "b.yaml")]

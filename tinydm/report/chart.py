@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinydm.report.plots import score_chart
-from tinydm.report.table import Row, columns_of
+from tinydm.report.table import Row, columns_of, words_of
 
 
 def draw(rows: Sequence[Row], path: Path | str) -> None:
@@ -14,7 +14,7 @@ def draw(rows: Sequence[Row], path: Path | str) -> None:
     if not done:
         return
     full = {row.protocol: row for row in rows if row.numbers and not row.runs}
-    words = [(row.model, "W{}A{}".format(*row.bits.split("/")), row.method) for row in done]
+    words = [(row.model, words_of(row.bits), row.method) for row in done]
     varied = [i for i, values in enumerate(zip(*words)) if len(set(values)) > 1] or [2]
     panels = {}
     for column in columns_of(done):

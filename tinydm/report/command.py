@@ -1,5 +1,4 @@
-"""One static page about one or several run folders:  python scripts/report.py RUN [RUN ...]
-[out=report.html]"""
+"""One static page about run folders:  python scripts/report.py RUN [RUN ...] [out=report.html]"""
 
 from pathlib import Path
 

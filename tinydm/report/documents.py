@@ -19,10 +19,10 @@ from pathlib import Path
 from base.config import load
 from base.files import PROJECT, write_text
 from tinydm.plan import CompareConfig, run_name
+from tinydm.report import table
 from tinydm.report.chart import draw
 from tinydm.report.reference import builders_block, keys_block, methods_block, passes_block
 from tinydm.report.results import merge_results, read_results, read_run
-from tinydm.report.table import Row, assemble, lines_of, overview, row_of, tables
 
 BLOCK = re.compile(
     r"<!-- (?P<name>results(?:/\S+/\S+)?|methods|passes|builders|keys \S+) -->\n.*?<!-- end -->",
@@ -41,9 +41,8 @@ def run(arguments: list[str]) -> None:
         number = add_results(*arguments[1:])
         print(f"docs: {number} runs in results/{arguments[2]}.jsonl")
     elif arguments not in ([], ["--check"]):
-        raise ValueError(
-            f"expected nothing, --check, or results RUNS PLAN; found {' '.join(arguments)}"
-        )
+        found = " ".join(arguments)
+        raise ValueError(f"expected nothing, --check, or results RUNS PLAN; found {found}")
     pages = stale_pages()
     for path, text in pages.items():
         print(f"docs: {path.relative_to(PROJECT)} is {'stale' if text else 'as it should be'}")
@@ -69,8 +68,7 @@ def stale_pages() -> dict[Path, str]:
 
 def add_results(runs: str, plan: str) -> int:
     """Adds the finished runs of a comparison's folder to results/PLAN.jsonl, in the place of those
-    of the same names; returns how many there are then. Raises ValueError where none is finished or
-    the plan is unknown."""
+    of the same names; returns how many there are. Raises ValueError for none, or no such plan."""
     load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
     found = [read_run(path.parent) for path in sorted(Path(runs).glob("*/*/metrics.json"))]
     if not found:
@@ -110,45 +108,38 @@ def _block(name):
 def results_block(plan: str, model: str) -> list[str]:
     """The overview of a model's rows and, folded, all columns: a table for each protocol."""
     rows = rows_of(plan, model)
-    _, *table = overview("", rows)
-    lines = lines_of(*table)
-    whole = [part for part in tables(rows) if part[1][0] == "Model"]
+    _, head, body = table.overview("", rows)
+    lines = table.lines_of(head, body)
+    whole = [part for part in table.tables(rows) if part[1][0] == "Model"]
     for caption, head, body in whole:
         more = f"<br>{caption}" if len(whole) > 1 else ""
         summary = f"<details><summary>All columns, {len(body)} rows{more}</summary>"
-        lines += ["", summary, "", *lines_of(head, body), "", "</details>"]
+        lines += ["", summary, "", *table.lines_of(head, body), "", "</details>"]
     return lines
 
 
 def small_table() -> list[str]:
     """PSNR of a few methods on the models that ship."""
-    found = {
-        (model, row.bits, row.method): row for model in MODELS for row in rows_of("equal", model)
-    }
+    found, body, seeds = {}, [], set()
+    for model in MODELS:
+        found |= {(model, row.bits, row.method): row for row in rows_of("equal", model)}
     columns = list(product(MODELS, WIDTHS))
-    head = ["`METHOD`", *(f"{model} W{bits.replace('/', 'A')}" for model, bits in columns)]
-    body = [
-        [f"`{method}`", *(_mean_and_spread(found[(*column, method)]) for column in columns)]
-        for method in METHODS
-    ]
-    shown = [found[(*column, method)] for column in columns for method in METHODS]
-    seeds = " or ".join(map(str, sorted({len(row.runs) for row in shown})))
+    head = ["`METHOD`", *(f"{model} {table.words_of(bits)}" for model, bits in columns)]
+    for method in METHODS:
+        rows = [found[(*column, method)] for column in columns]
+        body.append([f"`{method}`", *(table.mean_and_spread(row, "PSNR dB", 1) for row in rows)])
+        seeds |= {len(row.runs) for row in rows}
+    seeds = " or ".join(map(str, sorted(seeds)))
     return [
-        *lines_of(head, body),
+        *table.lines_of(head, body),
         "",
         f"PSNR in dB to the images of full precision, mean ± sample deviation over {seeds} "
         "calibration seeds.",
     ]
 
 
-def _mean_and_spread(row):
-    mean, spread = row.mean("PSNR dB"), row.spread("PSNR dB")
-    return f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
-
-
-def rows_of(plan: str, model: str) -> list[Row]:
-    """The rows of a model in results/PLAN.jsonl in the order of the plan, methods that it leaves
-    out below the others."""
+def rows_of(plan: str, model: str) -> list[table.Row]:
+    """The rows of a model in results/PLAN.jsonl in the order of the plan, other methods last."""
     listed = load(CompareConfig, [PROJECT / f"configs/compare/{plan}.yaml"])
     found = {}
     for result in read_results(PROJECT / f"results/{plan}.jsonl"):
@@ -156,14 +147,10 @@ def rows_of(plan: str, model: str) -> list[Row]:
         if folder == model:
             found[name] = result
     methods = dict.fromkeys([*listed.methods, *sorted(name.split("-")[0] for name in found)])
-    names = [
-        run_name(method, bits, variant, seed)
-        for bits, method, variant, seed in product(
-            listed.bits, methods, listed.variants or [""], listed.seeds
-        )
-    ]
+    cells = product(listed.bits, methods, listed.variants or [""], listed.seeds)
+    names = [run_name(method, bits, variant, seed) for bits, method, variant, seed in cells]
     order = [*(name for name in names if name in found), *sorted(found.keys() - set(names))]
-    return assemble([row_of(found[name]) for name in order])
+    return table.assemble([table.row_of(found[name]) for name in order])
 
 
 BLOCKS = {

@@ -34,8 +34,7 @@ def svg_uri(figure: Figure) -> str:
 
 @matplotlib.rc_context(STYLE)
 def draw_sqnr(runs: list[dict[str, Any]]) -> str:
-    """SQNR of the predicted noise at each sampling step, a line for each run that has numbers; ""
-    where none has."""
+    """SQNR of the predicted noise by sampling step, a line a run; "" where none has numbers."""
     lines = [(run["name"], run["curve"]) for run in runs if run["curve"]]
     if not lines:
         return ""
@@ -52,8 +51,7 @@ def draw_sqnr(runs: list[dict[str, Any]]) -> str:
 
 @matplotlib.rc_context(STYLE)
 def draw_block_errors(passes: list[dict[str, Any]] | None) -> str:
-    """Error of every block before and after reconstruction, a panel for each phase of the passes;
-    "" where no line of `passes` reports one."""
+    """Error of every block before and after reconstruction, a panel a phase; "" for no errors."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in passes or []:
         if (row.get("error_before") or 0) > 0 and (row.get("error_after") or 0) > 0:
@@ -92,8 +90,7 @@ def _draw_bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_grids(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Images of a run beside those of full precision with the same names, or alone where there are
-    none; [] where the run has no images."""
+    """Images of a run beside those of full precision with the same names, as far as there are."""
     if not run["samples"]:
         return []
     names = run["common"] or run["samples"]

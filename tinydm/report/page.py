@@ -13,14 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from base.files import write_atomically
 from tinydm.report.figures import draw_block_errors, draw_grids, draw_sqnr
 from tinydm.report.reading import number, read_run, summarize
+from tinydm.report.table import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(
-    runs: Sequence[Path | str],
-    path: Path | str,
-    comparison: Sequence[tuple[str, list[str], list[list[str]]]] = (),
+    runs: Sequence[Path | str], path: Path | str, comparison: Sequence[Table] = ()
 ) -> Path:
     """Write the page about the run folders `runs` to `path`, whole or not at all, and return it.
     `comparison`, tables of texts as (caption, head, lines), comes first. Raises ValueError where
@@ -30,16 +29,9 @@ def write_report(
     read = [read_run(folder) for folder in runs]
     for run in read:
         run |= {"grids": draw_grids(run), "block_errors": draw_block_errors(run["passes"])}
-    page = (
-        template_environment()
-        .get_template("page.html.j2")
-        .render(
-            runs=read,
-            summary=summarize(read),
-            sqnr=draw_sqnr(read),
-            comparison=[_compared(*part) for part in comparison],
-        )
-    )
+    found = {"runs": read, "summary": summarize(read), "sqnr": draw_sqnr(read)}
+    found["comparison"] = [_compared(*part) for part in comparison]
+    page = template_environment().get_template("page.html.j2").render(found)
     path = Path(path)
     write_atomically(path, lambda part: part.write_text(page, encoding="utf-8"))
     return path

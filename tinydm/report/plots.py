@@ -1,6 +1,5 @@
 """Pictures as PNG files: ranges over channels and time and errors over layers and time, as
-quant/analysis.py measures them, and the scores of a comparison. Axes: S steps, C channels, L
-layers."""
+quant/analysis.py measures them, and the scores of a comparison. Axes: S steps, C channels."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -35,8 +34,7 @@ def save_png(figure: Figure, path: Path | str) -> None:
 
 
 def label_steps(axis: Axis, t: Sequence[float]) -> None:
-    """Set the ticks of an axis that counts the steps 0 .. S-1: at most nine, by the network's time
-    t (S,)."""
+    """Label an axis that counts steps 0 .. S-1 by network times t (S,), at most nine ticks."""
     shown = sorted({round(i) for i in np.linspace(0, len(t) - 1, 9)})
     axis.set_ticks(shown, [f"{t[i]:g}" for i in shown])
 
@@ -51,8 +49,7 @@ def pooled(r_abs: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def range_map(path: Path | str, r_abs: ArrayLike, t: Sequence[float], title: str) -> None:
-    """Draw a heat map of r_abs (S, C), logarithmic, noisiest step on top; t (S,) are the network's
-    times."""
+    """Draw a heat map of r_abs (S, C) at network times t (S,), logarithmic, noisiest on top."""
     r, steps, channels = pooled(r_abs)
     r = np.maximum(r, SMALLEST)
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -72,8 +69,7 @@ def range_map(path: Path | str, r_abs: ArrayLike, t: Sequence[float], title: str
 
 
 def range_surface(path: Path | str, r_abs: ArrayLike, t: Sequence[float], title: str) -> None:
-    """Draw r_abs (S, C) as a surface over channel and time t (S,). Raises ValueError if it has one
-    row or column only."""
+    """Draw r_abs (S, C) over channel and time t (S,). Raises ValueError for one row or column."""
     if min(np.shape(r_abs)) < 2:
         raise ValueError(
             f"a surface needs two steps and two channels, found {tuple(np.shape(r_abs))}; draw "
@@ -96,8 +92,7 @@ def range_surface(path: Path | str, r_abs: ArrayLike, t: Sequence[float], title:
 
 def error_map(path: Path | str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw heat maps of MSE, MAE and SQNR of every layer (down) at every step (across) from rows of
-    `quant.analysis.layer_errors`, bright where the error is large. Layers without error, those that
-    are not quantized, are grey."""
+    `quant.analysis.layer_errors`, bright where the error is large, grey where there is none."""
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     t = [row["t"] for row in rows if row["layer"] == layers[0]]
     figure = Figure(figsize=(13, max(3, 2.2 + 0.15 * len(layers))), layout="constrained")
@@ -107,13 +102,9 @@ def error_map(path: Path | str, rows: Sequence[Mapping[str, Any]], title: str) -
         error = np.array(values).reshape(len(layers), len(t))
         found, log = np.isfinite(error).any(), key != "sqnr_db"
         axes.set_facecolor("lightgrey")
-        picture = axes.imshow(
-            error,
-            aspect="auto",
-            interpolation="nearest",
-            cmap="viridis" if log else "viridis_r",
-            norm=LogNorm() if found and log else None,
-        )
+        colours = {"cmap": "viridis" if log else "viridis_r"}
+        colours["norm"] = LogNorm() if found and log else None
+        picture = axes.imshow(error, aspect="auto", interpolation="nearest", **colours)
         axes.set(xlabel="network timestep t")
         axes.set_yticks(range(len(layers)), layers, fontsize=7)
         label_steps(axes.xaxis, t)
@@ -129,8 +120,7 @@ def score_chart(
 ) -> None:
     """Draw a row for each of `labels` and a panel for each of `panels`: {name: [(numbers of the
     seeds, that of full precision or None) for each row]}. Shows mean and sample deviation, and a
-    grey line for full precision. Numbers that differ by more than a factor of LOG_FROM are on a
-    logarithmic axis."""
+    grey line for full precision, logarithmic where numbers differ by more than LOG_FROM times."""
     size = 1 + 0.09 * max(map(len, labels)) + 4 * len(panels), 1.5 + 0.28 * len(labels)
     figure, marks = Figure(figsize=size, layout="constrained"), {}
     dot = {"fmt": "o", "capsize": 3, "color": DOT_COLOUR}

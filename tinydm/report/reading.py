@@ -1,5 +1,4 @@
-"""What a report says of run folders, as plain numbers, texts and lists of table cells. Every file
-of a run may be absent."""
+"""What a report says of run folders, whose files may be absent: numbers, texts, table cells."""
 
 import json
 import math
@@ -27,8 +26,7 @@ COMMANDS = {
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number for a reader: `digits` decimals, or significant digits below 1; a dash for None. A
-    text stays what it is."""
+    """A number with `digits` decimals, or significant ones below 1; a dash for None; a text."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–" if value is None else str(value)
     if isinstance(value, int) or not math.isfinite(value):
@@ -37,13 +35,11 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def read_run(folder: Path | str) -> dict[str, Any]:
-    """All that the page says of one run. Raises ValueError where the folder is absent or a file of
-    it is no JSON."""
+    """All that the page says of a run. Raises ValueError for no folder and for broken JSON."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
-            f"run folder {folder} does not exist; give a folder made by scripts/calibrate.py"
-        )
+        remedy = "give a folder made by scripts/calibrate.py"
+        raise ValueError(f"run folder {folder} does not exist; {remedy}")
     commands = {name: command.format(run=folder) for name, command in COMMANDS.items()}
     run = {"path": folder, "name": folder.resolve().name, "commands": commands}
     path = folder / "config.yaml"
@@ -53,10 +49,9 @@ def read_run(folder: Path | str) -> dict[str, Any]:
     for row in run["passes"] or []:
         row.setdefault("phase", row.get("stage"))  # its name in earlier versions
     metrics = run["metrics"] or {}
-    run["scores"] = {
-        kind: (metrics.get(kind) or {}).get("scores") or {} for kind in ("quantized", "float")
-    }
-    run["scored"] = (metrics.get("protocol") or {}).get("scores") or {}
+    of = {kind: metrics.get(kind) or {} for kind in ("quantized", "float", "protocol")}
+    run["scores"] = {kind: of[kind].get("scores") or {} for kind in ("quantized", "float")}
+    run["scored"] = of["protocol"].get("scores") or {}
     run["curve"] = _sqnr_curve(metrics.get("sqnr_db_per_step") or [])
     run["sizes"] = metrics.get("sizes") or {}
     run["samples"] = sorted(path.name for path in (folder / "samples").glob("*.png"))
@@ -67,14 +62,13 @@ def read_run(folder: Path | str) -> dict[str, Any]:
     if run["map"]:
         run["layers"], run["groups"] = _layers(run["map"]["layers"])
     settings = {key: run["config"].get(key) or {} for key in ("sampling", "provenance")}
-    protocol = flatten({"protocol": metrics.get("protocol") or {}, **settings})
+    protocol = flatten({"protocol": of["protocol"], **settings})
     run["protocol"] = [[key, str(value)] for key, value in protocol.items()]
     return run
 
 
 def _read_json(path: Path, command: str) -> Any:
-    """Content of a .json file, or the list of lines of a .jsonl file; None where the file is
-    absent."""
+    """Content of a .json file, or the list of lines of a .jsonl file; None where there is none."""
     if not path.is_file():
         return None
     text = path.read_text()
@@ -83,9 +77,8 @@ def _read_json(path: Path, command: str) -> Any:
             return [json.loads(line) for line in text.splitlines() if line]
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); delete it and make it again: {command}"
-        ) from None
+        remedy = f"delete it and make it again: {command}"
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
 
 
 def _sqnr_curve(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -109,8 +102,7 @@ def _seconds(stages: list[dict], passes: list[dict]) -> list[list[str]]:
 
 
 def _layers(layers: list[dict[str, Any]]) -> tuple[list[list[Any]], list[list[Any]]]:
-    """Rows of two tables: every layer, and the layers of the same role, kind and widths
-    together."""
+    """Rows of two tables: every layer, and together those of the same role, kind and widths."""
     rows, groups = [], defaultdict(lambda: [0, 0, 0])
     for layer in layers:
         widths = [_width(layer["weight_bits"]), _width(layer["input_bits"])]
@@ -130,22 +122,18 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A table with a row for each run -> {scores, rows, notes}, where `scores` are the heads of the
     columns between those of the recipe and those of pairs, sizes and times. Scores share a column
     only if they share count, reference and extractor, which the notes tell."""
-    columns = dict.fromkeys(
-        (name, _protocol_of(run))
-        for run in runs
-        for scores in run["scores"].values()
-        for name in scores
-        if not name.endswith("-std")
-    )
+    columns = {}  # in the order of their first runs
+    for run in runs:
+        names = [name for scores in run["scores"].values() for name in scores]
+        names = [name for name in names if not name.endswith("-std")]
+        columns |= {(name, _protocol_of(run)): None for name in names}
     protocols = dict.fromkeys(protocol for _, protocol in columns)
     marks = {protocol: f"scores {chr(97 + i)}" for i, protocol in enumerate(protocols)}
+    notes = [{"mark": mark, "count": key[0], "reference": key[1]} for key, mark in marks.items()]
     return {
         "scores": [{"value": name, "small": marks[protocol]} for name, protocol in columns],
         "rows": [_summary_row(run, list(columns)) for run in runs],
-        "notes": [
-            {"mark": mark, "count": count, "reference": reference}
-            for (count, reference, _), mark in marks.items()
-        ],
+        "notes": notes,
     }
 
 
@@ -163,11 +151,8 @@ def _summary_row(run: dict[str, Any], columns: list[tuple[str, tuple]]) -> list[
         scores = run["scores"] if protocol == _protocol_of(run) else {"quantized": {}, "float": {}}
         row.append(_beside_float(*(scores[kind].get(name) for kind in ("quantized", "float"))))
     sqnr = [db for _, db in run["curve"]]
-    spent = [
-        line["seconds"]
-        for line in run["stages"] or []
-        if line["stage"] in ("calibrate", "quantize")
-    ]
+    stages = [s for s in run["stages"] or [] if s["stage"] in ("calibrate", "quantize")]
+    spent = [line["seconds"] for line in stages]
     return row + [
         paired.get("psnr_db"),
         paired.get("ssim"),

@@ -32,10 +32,11 @@ WIDTH = 120  # columns of a page
 def methods_block() -> list[str]:
     """An overview of all methods, then a section for each, with its released form below it."""
     files = _method_files()
-    lines = lines_of(
-        ["`METHOD`", "from", "passes"],
-        [[_link(name), _source(name), _pass_names(name)] for name in files],
-    )
+    rows = []
+    for name in files:
+        passes = [f"`{one}`" for one, _ in map(named, _read(name).get("passes", []))]
+        rows.append([f"[`{name}`](#{name})", _source(name), ", ".join(passes)])
+    lines = lines_of(["`METHOD`", "from", "passes"], rows)
     for name in files:
         lines += ["", f"{'###' if name.endswith(RELEASED) else '##'} {name}", "", *_section(name)]
     return lines
@@ -49,10 +50,6 @@ def _method_files():
     listed = load(CompareConfig, [PROJECT / "configs/compare/equal.yaml"]).methods
     whole = [*listed, *sorted(name for name in names - {*listed} if not name.endswith(RELEASED))]
     return [name for one in whole for name in (one, one + RELEASED) if name in names]
-
-
-def _link(name):
-    return f"[`{name}`](#{name})"
 
 
 def _read(name):
@@ -76,10 +73,6 @@ def _source(name):
     return f"{words}[arXiv:{number}](https://arxiv.org/abs/{number})"
 
 
-def _pass_names(name):
-    return ", ".join(f"`{one}`" for one, _ in map(named, _read(name).get("passes", [])))
-
-
 def _section(name):
     method = _read(name)
     calibration = method.get("calibration", {})
@@ -88,21 +81,15 @@ def _section(name):
     facts = [
         f"`segments: {show(method.get('segments', 1))}`",
         f"calibration by `{builder}`" + (f" with `{show(options)}`" if options else ""),
-        *(f"trajectories from `{calibration[key]}`" for key in ("start",) if key in calibration),
     ]
+    if "start" in calibration:
+        facts.append(f"trajectories from `{calibration['start']}`")
     rules = [[_who(rule), _spec(rule, "weight"), _spec(rule, "input")] for rule in method["rules"]]
-    return [
-        *_head(name),
-        "",
-        f"*Time and data:* {', '.join(facts)}.",
-        "",
-        *lines_of(["rule for", "weights", "inputs"], rules),
-        "",
-        *lines_of(
-            ["pass", "of the method", "from the preset"],
-            _pass_rows(with_effort(method.get("passes", []), FROM_EFFORT)),
-        ),
-    ]
+    rules = lines_of(["rule for", "weights", "inputs"], rules)
+    passes = _pass_rows(with_effort(method.get("passes", []), FROM_EFFORT))
+    passes = lines_of(["pass", "of the method", "from the preset"], passes)
+    facts = f"*Time and data:* {', '.join(facts)}."
+    return [*_head(name), "", facts, "", *rules, "", *passes]
 
 
 def _who(rule):

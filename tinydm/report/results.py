@@ -14,32 +14,19 @@ from omegaconf import OmegaConf
 
 from base.config import read_yaml
 from base.errors import unknown_word
-from base.files import write_text
+from base.files import read_lines, write_text
+from tinydm.identity import SCORED_BY
 from tinydm.recipe import RunConfig
 
 # keys of metrics["protocol"]["asked"] -> keys of the recipe that say the same
-REPEATED = {"model": "name"} | {
-    key: key
-    for key in (
-        "method",
-        "bits",
-        "weights",
-        "sampling",
-        "schedule",
-        "guidance",
-        "evaluation",
-        "provenance",
-    )
-}
-
+REPEATED = {"model": "name"} | {key: key for key in SCORED_BY}
 # options of passes in earlier versions, which decided nothing
 RETIRED = ("memory_gb",)
 
 
 @dataclass
 class Result:
-    """An evaluated run: its name, MODEL/FOLDER, and what its files hold. `folder` is None where it
-    comes from a results file."""
+    """An evaluated run: its name, MODEL/FOLDER, what its files hold, and where they are, if so."""
 
     name: str
     recipe: dict[str, Any]
@@ -63,8 +50,7 @@ def config_of(recipe: dict[str, Any]) -> RunConfig:
 
 
 def _build(schema, values):
-    """A dataclass from nested dicts that `base.config` made and checked before: a hundred times
-    faster than by its `load`."""
+    """A dataclass from nested dicts that `base.config` checked before: far faster than `load`."""
     types = get_type_hints(schema)
     found = {}
     for key, value in values.items():
@@ -92,8 +78,7 @@ def read_run(folder: Path | str) -> Result:
             f"again with: python scripts/evaluate.py {folder} force=true"
         )
     recipe = read_recipe(folder)
-    stages = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
-    place = folder.resolve()
+    stages, place = read_lines(folder / "stages.jsonl"), folder.resolve()
     return Result(f"{place.parent.name}/{place.name}", recipe, metrics, stages, folder)
 
 
@@ -111,10 +96,8 @@ def read_results(path: Path | str) -> list[Result]:
             metrics, recipe = content["metrics"], content["recipe"]
             asked = metrics["protocol"].setdefault("asked", {})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is no run ({error!r}); take the file from version control "
-                "or write it again"
-            ) from None
+            remedy = "take the file from version control or write it again"
+            raise ValueError(f"{path}, line {number} is no run ({error!r}); {remedy}") from None
         if not asked.keys() & REPEATED.keys():
             metrics["protocol"]["asked"] = _repeated(recipe) | asked
         found.append(Result(content["run"], recipe, metrics, content["stages"]))
@@ -145,8 +128,7 @@ def _repeated(recipe):
 
 
 def merge_results(path: Path | str, results: Iterable[Result]) -> int:
-    """Adds runs to a results file, in the place of those of the same names; returns how many runs
-    it holds then."""
+    """Adds runs to a results file, in the place of those of the same names; returns its length."""
     earlier = read_results(path) if Path(path).exists() else []
     merged = {result.name: result for result in [*earlier, *results]}
     write_text(path, results_text(merged.values()))

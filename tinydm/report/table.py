@@ -7,6 +7,7 @@ own. Runs that differ by their calibration seed alone are one row: mean and spre
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,17 +30,9 @@ else of the process. Several calibration seeds: mean ± sample standard deviatio
 FIXED = ["Model", "Timesteps", "Bit-width W/A", "Method", "Seeds"]
 # columns in the field's order
 SCORES = ["FID", "FD", "sFID", "sFD", "IS", "precision", "recall", "KID"]
-DIGITS = {
-    "precision": 3,
-    "recall": 3,
-    "KID": 4,
-    "FP32": 4,
-    "SSIM": 3,
-    "LPIPS": 4,
-    "SQNR": 1,
-    "calibration": 0,
-    "peak": 0,
-}
+# decimals by the word that a column begins with, 2 for others; FP32 of "FD-... to FP32"
+DIGITS = {"calibration": 0, "peak": 0, "SQNR": 1, "precision": 3, "recall": 3, "SSIM": 3}
+DIGITS |= {"KID": 4, "FP32": 4, "LPIPS": 4}
 CALIBRATION = ("calibrate", "quantize")
 # caption, head, lines of texts
 Table = tuple[str, list[str], list[list[str]]]
@@ -105,17 +98,12 @@ def read_places(places: Iterable[str]) -> list[Result]:
 
 def row_of(result: Result) -> Row:
     """The row of one evaluated run."""
-    return empty_row(
-        result.config,
-        protocol=protocol(result.metrics),
-        runs=[result],
-        numbers=[quantized_numbers(result)],
-    )
+    numbers = {"runs": [result], "numbers": [quantized_numbers(result)]}
+    return empty_row(result.config, protocol=protocol(result.metrics), **numbers)
 
 
 def empty_row(config: RunConfig, **more: Any) -> Row:
-    """The row of a recipe, which leaves out the seeds of calibration and what changes no
-    artefact."""
+    """The row of a recipe, which leaves out its seeds and what changes no artefact."""
     seedless = replace(config, seed=0, calibration=replace(config.calibration, seed=0))
     recipe = json.dumps(identity(seedless), sort_keys=True)
     method = config.method + (f" ({config.variant})" if config.variant else "")
@@ -125,21 +113,14 @@ def empty_row(config: RunConfig, **more: Any) -> Row:
 
 def full_precision_row(result: Result) -> Row:
     """The row of the unquantized model that a run was compared with."""
-    metrics = result.metrics
-    asked = metrics["protocol"]["asked"]
+    metrics, asked = result.metrics, result.metrics["protocol"]["asked"]
     numbers = {
         "Size MB": metrics["sizes"]["float_bytes"] / 1e6,
         **scores(metrics["float"]["scores"]),
         "GBOPs": metrics["bit_operations"]["float"] / 1e9,
     }
-    return Row(
-        asked["model"],
-        asked["sampling"]["steps"],
-        "32/32",
-        "full precision",
-        protocol(metrics),
-        numbers=[numbers],
-    )
+    fixed = asked["model"], asked["sampling"]["steps"], "32/32", "full precision"
+    return Row(*fixed, protocol(metrics), numbers=[numbers])
 
 
 def quantized_numbers(result: Result) -> dict[str, float | None]:
@@ -157,25 +138,22 @@ def quantized_numbers(result: Result) -> dict[str, float | None]:
         **{name: value for name, value in paired.items() if name.startswith("LPIPS")},
         "SQNR dB": statistics.mean(sqnr),
         "GBOPs": metrics["bit_operations"]["quantized"] / 1e9,
-        "calibration s": sum(row["seconds"] for row in stages),
-        "peak MB": max(peaks) / 1e6 or None,
+        "calibration s": sum(row["seconds"] for row in stages) or None,
+        "peak MB": max(peaks, default=0) / 1e6 or None,
     }
 
 
 def scores(found: dict[str, float]) -> dict[str, float]:
     """Those of a distribution in the order of the columns, without their deviations."""
     names = [name for name in found if not name.endswith("-std")]
-    return {
-        name: found[name]
-        for name in sorted(names, key=lambda name: SCORES.index(name.split("-")[0]))
-    }
+    names.sort(key=lambda name: SCORES.index(name.split("-")[0]))
+    return {name: found[name] for name in names}
 
 
 def protocol(metrics: dict[str, Any]) -> str:
     """What two rows must share, as one line."""
     asked, scored = metrics["protocol"]["asked"], metrics["protocol"]["scores"]
-    s = asked["sampling"]
-    made = asked["provenance"]
+    s, made = asked["sampling"], asked["provenance"]
     wanted = "".join(f", {key} {s[key]}" for key in ("classes", "prompts") if s.get(key))
     return (
         f"{asked['model']}{wanted}, {scored['count']} images of seed {s['seed']}, {s['sampler']} "
@@ -187,8 +165,7 @@ def protocol(metrics: dict[str, Any]) -> str:
 
 
 def assemble(rows: Iterable[Row]) -> list[Row]:
-    """Rows as the tables show them: the calibration seeds of a recipe in one, below the
-    full-precision model's."""
+    """Rows of the tables: the seeds of a recipe in one, below the full-precision model's."""
     rows, merged = list(rows), {}
     full = {row.protocol: row.runs[0] for row in rows if row.runs}
     for row in [*map(full_precision_row, full.values()), *rows]:
@@ -206,21 +183,17 @@ def assemble(rows: Iterable[Row]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """-> [(protocol, head, lines)], texts: a table for each protocol and, before one of several
-    widths, an overview."""
+    """A table for each protocol and, before one of several widths, an overview."""
     parts = []
     for line in dict.fromkeys(row.protocol for row in rows):
         part = [row for row in rows if row.protocol == line]
         if len({row.bits for row in part if row.runs}) > 1:
             parts.append(overview(line, part))
         columns, notes = columns_of(part), any(row.note for row in part)
-        head = FIXED + columns + ["Note"] * notes
-        lines = [
-            [str(word) for word in row.fixed()]
-            + [text(row, column) for column in columns]
-            + [row.note] * notes
-            for row in part
-        ]
+        head, lines = FIXED + columns + ["Note"] * notes, []
+        for row in part:
+            numbers = [text(row, column) for column in columns]
+            lines.append([*map(str, row.fixed()), *numbers, *[row.note] * notes])
         parts.append((line or "nothing was evaluated", head, lines))
     return parts
 
@@ -231,18 +204,18 @@ def overview(line: str, rows: Sequence[Row]) -> Table:
     shown = ["PSNR dB", *(name for name in columns_of(rows) if name.endswith(" to FP32"))]
     bits, cells = list(dict.fromkeys(row.bits for row in rows)), {}
     for row in rows:
-        cells.setdefault((row.method, row.bits), []).append(
-            " / ".join(text(row, name) for name in shown)
-        )
+        numbers = " / ".join(text(row, name) for name in shown)
+        cells.setdefault((row.method, row.bits), []).append(numbers)
     lines = [
         [method, *("; ".join(cells.get((method, width), ["–"])) for width in bits)]
         for method in dict.fromkeys(row.method for row in rows)
     ]
-    return (
-        f"{' / '.join(shown)}; {line}",
-        ["Method", *("W{}A{}".format(*width.split("/")) for width in bits)],
-        lines,
-    )
+    return f"{' / '.join(shown)}; {line}", ["Method", *map(words_of, bits)], lines
+
+
+def words_of(bits: str) -> str:
+    """Widths as papers write them: 4/8 is W4A8."""
+    return f"W{bits.replace('/', 'A')}"
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
@@ -253,19 +226,23 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 
 def text(row: Row, column: str) -> str:
     """Mean, and spread where there is one; a dash where nothing was measured."""
+    word = re.split("[- ]", column.split(" to ")[-1])[0]
+    return mean_and_spread(row, column, DIGITS.get(word, 2))
+
+
+def mean_and_spread(row: Row, column: str, digits: int) -> str:
+    """The same with so many decimals."""
     mean, spread = row.mean(column), row.spread(column)
-    # PSNR, LPIPS; FP32 of "FD-... to FP32"
-    word = column.split(" to ")[-1].split("-")[0].split(" ")[0]
-    digits = DIGITS.get(word, 2)
     if mean is None:
         return "–"
     return f"{mean:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread is not None else "")
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    parts = []
-    for line, head, lines in tables(rows):
-        parts.append("\n".join([f"Protocol: {line}.", "", *lines_of(head, lines)]))
+    parts = [
+        "\n".join([f"Protocol: {line}.", "", *lines_of(head, lines)])
+        for line, head, lines in tables(rows)
+    ]
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
@@ -278,15 +255,13 @@ def lines_of(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """All rows with all digits: the mean and the spread of every column, note, runs and
-    protocol."""
+    """All rows with all digits: mean and spread of every column, note, runs and protocol."""
     columns, buffer = columns_of(rows), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     pairs = [name for column in columns for name in (column, f"{column} spread")]
     writer.writerow([*FIXED, *pairs, "Note", "Runs", "Protocol"])
     for row in rows:
         numbers = [value for column in columns for value in (row.mean(column), row.spread(column))]
-        writer.writerow(
-            [*row.fixed(), *numbers, row.note, " ".join(map(str, row.runs)), row.protocol]
-        )
+        runs = " ".join(map(str, row.runs))
+        writer.writerow([*row.fixed(), *numbers, row.note, runs, row.protocol])
     return buffer.getvalue()

@@ -6,8 +6,7 @@ Writes RUN/ranges.safetensors (minimum, maximum, mean and deviation of every qua
 step and channel), RUN/ranges.json (what follows for each point: variation over time, imbalance of
 channels, whether the two separate) and, if the run is quantized, RUN/layer_errors.csv (MSE, MAE and
 SQNR of every layer at every step). Prints the points whose name matches `points`, the least
-balanced first, and draws the first of them and the errors into RUN/figures/; with what is measured
-already, that is all it does."""
+balanced first, draws the first and the errors into RUN/figures/. Nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ def run(arguments: list[str]) -> None:
 
 
 def analyze(run: Run, points: str = "*") -> str:
-    """Measures what is not measured yet and draws the points whose names match; returns their
-    ranges as text."""
+    """Measures what is not measured yet, draws the points that match; returns ranges as text."""
     path, quantized, lines = run.path("ranges.json"), run.path("quantized.safetensors"), []
     sampling = {key: value for key, value in asdict(run.config.sampling).items() if key != "num"}
     asked = {
@@ -74,8 +72,7 @@ def analyze(run: Run, points: str = "*") -> str:
 
 
 def measure(run: Run) -> dict[str, dict[str, Any]]:
-    """Writes ranges and, of a quantized run, errors of layers; returns what the ranges say of each
-    point."""
+    """Writes ranges and errors of layers; returns what the ranges say of each point."""
     steps = record(run)
     t = {step: t for step, t, _, _ in steps}
     ranges = observe_ranges(run.model.net, network_calls(run, steps, "ranges"))
@@ -93,8 +90,7 @@ def measure(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def judge(r_abs: torch.Tensor) -> dict[str, Any]:
-    """Returns what the ranges (steps, channels) of a point say: numbers, None those of a dead
-    point, and what they ask for."""
+    """What the ranges (steps, channels) of a point say: numbers (None if it is dead), advice."""
     numbers = describe(r_abs)
     finite = {key: None if math.isnan(value) else value for key, value in numbers.items()}
     return {"channels": r_abs.shape[1]} | finite | decide(numbers)
@@ -102,8 +98,7 @@ def judge(r_abs: torch.Tensor) -> dict[str, Any]:
 
 def record(run: Run) -> list[tuple]:
     """Samples `evaluation.sqnr_images` images in full precision; returns (step, t, x, cond) of
-    every evaluation, a batch of images after the other. x is kept on the CPU, the condition once
-    per batch."""
+    every evaluation, batch after batch. x is kept on the CPU, the condition once per batch."""
     s, num = run.config.sampling, run.config.evaluation.sqnr_images
     seen, total = trajectory(run.model, s, num, s.seed), -(-num // s.batch_size)
     bar = {"unit": "step", "total": total * run.num_evaluations}
@@ -137,10 +132,8 @@ def draw_ranges(run: Run, pattern: str) -> str:
     points = json.loads(path.read_text())["points"]
     names = [name for name in points if fnmatchcase(name, pattern)]
     if not names:
-        raise ValueError(
-            f"no quantization point matches points={pattern}; {path} has their names, for example "
-            f"{', '.join(list(points)[:3])}"
-        )
+        remedy = f"{path} has their names, for example {', '.join(list(points)[:3])}"
+        raise ValueError(f"no quantization point matches points={pattern}; {remedy}")
     names.sort(key=lambda name: -(points[name]["channel_imbalance"] or 0))
     tensors, meta = load_tensors(run.path("ranges.safetensors"))
     drawn = []

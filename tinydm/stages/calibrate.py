@@ -63,8 +63,7 @@ def collect(model: DiffusionModel, config: RunConfig, folder: Path | None = None
 
 
 def check_fits(calibration: CalibrationSet, model: DiffusionModel) -> None:
-    """Raises ValueError for a set of another model: of other shapes, or with conditions where the
-    model takes none."""
+    """Raises ValueError for a set of other shapes, or with conditions where the model has none."""
     shape = tuple(calibration.x.shape[1:])
     if shape != model.shape:
         raise ValueError(
@@ -80,8 +79,7 @@ def check_fits(calibration: CalibrationSet, model: DiffusionModel) -> None:
 
 
 def _pick_samples(model, config, folder):
-    """The set that the builder picks from the trajectories. A builder is asked before anything is
-    recorded, so that it complains early."""
+    """Asks the builder before anything is recorded, so that it complains early."""
     c, sampling = config.calibration, config.sampling
     num_steps = num_evaluations(sampling.sampler, visited_steps(model, config, c.start))
 

@@ -47,10 +47,8 @@ def evaluate(run: Run) -> str:
             )
     layers = json.loads(run.need("map.json", "quantize").read_text())["layers"]
     if any("bit_product" not in row for row in layers):
-        raise ValueError(
-            f"{run.path('map.json')} is of an earlier version; make it again with: python "
-            f"scripts/quantize.py {run.folder} force=true"
-        )
+        remedy = f"make it again with: python scripts/quantize.py {run.folder} force=true"
+        raise ValueError(f"{run.path('map.json')} is of an earlier version; {remedy}")
     with run.stage("evaluate"):
         full, quantized = (distribution(run, folder) for folder in folders.values())
         paired = paired_scores(*folders.values(), count=config.sampling.num)
@@ -94,28 +92,18 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 
 def distribution(run: Run, folder: Path) -> dict[str, Any]:
-    """Returns distribution scores of one folder; none, and the reason, where there are too few
-    images."""
+    """Returns distribution scores of one folder; of too few images none, and the reason."""
     e, num = run.config.evaluation, run.config.sampling.num
     if num < MIN_IMAGES:
         reason = f"{num} images are too few for scores of a distribution (at least {MIN_IMAGES})"
         return {"scores": {}, "protocol": {"count": num, "left_out": reason}}
-    # `count`: full-precision images are shared with runs that may have asked for more of them
-    return distribution_scores(
-        folder,
-        count=num,
-        extractor=e.extractor,
-        inception_path=e.inception_path,
-        fetch=e.fetch,
-        reference=e.reference,
-        device=run.model.device,
-        kept=run.folder.parent,
-        keep_samples=folder.parent == run.folder.parent,
-    )
+    options = {key: value for key, value in vars(e).items() if key != "sqnr_images"}
+    # full-precision images are shared with runs that may have asked for more of them
+    options |= {"count": num, "keep_samples": folder.parent == run.folder.parent}
+    return distribution_scores(folder, **options, kept=run.folder.parent, device=run.model.device)
 
 
 def sqnr(run: Run) -> list[dict[str, float]]:
-    """Returns the SQNR of eps at each step along the full-precision trajectories of
-    `evaluation.sqnr_images` images."""
+    """SQNR of eps by step along full-precision trajectories of `evaluation.sqnr_images` images."""
     s, num = run.config.sampling, run.config.evaluation.sqnr_images
     return step_sqnr(trajectory(run.model, s, num, s.seed), model_of(run, "simulated").eps)

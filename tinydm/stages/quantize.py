@@ -84,10 +84,7 @@ def quantize(run: Run, log: Log = log_line) -> str:
         return f"quantize: done already, {path}"
     calibration = load_calibration(run.need("calibration.safetensors", "calibrate"))
     run.begin()
-
-    def note(rows):
-        write_lines(run.path("passes.jsonl"), rows)
-
+    note = partial(write_lines, run.path("passes.jsonl"))
     with run.stage("quantize"):
         folder = run.path("resume/quantize")
         job = prepare(run.model, run.config, calibration, folder, log=log, note=note)
@@ -110,52 +107,34 @@ def save(run: Run, net: nn.Module, functions: Tensors, rules: list[dict[str, Any
 
 
 def prepare(
-    model: DiffusionModel,
-    config: RunConfig,
-    calibration: CalibrationSet,
-    resume_folder: Path,
-    *,
-    log: Log,
-    note: Log,
+    model: DiffusionModel, config: RunConfig, data: CalibrationSet, folder: Path, **reports: Log
 ) -> Job:
-    """Makes what the passes of a recipe work on: the model's network, converted by the rules, and
-    all that they may ask for."""
+    """Makes what the passes work on: the converted network and all that they may ask for. Finished
+    parts are kept in `folder`. `reports`: log takes a line of progress, note all rows so far."""
     return Job(
         model=model,
         net=convert(model.net, config.all_rules, Timeline(boundaries(config))),
-        calibration=calibration,
-        graph=trace(model.net, calibration.arguments(slice(0, 1))),
-        resume_folder=resume_folder,
+        calibration=data,
+        graph=trace(model.net, data.arguments(slice(0, 1))),
+        resume_folder=folder,
         rules=config.all_rules,
         seed=config.seed,
         max_batch=config.max_batch,
         memory_gb=config.memory_gb,
         trajectory=partial(trajectory, model, config.sampling),
         differentiable=partial(differentiable, model, config.sampling, max_batch=config.max_batch),
-        log=log,
-        note=note,
+        **reports,
     )
 
 
 def quantize_model(
-    model: DiffusionModel,
-    config: RunConfig,
-    calibration: CalibrationSet,
-    resume_folder: Path | None = None,
-    *,
-    log: Log = log_line,
-    note: Log = lambda rows: None,
+    model: DiffusionModel, config: RunConfig, data: CalibrationSet, **reports: Log
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Quantizes a model by a recipe, without a run folder.
-
-    Returns the hardened network and the recipe that quant.checkpoint.save_quantized stores with it.
-    Finished parts are kept in `resume_folder`, where one is given, and taken up again; `log` takes
-    a line of progress, `note` all rows of results so far."""
-    if resume_folder is None:
-        with TemporaryDirectory() as scratch:
-            return quantize_model(model, config, calibration, Path(scratch), log=log, note=note)
-    job = prepare(model, config, calibration, resume_folder, log=log, note=note)
-    run_passes(job, config.all_passes)
+    """Quantizes a model by a recipe, without a run folder; returns the hardened network and the
+    recipe that quant.checkpoint.save_quantized stores with it. `reports` are those of `prepare`."""
+    with TemporaryDirectory() as scratch:
+        job = prepare(model, config, data, Path(scratch), **reports)
+        run_passes(job, config.all_passes)
     return job.net, recipe_of(config, model.weights_hash, job.rules)
 
 
@@ -181,8 +160,7 @@ def load_quantized_model(
 
 
 def with_quantized(model: DiffusionModel, path: Path) -> DiffusionModel:
-    """Returns the model around the network of a quantized file. Raises ValueError for a file that
-    was made from other weights."""
+    """The model around the network of a quantized file. Raises ValueError for other weights."""
     net = load_quantized(path, build_network, expected=model.weights_hash)
     return model.with_net(net.to(model.device))
 

@@ -4,8 +4,7 @@ without calibration:
     python scripts/retabulate.py RUN out=OTHER sampling.steps=50 [sampling.skip=uniform ...]
 
 Reads RUN/quantized.safetensors and RUN/dynamic.safetensors (the functions), writes the run folder
-OTHER with the same integers and the table of scales at the new steps; sample.py, evaluate.py and
-report.py go on from there."""
+OTHER with the same integers and the table of scales at the new steps, where sample.py goes on."""
 
 from __future__ import annotations
 
@@ -36,17 +35,16 @@ def run(arguments: list[str]) -> None:
 
 
 def retabulate(before: Run, config: RunConfig) -> str:
-    """Makes the run folder of `config`, the recipe of the run `before` but for its sampling and
-    folder; returns what was done as a sentence."""
+    """Makes the run folder of `config`, the recipe of `before` but for sampling and folder; returns
+    what was done as a sentence."""
     # Nothing is calibrated here; the recipe in the quantized file says how it was.
     config.calibration.steps = min(config.calibration.steps, config.sampling.steps)
     check(config)
     after = Run(config)
     made = after.path("quantized.safetensors")
     if made.exists():
-        raise ValueError(
-            f"{after.folder} holds a quantized model already; choose another out= folder"
-        )
+        remedy = "choose another out= folder"
+        raise ValueError(f"{after.folder} holds a quantized model already; {remedy}")
     path, dynamic = before.need(made.name, "quantize"), before.path("dynamic.safetensors")
     if not dynamic.exists():
         raise ValueError(

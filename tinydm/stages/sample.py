@@ -42,10 +42,8 @@ def draw(run: Run, precision: str = "simulated", shard: str = "0/1") -> str:
     paths = [folder / f"{i:06d}.png" for i in range(s.num)]
     archive = folder.with_name(folder.name + ".npz")
     if run.config.force and parts > 1:
-        raise ValueError(
-            "force=true would take images from the other shards; remove the folder "
-            f"{folder} and draw without it"
-        )
+        remedy = f"remove the folder {folder} and draw without it"
+        raise ValueError(f"force=true would take images from the other shards; {remedy}")
     if run.config.force:
         shutil.rmtree(folder, ignore_errors=True)
     blocks = [range(k, min(k + s.batch_size, s.num)) for k in range(0, s.num, s.batch_size)]
@@ -77,8 +75,7 @@ def model_of(run: Run, precision: str) -> DiffusionModel:
 
 
 def sample_folder(run: Run, precision: str) -> Path:
-    """Returns RUN/samples, or the shared folder of the full-precision images, named by what decides
-    their bytes."""
+    """RUN/samples, or the shared folder of full-precision images, named by what decides them."""
     if precision == "simulated":
         return run.path("samples")
     content = images_of(run.config, run.model, run.config.sampling.seed)

@@ -30,8 +30,7 @@ SEED_OFFSET = 2**33  # added to the seed: draws that no trajectory of the same s
 
 
 def visited_steps(model: DiffusionModel, config: RunConfig, start: str) -> list[int]:
-    """Returns the ascending steps of the trajectories: the whole chain from noise, or the share of
-    it that calibration.start_step says."""
+    """Ascending steps of the trajectories: all from noise, else a share, calibration.start_step."""
     steps = config.sampling.sequence(model.schedule)
     share = 1 if start == "normal" else config.calibration.start_step
     return steps[: max(1, round(share * len(steps)))]
@@ -116,8 +115,7 @@ STARTS = {"normal": start_in_noise, "i2n": start_in_data, "di2n": start_in_sampl
 
 
 def encode(model: DiffusionModel, images: torch.Tensor) -> torch.Tensor:
-    """Makes clean x (B, C, H, W) of the model of images (B, 3, H, W) uint8: pixels in [-1, 1] or
-    scaled latents."""
+    """Images (B, 3, H, W) uint8 -> clean x (B, C, H, W): pixels in [-1, 1] or scaled latents."""
     x = images.to(model.device) / 127.5 - 1
     if model.first_stage is None:
         return x

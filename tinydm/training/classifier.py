@@ -9,8 +9,7 @@ from tinydm.training.loop import Batch, Training, random_flip
 
 
 class ClassifierTraining(Training):
-    """Cross-entropy with label smoothing; images flipped, shifted by up to 4 pixels and partly
-    erased."""
+    """Cross-entropy with label smoothing; images flipped, shifted by 4 pixels, partly erased."""
 
     def __init__(self, net: nn.Module, config: TrainConfig) -> None:
         super().__init__(net.to(memory_format=torch.channels_last), config)
@@ -29,8 +28,7 @@ class ClassifierTraining(Training):
 
     @staticmethod
     def shift(x: torch.Tensor) -> torch.Tensor:
-        """Moves each of the square images x (N, C, H, H) by up to 4 pixels both ways, reflected at
-        the edges."""
+        """Moves square images x (N, C, H, H) by up to 4 pixels both ways, edges reflected."""
         line, images = (torch.arange(length, device=x.device) for length in (x.shape[2], len(x)))
         rows, cols = (torch.randint(0, 9, (len(x), 1), device=x.device) + line for _ in range(2))
         padded = F.pad(x, (4, 4, 4, 4), mode="reflect")
@@ -39,8 +37,7 @@ class ClassifierTraining(Training):
 
     @staticmethod
     def erase(x: torch.Tensor, size: int = 8) -> torch.Tensor:
-        """Greys one square of size x size in each of x (N, C, H, W) (DeVries & Taylor 2017,
-        arXiv:1708.04552)."""
+        """Greys one size x size square in each of x (N, C, H, W) (cutout, arXiv:1708.04552)."""
         spans = []
         for length in x.shape[2:]:
             start = torch.randint(0, length - size + 1, (len(x), 1), device=x.device)

@@ -8,8 +8,7 @@ from tinydm.recipe import Bits
 
 @dataclass
 class TrainConfig:
-    """A recipe of training. Counts are images and optimizer steps; `data` is as in
-    models.data.load_images."""
+    """A recipe of training. Counts are images and steps; `data`: see models.data.load_images."""
 
     task: str = "diffusion"  # first_stage | diffusion | classifier | qat
     model: str = ""  # model YAML of what is trained

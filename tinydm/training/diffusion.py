@@ -25,13 +25,11 @@ DROPPED = 0.1  # share of labels that are replaced by the null class, for guidan
 
 
 def multiscale(error: torch.Tensor) -> torch.Tensor:
-    """Squared error of the images and of their k x k means, weighted by k: sum_k k *
-    mean(pool_k(error)^2).
+    """sum_k k * mean(pool_k(error)^2): squared error of images and of their k x k means.
 
     The minimum is that of the simple loss (Ho et al. 2020, Eq. 14), but a short training learns the
     mean colour, which is 3 of 3072 coefficients and decides the whole image at the noisy end, as
-    fast as the details (the idea of the multi-scale loss of Hoogeboom et al. 2023,
-    arXiv:2301.11093)."""
+    fast as the details (the idea of the multi-scale loss of arXiv:2301.11093)."""
     scales = [2**i for i in range(error.shape[-1].bit_length())]
     return sum(k * F.avg_pool2d(error, k).square().mean() for k in scales)
 

@@ -25,8 +25,7 @@ def encode_images(
     scale_factor: float | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Encodes images (N, 3, H, W) uint8 to latents (N, 2, D, h, w) of each and of its mirror image.
-    Returns them and the factor that they are multiplied by: unless one is given, that which makes
-    their variance 1."""
+    Returns them and the factor in them: unless one is given, that which makes their variance 1."""
     latents, device = [], next(first_stage.parameters()).device
     for part in images.split(batch_size):
         x = (part.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)

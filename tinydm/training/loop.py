@@ -1,5 +1,4 @@
-"""The training machinery behind the models that ship with the project; what is learned stands
-beside it, one task a file.
+"""The training machinery; what is learned stands beside it, one task a file.
 
 An "epoch" is a fixed number of optimizer steps whose images, noise and augmentation follow from
 (seed, epoch) alone, and checkpoints are written between epochs: a run that is killed and started
@@ -25,8 +24,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # images (N, ...) and their labels (N
 
 
 class ImageBatches(Dataset):
-    """The batches (images, labels) of one epoch: a random draw without replacement within the epoch
-    as long as the images last, fixed by (seed, epoch)."""
+    """The batches (images, labels) of an epoch, drawn by (seed, epoch), each image again only when
+    all were drawn."""
 
     def __init__(
         self,
@@ -133,8 +132,7 @@ def random_flip(x: torch.Tensor) -> torch.Tensor:
 
 
 class Progress(pl.Callback):
-    """Logs one line an epoch with an estimate of what remains; draws the loss curve and samples
-    every `sample_every` epochs."""
+    """Logs a line an epoch; draws loss curve and samples every `sample_every` epochs."""
 
     def __init__(self, folder: Path, sample_every: int) -> None:
         self.folder, self.sample_every = folder, sample_every
@@ -180,8 +178,7 @@ class Progress(pl.Callback):
 def fit(
     module: Training, images: torch.Tensor, labels: torch.Tensor, folder: Path | str
 ) -> list[tuple[int, float]]:
-    """Trains to the end of the recipe in `folder`, from its last checkpoint if there is one;
-    returns (images seen, loss) of every epoch."""
+    """Trains to the end, on from a checkpoint in `folder`; returns (images seen, loss) by epoch."""
     folder, config = Path(folder), module.config
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder, config.sample_every)
@@ -204,14 +201,10 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    last = folder / "last.ckpt"
+    data, last = Data(images, labels, config), folder / "last.ckpt"
+    start = str(last) if last.exists() else None
     try:
-        trainer.fit(
-            module,
-            datamodule=Data(images, labels, config),
-            ckpt_path=str(last) if last.exists() else None,
-            weights_only=True,
-        )
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     except SystemExit:  # Lightning ends the process on Ctrl-C; that is the script's to say
         raise KeyboardInterrupt from None
     return progress.rows

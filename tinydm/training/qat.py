@@ -21,8 +21,7 @@ from tinydm.training.tasks import train_and_record
 
 
 def train_quantized(config: TrainConfig) -> str:
-    """Fills a run folder; returns a sentence about it. Raises ValueError for a folder of another
-    recipe, and for models and data that do not fit."""
+    """Fills a run folder; returns a sentence about it. Raises ValueError for what does not fit."""
     run, model_config = open_folder(config), read_yaml(config.model)
     num_classes = _count_classes(model_config, run.model, config)
     rules = run.config.all_rules
@@ -31,12 +30,12 @@ def train_quantized(config: TrainConfig) -> str:
             f"the rules of {config.rules} give every time segment its own weights; training "
             "learns one network, name another method's rules"
         )
-    images, labels = _load_batches(config, run.model, num_classes)
-    rows = torch.randperm(len(images))[: config.batch_size]
-    batch = images[rows], labels[rows]
+    data = _load_batches(config, run.model, num_classes)
+    rows = torch.randperm(len(data[0]))[: config.batch_size]
+    batch = data[0][rows], data[1][rows]
     module = QuantizedTraining(model_config, config, run.model, rules, config.dynamic, batch)
     with run.stage("quantize"):
-        record = train_and_record(config, module, images, labels)
+        record = train_and_record(module, data)
         row = {"pass": "qat", "images": record["images_seen"], "loss": record["final_loss"]}
         write_lines(run.path("passes.jsonl"), [row])
         net, functions = finish(module.model().net, network_times(run.config))
@@ -98,10 +97,8 @@ def open_folder(config: TrainConfig) -> Run:
     )
     check(recipe)
     if not recipe.rules:
-        raise ValueError(
-            "nothing says what is quantized; give the method YAML whose rules do, for example "
-            "rules=configs/method/tdq.yaml"
-        )
+        remedy = "give the method YAML whose rules do, for example rules=configs/method/tdq.yaml"
+        raise ValueError(f"nothing says what is quantized; {remedy}")
     run = Run(recipe)
     if run.path("config.yaml").exists():
         return reopen(recipe)

@@ -19,15 +19,13 @@ from tinydm.training.classifier import ClassifierTraining
 from tinydm.training.config import TrainConfig
 from tinydm.training.diffusion import DiffusionTraining
 from tinydm.training.first_stage import FirstStageTraining, encode_images
-from tinydm.training.loop import Training, fit
+from tinydm.training.loop import Batch, Training, fit
 
 
 def train_first_stage(config: TrainConfig) -> str:
     """Trains the autoencoder of a latent model."""
-    images, labels = load_images(config.data)
-    module = FirstStageTraining(read_yaml(config.model), config, images)
-    begin_at_init(module, "net", config)
-    return train_and_ship(config, module, images, labels)
+    data = load_images(config.data)
+    return _train_and_ship(FirstStageTraining(read_yaml(config.model), config, data[0]), data)
 
 
 def train_diffusion(config: TrainConfig) -> str:
@@ -44,30 +42,18 @@ def train_diffusion(config: TrainConfig) -> str:
         load_components(config.first_stage, {"first_stage": first_stage})
         images, scale_factor = encode_images(first_stage, images)
     module = DiffusionTraining(model_config, config, first_stage, scale_factor)
-    begin_at_init(module, "net.unet", config)
-    return train_and_ship(config, module, images, labels)
+    return _train_and_ship(module, (images, labels), "net.unet")
 
 
 def train_classifier(config: TrainConfig) -> str:
     """Trains an image classifier."""
-    images, labels = load_images(config.data)
     module = ClassifierTraining(build_classifier(**config.classifier), config)
-    begin_at_init(module, "net", config)
-    return train_and_ship(config, module, images, labels)
+    return _train_and_ship(module, load_images(config.data))
 
 
-def begin_at_init(module: Training, part: str, config: TrainConfig) -> None:
-    """Loads the weights `init` into a part of the module where the recipe names them; the average
-    begins there too."""
-    if config.init:
-        load_weights(module.get_submodule(part), load_state(config.init), f"init={config.init}")
-        module.ema.module.load_state_dict(module.net.state_dict())
-
-
-def train_and_record(
-    config: TrainConfig, module: Training, images: torch.Tensor, labels: torch.Tensor
-) -> dict[str, Any]:
-    """Trains to the end of the recipe; writes record.json and returns what it says."""
+def train_and_record(module: Training, data: Batch) -> dict[str, Any]:
+    """Trains to the end of the recipe on images and labels; writes and returns record.json."""
+    config, (images, labels) = module.config, data
     rows = fit(module, images, labels, config.out)
     last = [loss for _, loss in rows[-5:]]
     record = {
@@ -82,11 +68,14 @@ def train_and_record(
     return record
 
 
-def train_and_ship(
-    config: TrainConfig, module: Training, images: torch.Tensor, labels: torch.Tensor
-) -> str:
-    """Trains, then saves the averaged weights as fp16."""
-    train_and_record(config, module, images, labels)
+def _train_and_ship(module, data, part="net"):
+    """Trains, then saves the averaged weights as fp16. Where the recipe names weights as `init`,
+    this part of the module begins at them, and the average too."""
+    config = module.config
+    if config.init:
+        load_weights(module.get_submodule(part), load_state(config.init), f"init={config.init}")
+        module.ema.module.load_state_dict(module.net.state_dict())
+    train_and_record(module, data)
     path = Path(config.out) / "weights.safetensors"
     weights = module.weights()
     for name, value in weights.items():

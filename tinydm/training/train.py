@@ -46,8 +46,7 @@ def run(arguments: list[str]) -> None:
 
 
 def replace_flags(arguments: list[str]) -> list[str]:
-    """Puts key=value words in place of flags. Raises ValueError for an unknown flag or one without
-    value."""
+    """Puts key=value in place of flags. Raises ValueError for unknown or incomplete ones."""
     words, rest = [], list(arguments)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")

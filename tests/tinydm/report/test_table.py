@@ -251,3 +251,10 @@ def test_several_widths_have_an_overview_of_methods_by_widths(tmp_path):
         ["other", "–", "30.00 / 0.2500"],
     ]
     assert len(tables(assemble([row_of_run(run) for run in runs[1:]]))) == 1
+
+
+def test_a_run_whose_stages_are_lost_has_no_time_and_no_memory(tmp_path):
+    folder = make_run(tmp_path / "a")
+    (folder / "stages.jsonl").unlink()
+    numbers = row_of_run(folder).numbers[0]
+    assert numbers["calibration s"] is None and numbers["peak MB"] is None
