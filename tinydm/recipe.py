@@ -14,8 +14,9 @@ from ddim.sampler import SAMPLERS, STOCHASTIC
 from ddim.schedule import make_schedule
 from models.sampling import Sampling
 from quant.calibration.builders import check_builder
+from quant.passes.find import find_pass
 from quant.passes.order import check_needs
-from quant.passes.run import changed_passes, check_passes, find_pass, with_effort
+from quant.passes.run import changed_passes, check_passes, with_effort
 from quant.rules import check_bits, check_rules
 from quant.timeline import segment_boundaries
 from tinydm.stages.trajectories import STARTS

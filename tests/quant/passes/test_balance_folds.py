@@ -8,7 +8,9 @@ import torch
 from conftest import TINY, assert_close, randomize
 from tiny import EXAMPLE, SHAPE, fit, make_job, normal, rules, samples
 
+from base.network import attention_parts
 from models.zoo import build_network
+from quant.folds import check_folds, fold_into_norm, scale_rows
 from quant.layers import QuantMatmul
 from quant.network import quant_layers, set_input_quantization
 from quant.passes.balance import (
@@ -17,14 +19,10 @@ from quant.passes.balance import (
     balance_product,
     balance_vector,
     channel_max,
-    check_folds,
-    fold_into_norm,
     fold_into_values,
-    scale_rows,
 )
 from quant.passes.run import run_passes
 from quant.reconstruction.capture import inputs_of
-from quant.reconstruction.saliency import attention_parts
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
 

@@ -5,13 +5,14 @@ import torch
 from conftest import TINY, assert_close, randomize
 from tiny import SHAPE, make_job, normal, rules, samples
 
+from base.network import attention_parts
 from ddim.unet import AttnBlock
 from ldm.attention import AttentionBlock, BasicTransformerBlock
 from models.zoo import build_network
 from quant.passes.run import run_passes
 from quant.reconstruction import learn, loss
 from quant.reconstruction.loss import lp
-from quant.reconstruction.saliency import Saliency, attention_parts, received_attention, record_maps
+from quant.reconstruction.saliency import Saliency, received_attention, record_maps
 
 LDM = {
     "family": "ldm-unet",
