@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from models.diffusion import load_model
 from models.zoo import build_network
 
-pytest_plugins = ["pipeline", "calibration_runs", "comparison", "written_passes"]
+pytest_plugins = ["pipeline", "calibration_runs", "comparison", "corrections", "written_passes"]
 FIXTURES = Path(__file__).parent / "fixtures"
 # public ones: shapes
 CHECKPOINTS = json.loads(gzip.decompress((FIXTURES / "ddim_checkpoints.json.gz").read_bytes()))

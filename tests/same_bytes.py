@@ -56,8 +56,11 @@ from safetensors.torch import save_file
 from models.zoo import build_network
 torch.manual_seed(0)
 net = build_network(**yaml.safe_load(open(sys.argv[1]))["network"])
-save_file({n: torch.randn_like(p) / max(p[0].numel(), 1) ** 0.5 if p.dim() > 1 else p + torch.randn_like(p) / 10
-           for n, p in net.state_dict().items()}, sys.argv[2])
+state = {}
+for name, p in net.state_dict().items():
+    noise = torch.randn_like(p)
+    state[name] = noise / max(p[0].numel(), 1) ** 0.5 if p.dim() > 1 else p + noise / 10
+save_file(state, sys.argv[2])
 """
 
 
@@ -150,9 +153,8 @@ def main(revision):
                 and (meta == new_meta or grown(meta, new_meta))
             )
             wrong += [] if same else [name]
-            print(
-                f"{'equal' if same and meta == new_meta else 'equal, metadata grown' if same else 'DIFFERS':22} {name}"
-            )
+            grew = "" if meta == new_meta else ", metadata grown"
+            print(f"{f'equal{grew}' if same else 'DIFFERS':22} {name}")
         print(f"{len(before)} files of {revision}: {len(wrong)} differ {wrong or ''}")
         return 1 if wrong or not before else 0
 

@@ -1,12 +1,12 @@
 """The pass that corrects eps: planted errors are found along full-precision trajectories."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_close
+from corrections import STEPS
 from tiny import SHAPE, make_job, normal, rules
 
 from models.sampling import Sampling, sample, trajectory
@@ -16,7 +16,6 @@ from quant.passes.correct_noise import correct_noise
 from quant.passes.fit_ranges import fit_ranges
 
 torch.set_num_threads(1)
-STEPS = {"steps": 4, "skip": "uniform", "sampler": "ddim", "eta": 1.0}
 
 
 class Planted:
@@ -71,19 +70,6 @@ def test_the_pass_finds_a_planted_error_at_every_time(tiny_net, tmp_path):
 def test_it_needs_images(tiny_net, tmp_path):
     with pytest.raises(ValueError, match="cannot measure on 0 images"):
         correct_noise(make_job(tiny_net, tmp_path, rules(8, 8)), num_images=0)
-
-
-@pytest.fixture(params=[{}, {"slope": "signed", "per": "line", "variance": False}])
-def corrected(request, tiny_model, tmp_path):
-    """A job on the tiny model after the pass, and its facts."""
-    sampling = Sampling(**STEPS, batch_size=3)
-    job = make_job(
-        tiny_model.net, tmp_path, rules(3, 4), trajectory=partial(trajectory, tiny_model, sampling)
-    )
-    job.model = tiny_model
-    fit_ranges(job)
-    job.correct = partial(correct_noise, job, num_images=8, seed=5, **request.param)
-    return job, job.correct()
 
 
 def test_eps_comes_closer_to_the_full_precision_networks(corrected):

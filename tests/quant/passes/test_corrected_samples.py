@@ -1,56 +1,29 @@
 """The correction where images are made: guidance first, every sampler, the file and all stages."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import TINY, assert_close
+from corrections import STEPS, filled
 from PIL import Image
-from tiny import SHAPE, facts_of, make_job, normal, rules
+from tiny import SHAPE, facts_of, normal, rules
 
 from base.files import PROJECT, load_tensors, save_tensors
 from ddim.sampler import SAMPLERS
 from models.condition import by_class
 from models.diffusion import DiffusionModel
-from models.sampling import Sampling, sample, trajectory
+from models.sampling import Sampling, sample
 from models.zoo import build_network
 from quant.checkpoint import load_quantized, save_quantized
 from quant.network import Correction
-from quant.passes.correct_noise import correct_noise
-from quant.passes.fit_ranges import fit_ranges
 from tinydm.run_folder import open_run
 from tinydm.stages import calibrate, evaluate, quantize
 from tinydm.stages.sample import draw, model_of
 
 torch.set_num_threads(1)
-TIMES = torch.tensor([0.0, 10.0, 30.0, 100.0])
-STEPS = {"steps": 4, "skip": "uniform", "sampler": "ddim", "eta": 1.0}
-
-
-def filled(times=TIMES, *size):
-    """A correction of random tables."""
-    correction = Correction(times, 3, *size)
-    for i, table in enumerate(
-        (correction.slope, correction.rows, correction.columns, correction.variance)
-    ):
-        table.copy_(0.1 * normal(*table.shape, seed=i).abs())
-    return correction
-
-
-@pytest.fixture(params=[{}, {"slope": "signed", "per": "line", "variance": False}])
-def corrected(request, tiny_model, tmp_path):
-    """A job on the tiny model after the pass, and its facts."""
-    sampling = Sampling(**STEPS, batch_size=3)
-    job = make_job(
-        tiny_model.net, tmp_path, rules(3, 4), trajectory=partial(trajectory, tiny_model, sampling)
-    )
-    job.model = tiny_model
-    fit_ranges(job)
-    job.correct = partial(correct_noise, job, num_images=8, seed=5, **request.param)
-    return job, job.correct()
 
 
 def test_guidance_comes_first(tiny_model):

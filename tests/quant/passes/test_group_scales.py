@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lessons import TABLE, quantizer
 from tiny import SHAPE, make_job, normal, rules
 from torch import nn
 
@@ -20,16 +21,6 @@ from quant.quantizer import Quantizer
 from quant.reconstruction.learn import scale_penalty
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
-
-TABLE = torch.tensor([[0.1], [0.11], [0.4], [0.42], [1.0]])
-
-
-def quantizer(table=TABLE, bits=4):
-    q = Quantizer(
-        QuantSpec(bits=bits), torch.tensor(0), Timeline([1.5, 2.5, 3.5, 4.5][: len(table) - 1])
-    )
-    q.scale.data, q.zero_point = table.clone(), torch.full_like(table, 7.0)
-    return q
 
 
 def test_shares_sum_to_one_and_entropy_is_at_most_ln_of_the_groups():

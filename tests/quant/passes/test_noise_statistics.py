@@ -1,35 +1,16 @@
 """The correction's tables and the statistics that fill them, in closed form."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from conftest import assert_close
-from tiny import make_job, normal, rules
+from corrections import TIMES, filled
+from tiny import normal
 
-from models.sampling import Sampling, trajectory
 from quant.network import Correction
-from quant.passes.correct_noise import SUMMED, correct_noise, fit, sums
-from quant.passes.fit_ranges import fit_ranges
-
-TIMES = torch.tensor([0.0, 10.0, 30.0, 100.0])
-
-
-STEPS = {"steps": 4, "skip": "uniform", "sampler": "ddim", "eta": 1.0}
-
+from quant.passes.correct_noise import SUMMED, fit, sums
 
 EVERYTHING = {"slope": True, "bias": "residual", "variance": True}
-
-
-def filled(times=TIMES, *size):
-    """A correction of random tables."""
-    correction = Correction(times, 3, *size)
-    for i, table in enumerate(
-        (correction.slope, correction.rows, correction.columns, correction.variance)
-    ):
-        table.copy_(0.1 * normal(*table.shape, seed=i).abs())
-    return correction
 
 
 def bias_of(tables):
@@ -176,16 +157,3 @@ def test_an_error_that_shrinks_eps_is_divided_out_where_slopes_are_signed():
     constant = fit(sums(torch.ones(2, 3, 2, 2), torch.full((2, 3, 2, 2), 0.5)), **EVERYTHING)
     assert bias_of(constant).flatten().tolist() == [0.5] * 3
     assert float(constant["slope"]) == float(constant["mse_after"]) == 0
-
-
-@pytest.fixture(params=[{}, {"slope": "signed", "per": "line", "variance": False}])
-def corrected(request, tiny_model, tmp_path):
-    """A job on the tiny model after the pass, and its facts."""
-    sampling = Sampling(**STEPS, batch_size=3)
-    job = make_job(
-        tiny_model.net, tmp_path, rules(3, 4), trajectory=partial(trajectory, tiny_model, sampling)
-    )
-    job.model = tiny_model
-    fit_ranges(job)
-    job.correct = partial(correct_noise, job, num_images=8, seed=5, **request.param)
-    return job, job.correct()

@@ -1,26 +1,14 @@
 """Which time segments reconstruction takes its batches from (active timestep selection)."""
 
 import torch
+from lessons import TABLE, quantizer
 from tiny import make_job
 
 from quant.passes import reconstruct
 from quant.passes.run import run_passes
-from quant.quantizer import Quantizer
 from quant.reconstruction.learn import Lesson, draw_rows
 from quant.reconstruction.settings import Objective, Schedule
 from quant.reconstruction.unit import Unit
-from quant.spec import QuantSpec
-from quant.timeline import Timeline
-
-TABLE = torch.tensor([[0.1], [0.11], [0.4], [0.42], [1.0]])
-
-
-def quantizer(table=TABLE, bits=4):
-    q = Quantizer(
-        QuantSpec(bits=bits), torch.tensor(0), Timeline([1.5, 2.5, 3.5, 4.5][: len(table) - 1])
-    )
-    q.scale.data, q.zero_point = table.clone(), torch.full_like(table, 7.0)
-    return q
 
 
 def test_steps_are_visited_by_turns_when_undecided_alike_and_the_undecided_first():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lessons import lesson_of
 from tiny import facts_of, fit, make_job, normal, rules
 from torch import nn
 
@@ -10,24 +11,12 @@ from quant.layers import QuantLayer
 from quant.network import input_quantizers
 from quant.passes.run import run_passes
 from quant.reconstruction import learn
-from quant.reconstruction.learn import Lesson, learn_jointly
-from quant.reconstruction.settings import Objective, Schedule
+from quant.reconstruction.learn import learn_jointly
 from quant.reconstruction.unit import DROPPED_INPUTS, Mixed, Unit, mixed
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
 
 CPU = torch.device("cpu")
-
-
-def lesson_of(unit, inputs=(), target=None, generator=None, objective=None, **schedule):
-    return Lesson(
-        unit,
-        inputs,
-        target,
-        generator or torch.Generator(),
-        objective or Objective(round_weight=0.1),
-        Schedule(**{"batch_size": 4} | schedule),
-    )
 
 
 def test_mixed_inputs_are_of_either_kind_half_and_half():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lessons import lesson_of
 from tiny import fit, make_job, normal, rules
 from torch import nn
 
@@ -11,7 +12,6 @@ from base.network import tag
 from quant.layers import QuantLayer
 from quant.quantizer import Quantizer
 from quant.reconstruction.learn import (
-    Lesson,
     batch_loss,
     learn_rounding,
     optimise,
@@ -20,24 +20,13 @@ from quant.reconstruction.learn import (
 )
 from quant.reconstruction.loss import comparable, output_loss
 from quant.reconstruction.rounding import Rounding
-from quant.reconstruction.settings import Objective, Schedule
+from quant.reconstruction.settings import Objective
 from quant.reconstruction.unit import Unit
 from quant.scales import SoftScale
 from quant.spec import QuantSpec
 from quant.timeline import Timeline
 
 CPU = torch.device("cpu")
-
-
-def lesson_of(unit, inputs=(), target=None, generator=None, objective=None, **schedule):
-    return Lesson(
-        unit,
-        inputs,
-        target,
-        generator or torch.Generator(),
-        objective or Objective(round_weight=0.1),
-        Schedule(**{"batch_size": 4} | schedule),
-    )
 
 
 class Two(nn.Module):
