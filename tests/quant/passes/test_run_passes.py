@@ -1,5 +1,7 @@
 """The list of passes: words, order, facts, and ranges from the full-precision network."""
 
+import logging
+
 import pytest
 from tiny import facts_of, make_job, rules
 
@@ -85,7 +87,9 @@ def test_the_job_is_left_as_it_was(tiny_net, tmp_path, write_pass, passes):
     assert job.note is before and job.resume_folder == tmp_path
 
 
-def test_a_job_logs_and_prints_nothing(tiny_net, tmp_path, capsys, caplog):
+def test_a_job_logs_and_prints_nothing(tmp_path, capsys, caplog, monkeypatch):
+    # what an earlier test of a command may have installed
+    monkeypatch.setattr(logging.getLogger("tinydm"), "handlers", [])
     job = Job(None, None, None, None, tmp_path)
     with caplog.at_level("INFO", "tinydm"):
         job.log("a line")
