@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
-# The tests' networks are tiny: one thread is fastest, and several times so on a busy machine.
+# The tests' networks are tiny: one thread is fastest, and several times so on a busy machine; so tests run side by side.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m pytest -q "$@"
+exec "$PYTHON" -m pytest -q -n auto --maxprocesses=4 --dist worksteal "$@"
