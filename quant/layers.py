@@ -2,13 +2,14 @@
 
 The forward of a hardened layer, which an integer engine has to reproduce bit for bit, is
 
-    conv(q_x - z_x, w_int) * s_x * s_w + b
+    conv(q_x - z_x, w_int) * (s_x * s_w) + b
 
-evaluated left to right in float32 on integer-valued tensors (w_int = code - zero point). The sum is
-exact below 2^24; beyond, which takes hundreds of channels at 8 bits, float32 rounds it (1e-6 of it)
-where an integer engine does not. A convolution that reads a concatenation with own scales for each
-part is the sum of one such product per part, then + b. Scales that vary inside the sum (activations
-per channel or per group) multiply q_x - z_x instead. What is not quantized has no factor.
+in float32 on integer-valued tensors (w_int = code - zero point), the product of scales computed
+first. The sum is exact below 2^24; beyond, which takes hundreds of channels at 8 bits, float32
+rounds it (1e-6 of it) where an integer engine does not. A convolution that reads a concatenation
+with own scales for each part adds one such product per part to the first, which has the bias.
+Scales that vary inside the sum (activations per channel or per group) multiply q_x - z_x instead.
+What is not quantized has no factor.
 
 With own weights for every time segment w_int and s_w are those of the segment; a batch then lies in
 one segment.
@@ -17,6 +18,7 @@ A balanced layer (quant/passes/balance.py) reads x * inverse_balance, one factor
 and its weight holds the balance: W_c * balance_c. An integer engine merges that factor with the
 1/s_x of its quantize step."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -92,15 +94,25 @@ class QuantLayer(nn.Module):
         pieces = [(x, weight)]
         if len(self.parts) > 1:
             pieces = zip(x.split(self.parts, dim=1), weight.split(self.parts, dim=1))
-        out = 0
+        out = None
         for part, (x_part, weight_part) in enumerate(pieces):
             term = self.operation(x_part, weight_part, None)
-            if scales:
-                term = term * scales[part]
-            if self.weight_int is not None:
-                term = term * self.per_channel(self.weight_scales().chunk(len(self.parts))[part])
-            out = term if part == 0 else out + term
-        return out if self.bias is None else out + self.per_channel(self.bias)
+            factor = self.factor(scales, part)
+            if factor is not None:
+                term = term * factor
+            if part == 0:
+                out = term if self.bias is None else term + self.per_channel(self.bias)
+            else:
+                out = out + term
+        return out
+
+    def factor(self, scales: Sequence[torch.Tensor] | None, part: int) -> torch.Tensor | None:
+        """What the product of one part is multiplied with: s_x * s_w, what there is of them."""
+        own = None if scales is None else scales[part]
+        if self.weight_int is None:
+            return own
+        weights = self.per_channel(self.weight_scales().chunk(len(self.parts))[part])
+        return weights if own is None else own * weights
 
     def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
         """x with its channels balanced, as the input quantizer reads it."""
@@ -219,7 +231,7 @@ class QuantLayer(nn.Module):
 
 
 class QuantMatmul(nn.Module):
-    """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * s_a * s_b, per tensor or
+    """Product of two quantized activations: (q_a - z_a) @ (q_b - z_b) * (s_a * s_b), per tensor or
     per head (axis 1)."""
 
     def __init__(self, matmul: Matmul, specs: list[QuantSpec], timeline: Timeline):
@@ -251,9 +263,7 @@ class QuantMatmul(nn.Module):
             operands.append(q.codes(x) if on else x)
             scales += [q.table(q.scales(), x)] if on else []
         out = operands[0] @ operands[1]
-        for scale in scales:
-            out = out * scale
-        return out
+        return out * math.prod(scales) if scales else out
 
 
 class QuantOperand(nn.Module):

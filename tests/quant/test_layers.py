@@ -19,7 +19,7 @@ from quant.timeline import Timeline
 @pytest.mark.parametrize("per", ["tensor", "channel"])
 @pytest.mark.parametrize("case", LAYERS)
 def test_hardened_layer_is_integer_arithmetic_bit_for_bit(case, per, bits, symmetric):
-    """conv(q_x - z_x, w_int) * s_x * s_w + b"""
+    """conv(q_x - z_x, w_int) * (s_x * s_w) + b"""
     layer, quant, x = build(
         case,
         QuantSpec(bits=bits, per=per, symmetric=symmetric),
@@ -38,7 +38,7 @@ def test_hardened_layer_is_integer_arithmetic_bit_for_bit(case, per, bits, symme
     z_w = quant.weight_quantizer.zero_point[0]
     weight = integers(layer.weight.detach(), s_w.reshape(rows), z_w.reshape(rows), bits, symmetric)
     assert torch.equal(quant.weight_int, weight.float())
-    expected = integer_layer(codes, weight, layer).float() * s_x * s_w.reshape(column)
+    expected = integer_layer(codes, weight, layer).float() * (s_x * s_w.reshape(column))
     if layer.bias is not None:
         expected = expected + layer.bias.detach().reshape(column)
     assert torch.equal(quant(x), expected)
@@ -73,16 +73,17 @@ def test_hardened_split_layer_is_a_sum_of_integer_products_bit_for_bit(per):
             integers(w_part, s_w, z_w, 8, False),
             layer,
         ).float()
-        term = product * q.scale[0, part] * s_w.reshape(-1, 1, 1)
-        out, start = term if part == 0 else out + term, start + width
-    assert torch.equal(quant(x), out + layer.bias.detach().reshape(-1, 1, 1))
+        term = product * (q.scale[0, part] * s_w.reshape(-1, 1, 1))
+        first = term + layer.bias.detach().reshape(-1, 1, 1)
+        out, start = first if part == 0 else out + term, start + width
+    assert torch.equal(quant(x), out)
     assert_close(quant(x), layer(x).detach(), 0.03)
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["powers of two", "any balance"])
 @pytest.mark.parametrize("case", ["linear", "conv1d", "conv2d", "conv2d strided"])
 def test_balanced_layer_is_integer_arithmetic_with_one_merged_factor(case, exact):
-    """conv(clamp(round(x_c / (s_x * b_c)) + z_x) - z_x, w_int) * s_x * s_w + b, w_int made of w_c *
+    """conv(clamp(round(x_c / (s_x * b_c)) + z_x) - z_x, w_int) * (s_x * s_w) + b, w_int made of w_c *
     b_c. By powers of two the layer, which multiplies with 1/b_c first, gives these bits; by others
     it may fall otherwise at a tie."""
     layer, quant, x = build(
@@ -105,13 +106,13 @@ def test_balanced_layer_is_integer_arithmetic_with_one_merged_factor(case, exact
     weight = integers(
         layer.weight.detach() * b.reshape(column), s_w.reshape(rows), z_w.reshape(rows), 8, False
     )
-    expected = integer_layer(codes, weight, layer).float() * s_x * s_w.reshape(column)
+    expected = integer_layer(codes, weight, layer).float() * (s_x * s_w.reshape(column))
     assert torch.equal(quant(x), expected + layer.bias.detach().reshape(column))
     assert_close(quant(x), layer(x).detach(), 0.2)
 
 
 def test_own_weights_for_every_segment_are_integer_arithmetic_bit_for_bit():
-    """conv(q_x - z_x, w_int[s]) * s_x[s] * s_w[s] + b"""
+    """conv(q_x - z_x, w_int[s]) * (s_x[s] * s_w[s]) + b"""
     timeline = Timeline([300, 600])
     layer, quant, x = build(
         "conv2d",
@@ -137,9 +138,8 @@ def test_own_weights_for_every_segment_are_integer_arithmetic_bit_for_bit():
             codes[s] - zeros[s].reshape(-1, 1, 1, 1),
             layer,
         ).float()
-        expected = product * q.scale[s, 0] * w.scale[s].reshape(
-            -1, 1, 1
-        ) + layer.bias.detach().reshape(-1, 1, 1)
+        factor = (q.scale[s, 0] * w.scale[s]).reshape(-1, 1, 1)
+        expected = product * factor + layer.bias.detach().reshape(-1, 1, 1)
         assert torch.equal(quant(x), expected)
 
 
@@ -227,9 +227,8 @@ def test_padding_right_and_below_is_an_exact_zero_in_integers():
     padded[:, :, :8, :6] = codes
     z_w = w.zero_point[0].reshape(-1, 1, 1, 1)
     weight = integers(layer.weight.detach(), w.scale[0].reshape(-1, 1, 1, 1), z_w, 8, False)
-    expected = (
-        integer_layer(padded, weight, layer).float() * q.scale[0, 0] * w.scale[0].reshape(-1, 1, 1)
-    )
+    factor = (q.scale[0, 0] * w.scale[0]).reshape(-1, 1, 1)
+    expected = integer_layer(padded, weight, layer).float() * factor
     assert codes.min() > 100 and expected.shape == (2, 6, 4, 3)
     assert torch.equal(down(x), expected + layer.bias.detach().reshape(-1, 1, 1))
 
@@ -252,9 +251,8 @@ def test_unsigned_codes_with_corrections_for_both_zero_points():
         + 6 * 9 * z_x * z_w
     )
     assert z_x > 0 and q_x.min() >= 0 and q_w.min() >= 0 and q_w.max() == 15
-    expected = total.float() * q.scale[0, 0] * w.scale[0].reshape(
-        -1, 1, 1
-    ) + layer.bias.detach().reshape(-1, 1, 1)
+    factor = (q.scale[0, 0] * w.scale[0]).reshape(-1, 1, 1)
+    expected = total.float() * factor + layer.bias.detach().reshape(-1, 1, 1)
     assert torch.equal(quant(x), expected)
 
 

@@ -39,7 +39,7 @@ def by_integers(m, layer, operands, segment):
             integers(x, s, q.zero_point[segment][q.group_of], 6, False)
             for x, s, q in zip(operands, scales, (m.a_quantizer, m.b_quantizer))
         ]
-        return (codes[0] @ codes[1]).float() * scales[0] * scales[1]
+        return (codes[0] @ codes[1]).float() * (scales[0] * scales[1])
     (x,) = operands
     column, q, w, out, start = [-1, *[1] * m.trailing], m.input_quantizer, m.weight_quantizer, 0, 0
     x = x * m.inverse_balance.reshape(column)
@@ -51,9 +51,11 @@ def by_integers(m, layer, operands, segment):
         x_part = x[:, columns] if len(m.parts) > 1 else x
         codes = integers(x_part, q.scale[segment, part], q.zero_point[segment, part], 6, False)
         term = integer_layer(codes, m.weight_int[:, columns].long(), layer).float()
-        term = term * q.scale[segment, part] * w.scale[0, rows].reshape(column)
-        out, start = term if part == 0 else out + term, start + width
-    return out if m.bias is None else out + m.bias.detach().reshape(column)
+        term = term * (q.scale[segment, part] * w.scale[0, rows].reshape(column))
+        if part == 0 and m.bias is not None:
+            term = term + m.bias.detach().reshape(column)
+        out, start = out + term, start + width
+    return out
 
 
 @pytest.mark.parametrize("network", [TINY, LDM, FUSED])
@@ -91,7 +93,7 @@ def test_every_layer_of_a_network_is_integer_arithmetic_bit_for_bit(network, tmp
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_product_of_two_quantized_activations_bit_for_bit(symmetric):
-    """(q_a - z_a) @ (q_b - z_b) * s_a * s_b"""
+    """(q_a - z_a) @ (q_b - z_b) * (s_a * s_b)"""
     spec, a, b = (
         QuantSpec(bits=8, symmetric=symmetric),
         normal(3, 4, 6),
@@ -103,7 +105,7 @@ def test_product_of_two_quantized_activations_bit_for_bit(symmetric):
         integers(x, q.scale[0, 0], q.zero_point[0, 0], 8, symmetric) for x, q in ((a, qa), (b, qb))
     ]
     assert torch.equal(
-        product(a, b), (codes[0] @ codes[1]).float() * qa.scale[0, 0] * qb.scale[0, 0]
+        product(a, b), (codes[0] @ codes[1]).float() * (qa.scale[0, 0] * qb.scale[0, 0])
     )
     assert_close(product(a, b), a @ b, 0.03)
 
