@@ -1,5 +1,6 @@
 """How a network describes itself to the quantization library: roles of layers, products of
-activations as modules, attentions by the names of their parts."""
+activations as modules, attentions by the names of their parts; and to engines that compute it
+otherwise: norms with what follows them, and what only moves values, as modules."""
 
 import math
 from dataclasses import dataclass
@@ -30,6 +31,54 @@ class Matmul(nn.Module):
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Multiplies a (N, ..., L, D) by b (N, ..., D, M)."""
         return a @ b
+
+
+class NormAct(nn.GroupNorm):
+    """Group norm of a map and, with `silu`, the SiLU behind it, in one module that an engine can
+    compute in one pass. In the precision of its own parameters: float32 beside convolutions in
+    half. `num_groups` is 32 in all public models."""
+
+    def __init__(
+        self, channels: int, *, num_groups: int = 32, eps: float, silu: bool = True
+    ) -> None:
+        super().__init__(num_groups, channels, eps=eps)
+        self.silu = silu
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        added: torch.Tensor | None = None,
+        scale_shift: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Norms x (N, C, H, W), plus `added` (N, C) where it is given; then multiplies with 1 +
+        scale and adds shift, both (N, C), where they are given; then SiLU."""
+        h = x if added is None else x + added[:, :, None, None]
+        h = super().forward(h.to(self.weight.dtype)).to(h.dtype)
+        if scale_shift is not None:
+            scale, shift = (part[:, :, None, None] for part in scale_shift)
+            h = h * (1 + scale) + shift
+        return F.silu(h) if self.silu else h
+
+
+class Rearrangement(nn.Module):
+    """What only moves and repeats the values of a map, and pads with `fill`: to quantize before it
+    and behind it is the same."""
+
+
+class Doubling(Rearrangement):
+    """Nearest neighbour by two."""
+
+    def forward(self, x: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """x (N, C, H, W) -> (N, C, 2H, 2W)."""
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class PadEnd(Rearrangement):
+    """One row below and one column at the right."""
+
+    def forward(self, x: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """x (N, C, H, W) -> (N, C, H + 1, W + 1)."""
+        return F.pad(x, (0, 1, 0, 1), value=fill)
 
 
 def tag(role: str, layer: Layer, **attributes: Any) -> Layer:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base.network import AttentionPart, Matmul, tag, timestep_embedding
+from base.network import AttentionPart, Doubling, Matmul, NormAct, PadEnd, tag, timestep_embedding
 
 
 def conv(role: str, in_ch: int, out_ch: int, size: int = 3, **attributes: Any) -> nn.Conv2d:
@@ -41,11 +41,11 @@ class ResnetBlock(nn.Module):
         input_splits: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_ch, eps=1e-6)
+        self.norm1 = NormAct(in_ch, num_groups=groups, eps=1e-6)
         self.conv1 = conv("conv1", in_ch, out_ch)
         if temb_ch is not None:
             self.temb_proj = tag("emb_proj", nn.Linear(temb_ch, out_ch))
-        self.norm2 = nn.GroupNorm(groups, out_ch, eps=1e-6)
+        self.norm2 = NormAct(out_ch, num_groups=groups, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv("conv2", out_ch, out_ch)
         if in_ch != out_ch:
@@ -53,10 +53,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         """x (N, C, H, W), temb (N, E) -> (N, C', H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        if temb is not None:
-            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(self.norm1(x))
+        added = None if temb is None else self.temb_proj(F.silu(temb))
+        h = self.conv2(self.dropout(self.norm2(h, added)))
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
@@ -67,7 +66,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, ch: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, ch, eps=1e-6)
+        self.norm = NormAct(ch, num_groups=groups, eps=1e-6, silu=False)
         self.q = conv("q", ch, ch, 1)
         self.k = conv("k", ch, ch, 1)
         self.v = conv("v", ch, ch, 1)
@@ -105,10 +104,11 @@ class Downsample(nn.Module):
     def __init__(self, ch: int, with_conv: bool) -> None:
         super().__init__()
         if with_conv:
+            self.pad = PadEnd()
             self.conv = tag("down", nn.Conv2d(ch, ch, 3, stride=2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1))) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
+        return self.conv(self.pad(x)) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
 
 
 class Upsample(nn.Module):
@@ -116,11 +116,12 @@ class Upsample(nn.Module):
 
     def __init__(self, ch: int, with_conv: bool) -> None:
         super().__init__()
+        self.doubling = Doubling()
         if with_conv:
             self.conv = conv("up", ch, ch)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = self.doubling(x)
         return self.conv(x) if hasattr(self, "conv") else x
 
 
@@ -196,7 +197,7 @@ class UNet(nn.Module):
             ups.insert(0, level)
         self.up = nn.ModuleList(ups)
 
-        self.norm_out = nn.GroupNorm(norm_groups, h_ch, eps=1e-6)
+        self.norm_out = NormAct(h_ch, num_groups=norm_groups, eps=1e-6)
         self.conv_out = conv("out", h_ch, out_ch)
 
     def embed_time(self, t: torch.Tensor) -> torch.Tensor:
@@ -225,4 +226,4 @@ class UNet(nn.Module):
                 h = level.attn[j](h) if len(level.attn) else h
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))

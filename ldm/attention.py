@@ -13,18 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base.network import AttentionPart, Matmul, tag
+from base.network import AttentionPart, Matmul, NormAct, tag
 from ddim.unet import conv
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm in the precision of its own parameters: float32 beside convolutions in half."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__(32, channels, eps=eps)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:
@@ -62,7 +52,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, ch: int, num_heads: int, new_order: bool = False) -> None:
         super().__init__()
-        self.norm = GroupNorm(ch)
+        self.norm = NormAct(ch, eps=1e-5, silu=False)
         self.qkv = tag("qkv", nn.Conv1d(ch, 3 * ch, 1))
         self.attention = QKVAttention(num_heads, new_order)
         self.proj_out = tag("proj", nn.Conv1d(ch, ch, 1))
@@ -80,8 +70,8 @@ class AttentionBlock(nn.Module):
         return [AttentionPart(norm, [qkv], qkv, qkv, qkv, *others, *rows)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.flatten(2)  # (N, C, L)
-        h = self.proj_out(self.attention(self.qkv(self.norm(tokens))))
+        tokens = self.norm(x).flatten(2)  # (N, C, L)
+        h = self.proj_out(self.attention(self.qkv(tokens)))
         return x + h.reshape(x.shape)
 
 
@@ -176,7 +166,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         inner = num_heads * head_dim
-        self.norm = GroupNorm(ch, eps=1e-6)
+        self.norm = NormAct(ch, eps=1e-6, silu=False)
         self.proj_in = conv("proj_in", ch, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, context_dim, num_heads, head_dim) for _ in range(depth)

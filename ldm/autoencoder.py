@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from base.errors import check_options, unknown_word
+from base.network import NormAct
 from ddim.unet import AttnBlock, Downsample, ResnetBlock, Upsample, conv, empty_level
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -109,7 +110,7 @@ class Encoder(nn.Module):
             if i != last:
                 self.down[i].downsample = Downsample(h_ch, layout.resamp_with_conv)
         self.mid = layout.middle(h_ch)
-        self.norm_out = nn.GroupNorm(layout.norm_groups, h_ch, eps=1e-6)
+        self.norm_out = NormAct(h_ch, num_groups=layout.norm_groups, eps=1e-6)
         self.conv_out = conv("out", h_ch, layout.z_channels * (2 if layout.double_z else 1))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
             h = run_level(level, h)
             h = level.downsample(h) if hasattr(level, "downsample") else h
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -136,7 +137,7 @@ class Decoder(nn.Module):
             if i != 0:
                 ups[0].upsample = Upsample(h_ch, layout.resamp_with_conv)
         self.up = nn.ModuleList(ups)
-        self.norm_out = nn.GroupNorm(layout.norm_groups, h_ch, eps=1e-6)
+        self.norm_out = NormAct(h_ch, num_groups=layout.norm_groups, eps=1e-6)
         self.conv_out = conv("out", h_ch, layout.out_ch)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             h = run_level(level, h)
             h = level.upsample(h) if hasattr(level, "upsample") else h
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class AutoencoderKL(nn.Module):

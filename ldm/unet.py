@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from base.network import Operand, tag, timestep_embedding
+from base.network import NormAct, Operand, tag, timestep_embedding
 from ddim.unet import Upsample, conv
-from ldm.attention import AttentionBlock, BasicTransformerBlock, GroupNorm, SpatialTransformer
+from ldm.attention import AttentionBlock, BasicTransformerBlock, SpatialTransformer
 
 # a context (N, M, D), class labels (N,), both, or nothing
 Condition = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
@@ -57,14 +57,20 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.in_layers = nn.Sequential(GroupNorm(in_ch), nn.SiLU(), conv("conv1", in_ch, out_ch))
+        # identities keep the places of activations, which the norms before them include
+        self.in_layers = nn.Sequential(
+            NormAct(in_ch, eps=1e-5), nn.Identity(), conv("conv1", in_ch, out_ch)
+        )
         self.resample = resample or nn.Identity()
         emb_out = 2 * out_ch if scale_shift else out_ch
         self.emb_layers = nn.Sequential(nn.SiLU(), tag("emb_proj", nn.Linear(emb_ch, emb_out)))
         if scale_shift:
             self.emb_layers.append(tag("scale_shift", Operand(), input_splits=(out_ch, out_ch)))
         self.out_layers = nn.Sequential(
-            GroupNorm(out_ch), nn.SiLU(), nn.Dropout(dropout), conv("conv2", out_ch, out_ch)
+            NormAct(out_ch, eps=1e-5),
+            nn.Identity(),
+            nn.Dropout(dropout),
+            conv("conv2", out_ch, out_ch),
         )
         self.skip_connection = nn.Identity()
         if in_ch != out_ch:
@@ -72,16 +78,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """x (N, C, H, W), emb (N, E) -> (N, C', H', W')."""
-        norm1, swish, conv1 = self.in_layers
+        norm1, _, conv1 = self.in_layers
         norm2, _, dropout, conv2 = self.out_layers
-        h = conv1(self.resample(swish(norm1(x))))
-        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = norm2(h) * (1 + scale) + shift
-        else:
-            h = norm2(h + emb)
-        return self.skip_connection(self.resample(x)) + conv2(dropout(swish(h)))
+        h = conv1(self.resample(norm1(x)))
+        emb = self.emb_layers(emb).to(h.dtype)
+        h = norm2(h, scale_shift=emb.chunk(2, dim=1)) if self.scale_shift else norm2(h, emb)
+        return self.skip_connection(self.resample(x)) + conv2(dropout(h))
 
 
 class Chain(nn.Sequential):
@@ -213,7 +215,9 @@ class UNet(nn.Module):
                     factor //= 2
                 self.output_blocks.append(Chain(*layers))
 
-        self.out = nn.Sequential(GroupNorm(ch), nn.SiLU(), conv("out", ch, out_channels))
+        self.out = nn.Sequential(
+            NormAct(ch, eps=1e-5), nn.Identity(), conv("out", ch, out_channels)
+        )
         if use_fp16:
             for trunk in (self.input_blocks, self.middle_block, self.output_blocks):
                 for layer in trunk.modules():

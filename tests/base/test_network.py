@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import read_fixture
 from torch import nn
 
-from base.network import ROLES, Matmul, tag, timestep_embedding
+from base.network import ROLES, Doubling, Matmul, NormAct, PadEnd, tag, timestep_embedding
 
 
 @pytest.mark.parametrize("order", ["sin_first", "cos_first"])
@@ -41,3 +42,31 @@ def test_a_misspelt_role_is_refused(make):
     assert str(error.value) == "role 'emb_porj' is unknown; did you mean 'emb_proj'?"
     for role in ROLES:
         make(role)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_a_norm_includes_what_stands_around_it(silu):
+    """silu(norm(x + a) (1 + scale) + shift), the norm over all pixels of a group of channels."""
+    torch.manual_seed(0)
+    norm = NormAct(6, num_groups=3, eps=1e-5, silu=silu).requires_grad_(False)
+    norm.weight.copy_(torch.rand(6))
+    norm.bias.copy_(torch.rand(6))
+    x, added, scale, shift = torch.randn(2, 6, 4, 5), *torch.randn(3, 2, 6)
+    h = (x + added[:, :, None, None]).reshape(2, 3, -1)
+    h = (h - h.mean(2, keepdim=True)) / (h.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+    h = h.reshape(x.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+    h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    found = norm(x, added, (scale, shift))
+    torch.testing.assert_close(found, F.silu(h) if silu else h)
+
+
+def test_a_norm_keeps_half_precision_around_float_parameters():
+    x = torch.randn(2, 6, 4, 5).half()
+    assert NormAct(6, num_groups=3, eps=1e-5)(x).dtype == torch.float16
+
+
+def test_rearrangements_move_values_of_any_type():
+    x = torch.arange(6, dtype=torch.uint8).reshape(1, 1, 2, 3)
+    doubled = [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5], [3, 3, 4, 4, 5, 5]]
+    assert Doubling()(x)[0, 0].tolist() == doubled
+    assert PadEnd()(x, 7)[0, 0].tolist() == [[0, 1, 2, 7], [3, 4, 5, 7], [7, 7, 7, 7]]
