@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+
+from base.network import NormAct
+
+ScaleShift = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Row(NamedTuple):
@@ -34,12 +37,48 @@ def quantize(x: torch.Tensor, row: Row) -> torch.Tensor:
     return integers(x, row).add_(row.zero_point).to(torch.uint8)
 
 
-def norm_act(x: torch.Tensor, norm: nn.GroupNorm, silu: bool) -> torch.Tensor:
-    """The group norm of a map and, where there is one, the SiLU behind it."""
+def norm_act(
+    x: torch.Tensor,
+    norm: NormAct,
+    added: torch.Tensor | None = None,
+    scale_shift: ScaleShift = None,
+) -> torch.Tensor:
+    """What a NormAct gives for the same arguments, float32, in fewer steps."""
+    if added is not None:
+        x = x + added[:, :, None, None]
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return act(y, norm.silu, scale_shift)
+
+
+def act(y: torch.Tensor, silu: bool, scale_shift: ScaleShift = None) -> torch.Tensor:
+    """What follows the group norm in a NormAct; changes y."""
+    if scale_shift is not None:
+        scale, shift = (part[:, :, None, None] for part in scale_shift)
+        y = y.mul_(1 + scale).add_(shift)
     return F.silu(y, inplace=True) if silu else y
 
 
-def norm_act_quantize(x: torch.Tensor, norm: nn.GroupNorm, silu: bool, row: Row) -> torch.Tensor:
-    """Both in one: unsigned codes of the normed and activated map, uint8."""
-    return quantize(norm_act(x, norm, silu), row)
+def norm_act_quantize(
+    x: torch.Tensor,
+    norm: NormAct,
+    row: Row,
+    added: torch.Tensor | None = None,
+    scale_shift: ScaleShift = None,
+) -> torch.Tensor:
+    """Unsigned codes of what a NormAct gives, uint8."""
+    return quantize(norm_act(x, norm, added, scale_shift), row)
+
+
+def rescale(
+    acc: torch.Tensor,
+    shift_sum: torch.Tensor,
+    shifts: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """(acc + shift_sum * shifts) * scale + bias, in `acc`: sums of integers (N, O, H, W) or (...,
+    O), `shift_sum` with one channel, the others (O,)."""
+    per_channel = [t if t is None or acc.dim() != 4 else t[:, None, None] for t in (shifts, scale, bias)]
+    shifts, scale, bias = per_channel
+    acc.add_(shift_sum * shifts).mul_(scale)
+    return acc if bias is None else acc.add_(bias)
