@@ -22,6 +22,7 @@ RECIPE = ("model", "bits", "method", "preset")
 # classes whose keys a command has
 RUN, PLAN = "tinydm.recipe.RunConfig", "tinydm.plan.CompareConfig"
 TRAIN = "tinydm.training.config.TrainConfig"
+BENCH = "tinydm.benchmark.command.BenchmarkConfig"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ COMMANDS = {
     "analyze": Command("measure ranges and errors of a run", "tinydm.stages.analyze", RUN),
     "retabulate": Command("a run at another number of steps", "tinydm.stages.retabulate", RUN),
     "table": Command("tables of scored runs", "tinydm.report.table"),
+    "benchmark": Command("measure speed", "tinydm.benchmark.command", BENCH, needs_words=False),
     "train": Command("train a model, also quantized", "tinydm.training.train", TRAIN, ("train",)),
     "download": Command("fetch public checkpoints", "models.download"),
     "doctor": Command("what is here and what is missing", "tinydm.doctor", needs_words=False),

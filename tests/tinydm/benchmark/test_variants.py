@@ -1,0 +1,95 @@
+"""What is measured: names, and a tiny network through each that can run anywhere."""
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+
+import quant.integer
+from tinydm.benchmark import variants
+from tinydm.benchmark.networks import Network
+from tinydm.benchmark.variants import Case, forward_call, keys_of, sampling_call, title
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def case(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"name": "tiny", "network": TINY}))
+    network = Network(str(path), CPU)
+    return Case(network, network.arguments(2), 1)
+
+
+def test_words_widths_and_devices():
+    keys = keys_of(["w4a8", "w8a8"], CPU)
+    assert keys[:3] == ["fp32", "channels_last", "bf16"]
+    assert {"openvino", "openvino w4a8", "published w4a8", "integer w8a8"} < set(keys)
+    assert not {"fp16", "published w8a8", "published", "openvino w8a8", "integer"} & set(keys)
+    assert keys_of(["w8a8"], CPU, ["compiled"]) == ["fp32", "compiled w8a8"]
+    on_gpu = keys_of(["w4a8"], CUDA)
+    assert "fp16" in on_gpu and not [key for key in on_gpu if key.startswith(("onnx", "openv"))]
+    assert set(variants.TITLES) == set(variants.MAKERS)
+    assert title("integer w4a8") == "integer, eager glue W4A8"
+    assert [title(key) for key in ("fp32", "openvino")] == ["fp32 eager NCHW", "OpenVINO fp32"]
+
+
+@torch.no_grad()
+def test_full_precision_and_simulated_variants_answer_alike(case):
+    base = forward_call("fp32", case)()
+    for key, least in (("channels_last", 100), ("published w8a8", 25), ("simulated w8a8", 25)):
+        answer = forward_call(key, case)()
+        assert 20 * torch.log10(base.norm() / (answer - base).norm()) > least, key
+
+
+@torch.no_grad()
+def test_bfloat16_where_it_is_emulated_is_refused(case, monkeypatch):
+    monkeypatch.setattr(variants, "computes_bfloat16", lambda device: False)
+    with pytest.raises(ValueError, match="emulates bfloat16"):
+        forward_call("bf16", case)
+    monkeypatch.setattr(variants, "computes_bfloat16", lambda device: True)
+    assert forward_call("bf16", case)().shape == (2, 3, 8, 8)
+
+
+@torch.no_grad()
+def test_the_engine_is_given_the_simulated_network_once(case, monkeypatch):
+    given = []
+
+    def integer_net(net, *, glue):
+        given.append((net, glue))
+        return net
+
+    monkeypatch.setattr(quant.integer, "integer_net", integer_net, raising=False)
+    for key in ("integer w4a8", "compiled w4a8", "integer w4a8"):
+        forward_call(key, case)()
+    net = case.network.quantized("w4a8")
+    assert given == [(net, "eager"), (net, "compiled")]
+
+
+@torch.no_grad()
+def test_sampling_runs_visit_every_step(case):
+    calls = []
+    case.network.net.register_forward_hook(lambda *_: calls.append(1))
+    image = sampling_call("fp32", case, 4)()
+    assert len(calls) == 4 and image.shape == (2, 3, 8, 8)
+    assert not torch.equal(sampling_call("simulated w8a8", case, 4)(), image)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_other_run_times_answer_alike(case, runtime):
+    pytest.importorskip(runtime)
+    pytest.importorskip("onnxscript", reason="torch.onnx needs it")
+    base, answer = forward_call("fp32", case)(), forward_call(runtime, case)()
+    assert (torch.from_numpy(answer[0]) - base).abs().max() < 1e-4
+
+
+def test_a_run_time_that_is_not_there(case, monkeypatch):
+    def absent(name):
+        raise ImportError
+
+    monkeypatch.setattr(variants.importlib, "import_module", absent)
+    with pytest.raises(ValueError, match=r"openvino is not installed \(pip install openvino\)"):
+        forward_call("openvino", case)
+    with pytest.raises(ValueError, match="no integer_net"):
+        forward_call("integer w4a8", case)

@@ -1,0 +1,1 @@
+"""How fast networks run: in full precision, simulated and on integers, side by side."""
