@@ -37,13 +37,14 @@ def evaluate(run: Run) -> str:
     if path.exists() and not config.force:
         if json.loads(path.read_text())["protocol"]["asked"] == protocol:
             return f"evaluate: done already, {path}"
-    folders = {precision: sample_folder(run, precision) for precision in ("float", "simulated")}
+    folders = {precision: sample_folder(run, precision) for precision in ("float", "quantized")}
     for precision, folder in folders.items():
         missing = [i for i in range(config.sampling.num) if not (folder / f"{i:06d}.png").exists()]
         if missing:
+            word = " precision=float" if precision == "float" else ""
             raise ValueError(
                 f"{len(missing)} of {config.sampling.num} images are not in {folder} yet; make "
-                f"them with: python scripts/sample.py {run.folder} precision={precision}"
+                f"them with: python scripts/sample.py {run.folder}{word}"
             )
     layers = json.loads(run.need("map.json", "quantize").read_text())["layers"]
     if any("bit_product" not in row for row in layers):
@@ -106,4 +107,4 @@ def distribution(run: Run, folder: Path) -> dict[str, Any]:
 def sqnr(run: Run) -> list[dict[str, float]]:
     """SQNR of eps by step along full-precision trajectories of `evaluation.sqnr_images` images."""
     s, num = run.config.sampling, run.config.evaluation.sqnr_images
-    return step_sqnr(trajectory(run.model, s, num, s.seed), model_of(run, "simulated").eps)
+    return step_sqnr(trajectory(run.model, s, num, s.seed), model_of(run, "auto").eps)

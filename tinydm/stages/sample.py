@@ -2,11 +2,15 @@
 
     python scripts/sample.py RUN [precision=float] [sampling.num=1024] [shard=0/2] [force=true]
 
-Quantized images go to RUN/samples/000000.png ... and RUN/samples.npz (uint8 NHWC, arr_0);
-full-precision images of the same seeds to a folder float-* beside RUN, shared by all runs of the
-same model, weights and sampler. Images that are there already are kept. `shard=i/n` does every n-th
-batch, for n processes side by side; the image bytes do not depend on it."""
+Quantized images go to RUN/samples/000000.png ... and RUN/samples.npz (uint8 NHWC, arr_0). They are
+computed on integers where that is exact and faster (precision=auto, which says what it chose), on
+integers in any case (integer), or with integers held in floats (simulated): the bytes are the same.
+With precision=float, full-precision images of the same seeds go to a folder float-* beside RUN,
+shared by all runs of the same model, weights and sampler. Images that are there already are kept.
+`shard=i/n` does every n-th batch, for n processes side by side; the image bytes do not depend on
+it."""
 
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,22 +25,24 @@ from base.files import write_atomically
 from models.diffusion import DiffusionModel
 from models.sampling import sample
 from tinydm.identity import folder_name, images_of
+from tinydm.precision import check_precision, with_precision
 from tinydm.run_folder import Run, open_run
 from tinydm.stages.quantize import with_quantized
+
+LOG = logging.getLogger("tinydm")
 
 
 def run(arguments: list[str]) -> None:
     """Runs the stage by a command line."""
     folder, words = one_folder(arguments)
-    choice, words = take_words(words, {"precision": "simulated", "shard": "0/1"})
+    choice, words = take_words(words, {"precision": "auto", "shard": "0/1"})
     print(draw(open_run(folder, words), **choice))
 
 
-def draw(run: Run, precision: str = "simulated", shard: str = "0/1") -> str:
-    """Draws the images that are missing; returns what was done as a sentence. `precision` is
-    simulated or float, `shard` i/n does every n-th batch."""
-    if precision not in ("simulated", "float"):
-        raise ValueError(f"precision '{precision}' is unknown; choose simulated or float")
+def draw(run: Run, precision: str = "auto", shard: str = "0/1") -> str:
+    """Draws the images that are missing; returns what was done as a sentence. `precision` is float
+    or a word of tinydm.precision, `shard` i/n does every n-th batch."""
+    check_precision(precision)
     part, parts = read_shard(shard)
     s, folder = run.config.sampling, sample_folder(run, precision)
     paths = [folder / f"{i:06d}.png" for i in range(s.num)]
@@ -49,15 +55,16 @@ def draw(run: Run, precision: str = "simulated", shard: str = "0/1") -> str:
     blocks = [range(k, min(k + s.batch_size, s.num)) for k in range(0, s.num, s.batch_size)]
     todo = [block for block in blocks[part::parts] if not all(paths[i].exists() for i in block)]
     if todo:
-        model = model_of(run, precision)
         folder.mkdir(parents=True, exist_ok=True)
-        text = f"sample: {precision}, batches of {s.batch_size}"
-        bar = tqdm(desc=text, total=len(todo) * run.num_evaluations, unit="step")
-        with bar, run.stage(f"sample {precision}" + (f" shard {shard}" if parts > 1 else "")):
-            for block in todo:
-                images = sample(model, block, s, callback=lambda *_: bar.update())
-                for i, image in zip(block, images.cpu()):
-                    save_png(paths[i], image)
+        kind = "float" if precision == "float" else "quantized"
+        with run.stage(f"sample {kind}" + (f" shard {shard}" if parts > 1 else "")):
+            model = model_of(run, precision)
+            text = f"sample: {kind}, batches of {s.batch_size}"
+            with tqdm(desc=text, total=len(todo) * run.num_evaluations, unit="step") as bar:
+                for block in todo:
+                    images = sample(model, block, s, callback=lambda *_: bar.update())
+                    for i, image in zip(block, images.cpu()):
+                        save_png(paths[i], image)
     count = sum(path.exists() for path in paths)
     if count < s.num:
         return f"sample: {count} of {s.num} images in {folder}; the other shards draw the rest"
@@ -68,15 +75,19 @@ def draw(run: Run, precision: str = "simulated", shard: str = "0/1") -> str:
 
 
 def model_of(run: Run, precision: str) -> DiffusionModel:
-    """Returns the model to sample with: as it is, or around the quantized network."""
+    """Returns the model to sample with: as it is, or around the quantized network, which computes
+    as `precision` says; prints how."""
     if precision == "float":
         return run.model
-    return with_quantized(run.model, run.need("quantized.safetensors", "quantize"))
+    quantized = with_quantized(run.model, run.need("quantized.safetensors", "quantize"))
+    model, about = with_precision(quantized, precision, run.config.sampling.batch_size)
+    LOG.info("sample: %s", about)
+    return model
 
 
 def sample_folder(run: Run, precision: str) -> Path:
     """RUN/samples, or the shared folder of full-precision images, named by what decides them."""
-    if precision == "simulated":
+    if precision != "float":
         return run.path("samples")
     content = images_of(run.config, run.model, run.config.sampling.seed)
     return run.folder.parent / folder_name("float", content)
