@@ -78,7 +78,9 @@ def rescale(
 ) -> torch.Tensor:
     """(acc + shift_sum * shifts) * scale + bias, in `acc`: sums of integers (N, O, H, W) or (...,
     O), `shift_sum` with one channel, the others (O,)."""
-    per_channel = [t if t is None or acc.dim() != 4 else t[:, None, None] for t in (shifts, scale, bias)]
+    per_channel = [
+        t if t is None or acc.dim() != 4 else t[:, None, None] for t in (shifts, scale, bias)
+    ]
     shifts, scale, bias = per_channel
     acc.add_(shift_sum * shifts).mul_(scale)
     return acc if bias is None else acc.add_(bias)
