@@ -135,10 +135,22 @@ def input_quantizers(net: nn.Module) -> dict[str, Quantizer]:
     return {name: q for name, q in quantizers.items() if not name.endswith("weight_quantizer")}
 
 
-def stem_of(net: nn.Module) -> QuantLayer | None:
-    """The layer that reads x on a grid; None where x is read as it is."""
-    layers = quant_layers(net).values()
-    return next((m for m in layers if m.role == "stem" and m.input_quantizer is not None), None)
+def stem_of(net: nn.Module) -> nn.Module | None:
+    """The layer that reads x on a grid, on integers or not; None where x is read as it is."""
+    stems = (m for m in modules_of(net).values() if getattr(m, "role", None) == "stem")
+    return next((m for m in stems if getattr(m, "input_quantizer", None) is not None), None)
+
+
+def in_channels_last(net: nn.Module) -> nn.Module:
+    """The network itself with its weights laid out so that its maps are channels_last, as integer
+    engines hold them: a norm adds up the values of a map in the order of memory."""
+
+    def lay_out(tensor):  # convolutions' weights, also one for every time segment
+        if tensor.dim() not in (4, 5):
+            return tensor
+        return tensor.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+    return net._apply(lay_out)
 
 
 @contextmanager

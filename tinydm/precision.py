@@ -11,8 +11,8 @@ import torch
 from base.errors import unknown_word
 from base.network import batch_of
 from models.diffusion import DiffusionModel
-from quant.integer.select import integer_net, simulated_net, trial
-from quant.network import quant_layers
+from quant.integer.select import integer_net, trial
+from quant.network import in_channels_last, quant_layers
 
 PRECISIONS = ("auto", "integer", "simulated")
 TRIED = 8  # samples of a trial at most
@@ -32,7 +32,7 @@ def with_precision(
     `batch_size` is that of sampling. Raises ValueError for an unknown word, and for `integer` where
     that is not possible."""
     check_precision(precision)
-    simulated = simulated_net(model.net)
+    simulated = in_channels_last(model.net)
     as_simulated = model.with_net(simulated)
     if precision == "simulated":
         return as_simulated, "simulated integers"

@@ -31,7 +31,8 @@ class IntegerLayer(nn.Module):
         balances = [None] * len(self.parts)
         if layer.inverse_balance is not None:
             factors = layer.inverse_balance.split(self.parts)
-            balances = [layer.per_channel(own) for own in factors]
+            axes = [1] * min(2 * layer.trailing, 2)  # behind the channels of a map
+            balances = [own.reshape(-1, *axes) for own in factors]
         q = layer.input_quantizer
         self.grids = [Grid(q, part, balance) for part, balance in enumerate(balances)]
         weights = layer.weight_int if layer.has_segments else layer.weight_int[None]
@@ -48,18 +49,16 @@ class IntegerLayer(nn.Module):
         segment = self.grids[0].segment
         own = self.weight_timeline.segment if self.weight_timeline else 0
         timed = max(segment, own)  # one of them is the segment wherever there are several
+        x = x.unsqueeze(2) if self.is_1d else x
         inputs = x.split(self.parts, dim=1) if len(self.parts) > 1 else [x]
         out = None
         for part, (values, grid) in enumerate(zip(inputs, self.grids)):
             codes = values if values.dtype is torch.uint8 else self.glue.quantize(values, grid.row)
             bias, scale = (self.bias if part == 0 else None), self.scales[timed][part]
             product = self.products[own][part]
-            term = product(self._map(codes), grid.row.zero_point, scale, bias)
+            term = product(codes, grid.row.zero_point, scale, bias)
             out = term if out is None else out.add_(term)
         return out.squeeze(2) if self.is_1d else out
-
-    def _map(self, codes):
-        return codes.unsqueeze(2) if self.is_1d else codes
 
 
 def _scales(layer):

@@ -24,7 +24,7 @@ from quant.integer.layers import (
 )
 from quant.integer.readers import readers_of
 from quant.layers import QuantLayer, QuantMatmul
-from quant.network import QuantizedNet, core_of
+from quant.network import QuantizedNet, core_of, in_channels_last
 
 
 class IntegerNet(QuantizedNet):
@@ -83,7 +83,7 @@ def lower(
     kept = {id(modules[name]): module for name, module in new.items()}
     kept |= {id(t): t for t in [*core.parameters(), *core.buffers()]}  # shared, not copied
     kept[id(net.timeline)] = net.timeline
-    copied = copy.deepcopy(core, kept).to(memory_format=torch.channels_last)
+    copied = in_channels_last(copy.deepcopy(core, kept))
     return IntegerNet(net, copied, {name: why for name, why in reasons.items() if why}).eval()
 
 

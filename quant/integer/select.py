@@ -19,7 +19,7 @@ REPEATS = 3  # forward passes of each kind in a trial
 
 
 def integer_net(net: QuantizedNet, arguments: Arguments, *, compiled: bool = True) -> IntegerNet:
-    """The network on the integer engine of its device, bit for bit what `simulated_net` of it
+    """The network on the integer engine of its device, bit for bit what `in_channels_last` of it
     gives. `arguments` are those of any number of samples; only their shapes matter. What lies
     between the products runs in compiled form where there is a compiler, or with `compiled=False`
     in plain PyTorch. Raises ValueError where weights are not integers yet, and in one sentence
@@ -52,12 +52,6 @@ def _engine(device: torch.device, compiled: bool) -> tuple[Any, Any]:
     if device.type == "cpu":
         return cpu_engine(), glue
     return f"there is none for {device.type}", glue
-
-
-def simulated_net(net: QuantizedNet) -> QuantizedNet:
-    """The network itself with maps in channels_last, as engines hold them: norms add up the values
-    of a map in the order of memory."""
-    return net.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
