@@ -5,6 +5,7 @@ import copy
 import importlib
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from base.devices import computes_bfloat16
 from models.sampling import Sampling, denoise
+from quant.integer.select import integer_net
 from tinydm.benchmark.harness import Call
 from tinydm.benchmark.networks import Network
 from tinydm.benchmark.published import published_net
@@ -128,20 +130,17 @@ def _simulated(case, bits):
 
 
 def _integer(case, bits):
-    return _engine(case, bits, "eager")
+    return _on_integers(case, bits, compiled=False)
 
 
 def _compiled(case, bits):
-    return _engine(case, bits, "compiled")
+    return _on_integers(case, bits, compiled=True)
 
 
-def _engine(case, bits, glue):
-    try:
-        integer_net = importlib.import_module("quant.integer").integer_net
-    except (ImportError, AttributeError):
-        raise ValueError("quant.integer has no integer_net in this version") from None
-    quantized = case.network.quantized(bits)
-    return case.network.keep((bits, glue), lambda: integer_net(quantized, glue=glue))
+def _on_integers(case, bits, compiled):
+    net, arguments = case.network.quantized(bits), case.arguments
+    make = partial(integer_net, net, arguments, compiled=compiled)
+    return case.network.keep((bits, compiled), make)
 
 
 def _onnxruntime(case, bits):
