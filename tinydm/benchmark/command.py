@@ -67,7 +67,9 @@ def run(words: list[str]) -> None:
     rows = [Row(**line) for line in read_lines(folder / "benchmark.jsonl")]
     for row in measure(config):
         log(told(row))
-        rows = [other for other in rows if other.place != row.place] + [row]
+        former = [other for other in rows if other.place == row.place]
+        if row.clean or not former:  # a busy machine takes no result away
+            rows = [other for other in rows if other not in former] + [row]
         write_lines(folder / "benchmark.jsonl", map(asdict, rows))
     if not rows:
         raise ValueError(f"{folder}/benchmark.jsonl holds no results and networks is empty")

@@ -57,6 +57,8 @@ class Row:
 def told(row: Row) -> str:
     """One row as text: a line for each variant."""
     lines = [f"{row.name}{run_of(row.steps)}; {conditions([row])}; {rounds_of(row)}"]
+    if not row.clean:
+        lines.append("  other processes kept the machine busy: no round counts; measure again")
     for key, values in row.seconds.items():
         if values:
             ratio = row.ratio(key)

@@ -94,6 +94,7 @@ def test_reasons_are_told_once():
 def test_no_clean_round_is_no_number():
     page = markdown([replace(ROW, clean=0, seconds={key: [] for key in ROW.seconds})])
     assert "| fp32 eager NCHW, time | – |\n| clean rounds | 0 of 5 |" in page
+    assert "no round counts" in told(replace(ROW, clean=0, seconds={}))
     assert "No round was dropped: " in markdown([replace(ROW, watched=False)])
 
 
