@@ -1,11 +1,13 @@
 """Which device computes, and what it computes itself."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 Device = torch.device | str
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 @contextmanager
@@ -23,6 +25,16 @@ def exact_arithmetic(threads: int = 0) -> Iterator[None]:
         cudnn.allow_tf32, cudnn.deterministic = before[:2]
         if threads:
             torch.set_num_threads(before[2])
+
+
+def reuse_memory() -> None:
+    """Lets this process keep the memory that tensors on the CPU free, for the next ones: the system
+    hands out zeroed pages, which costs up to a third of the time of a network on integers. Does
+    nothing where the C library is not glibc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)  # smaller blocks come from the heap
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # of which nothing is given back
 
 
 def resolve_device(word: str) -> torch.device:

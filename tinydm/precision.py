@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from base.devices import reuse_memory
 from base.errors import unknown_word
 from base.network import batch_of
 from models.diffusion import DiffusionModel
@@ -32,6 +33,7 @@ def with_precision(
     `batch_size` is that of sampling. Raises ValueError for an unknown word, and for `integer` where
     that is not possible."""
     check_precision(precision)
+    reuse_memory()
     simulated = in_channels_last(model.net)
     as_simulated = model.with_net(simulated)
     if precision == "simulated":

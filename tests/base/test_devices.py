@@ -1,6 +1,7 @@
 """Which device a word means, and arithmetic that is exact only where it is asked for."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -76,3 +77,31 @@ def test_bfloat16_is_computed_where_the_processor_has_it(isa, native):
     )
     found, machine = (word == "True" for word in ended.stdout.split())
     assert ended.returncode == 0 and found == (machine if native is None else native)
+
+
+FAULTS = """
+import resource, sys, torch
+from base.devices import reuse_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "reuse":
+    reuse_memory()
+def use():
+    return torch.ones(2**22) + 1  # 16 MB, longer than the default threshold ever grows: 32 MB
+for _ in range(3):
+    use(), torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use(), torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the allocator of glibc")
+def test_memory_that_was_freed_is_used_again():
+    """Page faults of ten tensors of 64 MB and less: one for every 4096 bytes, or nearly none."""
+    counts = {}
+    for word in ("reuse", "default"):
+        run = [sys.executable, "-c", FAULTS, word]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=PROJECT, check=True)
+        counts[word] = int(done.stdout)
+    assert counts["default"] > 10_000 > 1_000 > counts["reuse"]
