@@ -132,6 +132,11 @@ def self_test(device: torch.device | str) -> str:
     other numbers than the definition computed on the CPU. "" if it is exact."""
     rng = torch.Generator().manual_seed(0)
     try:
+        if torch.device(device).type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 0):  # Triton would fail with a thousand lines
+                found = ".".join(map(str, capability))
+                return f"{device} has compute capability {found}; integer products need 8.0 or more"
         engine = CudaEngine(device)
         engine.processors = 1  # so that the tile follows from the shape
         for number, case in enumerate(CASES):

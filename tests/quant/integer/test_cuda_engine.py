@@ -124,6 +124,13 @@ def test_an_engine_that_differs_or_does_not_run_is_not_used(monkeypatch):
     assert self_test("cpu") == "the integer kernel does not run on cpu: no compiler"
 
 
+def test_older_gpus_are_told_apart_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert cuda_engine("cuda:0") == (
+        "cuda:0 has compute capability 7.5; integer products need 8.0 or more"
+    )
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_engine_is_exact_and_a_graph_reads_other_zero_points():
     engine = cuda_engine("cuda")
