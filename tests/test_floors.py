@@ -25,10 +25,10 @@ QUANT = [
     ["observer", "rules"],
     ["layers"],
     ["network", "graph"],
-    ["scales", "folds", "convert", "inventory", "analysis"],
+    ["scales", "folds", "convert", "analysis"],
     ["checkpoint"],
     ["calibration", "reconstruction", "integer", "export"],
-    ["passes"],
+    ["passes", "inventory"],
     ["qat"],
 ]
 # of quant/passes, what is no pass

@@ -51,7 +51,7 @@ def with_precision(
     equal, factor = trial(simulated, lowered, arguments)
     count = len(lowered.integer_layers)
     total = count + len(quant_layers(lowered))
-    about = f"{count} of {total} layers on int8, {factor:.2f} x the speed of the simulation"
+    about = f"{count} of {total} quantized layers on int8, {factor:.2f} x as fast as simulated"
     if precision == "integer":
         bits = "the same bits" if equal else "not the same bits (sums beyond 2^24, see docs)"
         return model.with_net(lowered), f"integers ({about}, {bits})"

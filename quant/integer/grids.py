@@ -7,6 +7,7 @@ import torch
 from quant.grid import code_range
 from quant.integer.glue import Row
 from quant.quantizer import Quantizer
+from quant.spec import QuantSpec
 
 
 class Grid:
@@ -45,12 +46,16 @@ class Grid:
 
 def why_no_grid(q: Quantizer | None) -> str:
     """Why a tensor with this quantizer has no codes of 8 bits with one scale; "" if it has."""
-    if q is None:
+    return why_no_codes(QuantSpec() if q is None else q.spec)
+
+
+def why_no_codes(spec: QuantSpec) -> str:
+    """The same by what a rule says of the tensor."""
+    if spec.bits >= 32:
         return "its input is not quantized"
-    if q.spec.grid != "uniform":
-        return f"its codes are on the {q.spec.grid} grid"
-    if q.spec.per != "tensor":
-        return f"its input has a scale for every {q.spec.per}"
-    if max(q.bits) > 8:
-        return f"its input has {max(q.bits)} bits"
-    return ""
+    if spec.grid != "uniform":
+        return f"its codes are on the {spec.grid} grid"
+    if spec.per != "tensor":
+        return f"its input has a scale for every {spec.per}"
+    widest = max(spec.segment_bits or [spec.bits])
+    return f"its input has {widest} bits" if widest > 8 else ""

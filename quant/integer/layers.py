@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from base.network import NormAct, Rearrangement
-from quant.integer.grids import Grid, why_no_grid
+from quant.integer.grids import Grid
+from quant.integer.support import why_as_defined
 from quant.layers import QuantLayer, QuantMatmul
 
 
@@ -118,10 +119,9 @@ class Shifted:
 
 
 def why_not_integer(layer: QuantLayer, largest: int) -> str:
-    """Why a layer cannot run on an engine whose weights are at most `largest`; "" if it can."""
-    if layer.weight_int is None:
-        return "its weight is not quantized"
-    reason = why_no_grid(layer.input_quantizer)
+    """Why a hardened layer cannot run on an engine whose weights are at most `largest`; "" if it
+    can."""
+    reason = why_as_defined(layer)
     if reason:
         return reason
     shifts = shifts_of(layer.weight_int.reshape(-1, *layer.shape[1:]))

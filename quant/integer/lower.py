@@ -23,6 +23,7 @@ from quant.integer.layers import (
     why_not_integer,
 )
 from quant.integer.readers import readers_of
+from quant.integer.support import why_as_defined
 from quant.layers import QuantLayer, QuantMatmul
 from quant.network import QuantizedNet, core_of, in_channels_last
 
@@ -76,9 +77,7 @@ def lower(
     new |= _matmuls(modules, glue)
     new |= _glue_modules(core, modules, new, arguments, glue)
     reasons |= {
-        name: "products of activations are computed in float32, exactly"
-        for name, m in modules.items()
-        if isinstance(m, QuantMatmul)
+        name: why_as_defined(m) for name, m in modules.items() if isinstance(m, QuantMatmul)
     }
     kept = {id(modules[name]): module for name, module in new.items()}
     kept |= {id(t): t for t in [*core.parameters(), *core.buffers()]}  # shared, not copied

@@ -215,13 +215,33 @@ def test_widths_that_differ_by_time_count_by_the_steps_that_have_them(tiny_net):
 def test_map_as_text(tiny_net):
     net = convert(tiny_net, rules(4, 8) + [{"role": "probs", "input": {"bits": 16}}])
     lines = format_map(quantization_map(tiny_net, net, trace(tiny_net, EXAMPLE).macs)).splitlines()
-    assert lines[3].split() == ["conv_in", "stem", "4", "8", "224", "0.01"]
+    assert lines[3].split() == ["conv_in", "stem", "4", "8", "224", "0.01", "int8"]
     assert next(line for line in lines if "mid.attn_1.av_matmul" in line).split()[1:4] == [
         "v+probs",
         "-",
         "8/16",
     ]
-    assert lines[-1].endswith("100.00% of the multiply-adds")
+    assert "100.00% of the multiply-adds; on int8: " in lines[-1]
+
+
+def test_map_names_what_runs_on_int8_and_why_the_rest_does_not(tiny_net):
+    macs = trace(tiny_net, EXAMPLE).macs
+    wanted = [*rules(4, 8), {"role": "stem", "weight": {"bits": 32}, "input": {"bits": 32}}]
+    wanted += [{"role": "out", "input": {"per": "channel"}}]
+    facts = quantization_map(tiny_net, convert(tiny_net, wanted), macs)
+    found = {row["name"]: row["arithmetic"] for row in facts["layers"]}
+    others = {name: why for name, why in found.items() if why != "int8"}
+    products = {name for name in macs if name.endswith("matmul")}
+    assert {others.pop(name) for name in products} == {
+        "products of activations are computed in float32"
+    }
+    assert others == {
+        "conv_in": "not quantized",
+        "conv_out": "its input has a scale for every channel",
+    }
+    left = sum(macs[name] for name in {*others, *products})
+    assert facts["int8_share"] == 1 - left / sum(macs.values())
+    assert any(line.endswith("every channel") for line in format_map(facts).splitlines())
 
 
 def test_one_segment_equals_static_and_equal_segments_equal_one(tiny_net, tmp_path):

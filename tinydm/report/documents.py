@@ -7,9 +7,10 @@
 
 A page holds blocks between <!-- NAME --> and <!-- end -->, everything else in it is written by
 hand. NAME is results (the small table), results/PLAN/MODEL (overview and, folded, all columns of
-results/PLAN.jsonl, in the order of configs/compare/PLAN.yaml), methods (of configs/method), passes,
-builders, or keys MODULE.CLASS (of that dataclass). Figures that a page shows are drawn too:
-compare-MODEL.png (W4A8 and W4A4 of equal.yaml) and ablation-NAME.png."""
+results/PLAN.jsonl, in the order of configs/compare/PLAN.yaml), methods (of configs/method),
+integers (what of each runs on int8), passes, builders, or keys MODULE.CLASS (of that dataclass).
+Figures that a page shows are drawn too: compare-MODEL.png (W4A8 and W4A4 of equal.yaml) and
+ablation-NAME.png."""
 
 import re
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ from base.files import PROJECT, write_text
 from tinydm.plan import CompareConfig, run_name
 from tinydm.report import table
 from tinydm.report.chart import draw
+from tinydm.report.integers import integers_block
 from tinydm.report.reference import builders_block, keys_block, methods_block, passes_block
 from tinydm.report.results import merge_results, read_results, read_run
 
 BLOCK = re.compile(
-    r"<!-- (?P<name>results(?:/\S+/\S+)?|methods|passes|builders|keys \S+) -->\n.*?<!-- end -->",
+    r"<!-- (?P<name>results(?:/\S+/\S+)?|methods|integers|passes|builders|keys \S+) -->\n"
+    r".*?<!-- end -->",
     re.DOTALL,
 )
 FIGURE = re.compile(r"\((?:docs/)?((?:compare|ablation)-\S+)\.png\)")
@@ -156,6 +159,7 @@ def rows_of(plan: str, model: str) -> list[table.Row]:
 BLOCKS = {
     "results": small_table,
     "methods": methods_block,
+    "integers": integers_block,
     "passes": passes_block,
     "builders": builders_block,
 }

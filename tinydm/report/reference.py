@@ -31,7 +31,7 @@ WIDTH = 120  # columns of a page
 
 def methods_block() -> list[str]:
     """An overview of all methods, then a section for each, with its released form below it."""
-    files = _method_files()
+    files = method_names()
     rows = []
     for name in files:
         passes = [f"`{one}`" for one, _ in map(named, _read(name).get("passes", []))]
@@ -42,7 +42,7 @@ def methods_block() -> list[str]:
     return lines
 
 
-def _method_files():
+def method_names() -> list[str]:
     """Names of the methods in the order of configs/compare/equal.yaml, the others behind them;
     a released form follows what it is a form of."""
     folder = PROJECT / "configs/method"
