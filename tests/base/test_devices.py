@@ -85,13 +85,11 @@ from base.devices import reuse_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "reuse":
     reuse_memory()
-def use():
-    return torch.ones(2**22) + 1  # 16 MB, longer than the default threshold ever grows: 32 MB
-for _ in range(3):
-    use(), torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    use(), torch.ones(2**24)
+for turn in range(8):
+    if turn == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (2**22, 2**24):  # 64 MB: longer than the default threshold ever grows
+        torch.ones(size)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
