@@ -39,6 +39,10 @@ class QuantizedNet(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
         """The answer to x (N, C, H, W) at the network times t (N,), under a condition if any."""
         self.timeline.set_time(t)
+        return self.answer(x, t, *cond)
+
+    def answer(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+        """The same at the time that the timeline has been told."""
         answer = self.net(x, t, *cond)
         return answer if self.bypass is None else answer + self.bypass(self.input_error(x))
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from base.network import NormAct, Rearrangement
+from quant.integer.cuda_graph import GraphedCall
 from quant.integer.grids import Grid, why_no_grid
 from quant.integer.layers import (
     IntegerLayer,
@@ -36,6 +37,9 @@ class IntegerNet(QuantizedNet):
         super().__init__(core, net.timeline)
         self.bypass, self.correction, self.recipe = net.bypass, net.correction, net.recipe
         self.reasons = reasons
+        # launching kernels one by one takes a GPU longer than small batches compute
+        on_gpu = next(core.parameters()).is_cuda
+        self.graphed = GraphedCall(self.answer) if on_gpu else None
 
     @property
     def integer_layers(self) -> list[str]:
@@ -45,16 +49,22 @@ class IntegerNet(QuantizedNet):
     def forward(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
         """The answer to x (N, C, H, W) at the network times t (N,), under a condition if any;
         samples of several time segments run apart."""
-        segments = self.timeline.segments_of(t)
-        if self.timeline.num_segments == 1 or bool((segments == segments[0]).all()):
-            return super().forward(x, t, *cond)
-        out = None
+        self.timeline.set_time(t)
+        if not torch.is_tensor(self.timeline.segment):
+            return self._run(x, t, *cond)
+        segments, out = self.timeline.segment, None
         for segment in segments.unique():
             rows = segments == segment
-            part = super().forward(x[rows], t[rows], *(c[rows] for c in cond))
+            self.timeline.set_time(t[rows])
+            part = self._run(x[rows], t[rows], *(c[rows] for c in cond))
             out = x.new_empty(len(x), *part.shape[1:]) if out is None else out
             out[rows] = part
         return out
+
+    def _run(self, *given):
+        if self.graphed is None:
+            return self.answer(*given)
+        return self.graphed(*given, state=self.timeline.segment)
 
 
 def lower(

@@ -10,6 +10,8 @@ import torch
 
 from quant.integer import glue
 from quant.integer.cpu import cpu_engine
+from quant.integer.cuda import cuda_engine
+from quant.integer.glue_cuda import InductorGlue
 from quant.integer.lower import IntegerNet, lower
 from quant.layers import QuantLayer
 from quant.network import QuantizedNet, quant_layers
@@ -48,9 +50,12 @@ def _is_soft(layer: QuantLayer) -> bool:
 
 
 def _engine(device: torch.device, compiled: bool) -> tuple[Any, Any]:
-    """What makes integer products on a device, or why nothing does, and its glue."""
+    """What makes integer products on a device, or why nothing does, and its glue. Engines have
+    been tested against the definition when they are handed out."""
     if device.type == "cpu":
         return cpu_engine(), glue
+    if device.type == "cuda":
+        return cuda_engine(device), InductorGlue() if compiled else glue
     return f"there is none for {device.type}", glue
 
 
