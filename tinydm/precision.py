@@ -49,7 +49,7 @@ def with_precision(
             ) from None
         return as_simulated, f"simulated integers ({reason})"
     equal, factor = trial(simulated, lowered, arguments)
-    bits = "the same bits" if equal else "other bits"
+    bits = "the same bits" if equal else "not the same bits: sums beyond 2^24 are rounded otherwise"
     if model.device.type == "cuda" and not equal:
         # its float convolutions may round what they sum up; the engine has passed its own test
         equal, bits = True, "sums exact, which simulated ones need not be"
@@ -58,7 +58,8 @@ def with_precision(
     about = f"{count} of {total} quantized layers on int8, {factor:.2f} x as fast as simulated"
     if precision == "integer" or equal and factor > 1:
         return model.with_net(lowered), f"integers ({about}, {bits})"
-    return as_simulated, f"simulated integers, as a trial with real ones gave: {about}, {bits}"
+    reason = about if equal else "a trial gave other bits"
+    return as_simulated, f"simulated integers ({reason})"
 
 
 def _arguments(model: DiffusionModel, count: int) -> tuple[torch.Tensor, ...]:
