@@ -49,6 +49,7 @@ COMMANDS = {
     "retabulate": Command("a run at another number of steps", "tinydm.stages.retabulate", RUN),
     "table": Command("tables of scored runs", "tinydm.report.table"),
     "benchmark": Command("measure speed", "tinydm.benchmark.command", BENCH, needs_words=False),
+    "export": Command("the network for other runtimes", "tinydm.stages.export"),
     "train": Command("train a model, also quantized", "tinydm.training.train", TRAIN, ("train",)),
     "download": Command("fetch public checkpoints", "models.download"),
     "doctor": Command("what is here and what is missing", "tinydm.doctor", needs_words=False),
