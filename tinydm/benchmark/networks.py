@@ -3,6 +3,8 @@ does not depend on what it has learned."""
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,12 +36,21 @@ class Network:
         self.name = self.config.name
         self.net = random_network(self.config.network).to(device)
         self.made: dict[Any, nn.Module] = {}
+        self.folder = TemporaryDirectory()  # gone with this object
 
     def keep(self, key: Any, make: Callable[[], nn.Module]) -> nn.Module:
         """What `make` gives, made once."""
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
+
+    def written(self, name: str, write: Callable[[Path], object]) -> Path:
+        """A file that `write` writes, made once."""
+        path = Path(self.folder.name, name, "network.onnx")
+        if not path.exists():
+            path.parent.mkdir()
+            write(path)
+        return path
 
     def arguments(self, batch: int) -> tuple[torch.Tensor, ...]:
         """Noise x (batch, C, H, W), times t (batch,) and, of a conditional network, conditions."""

@@ -2,11 +2,8 @@
 is made. A maker raises ValueError with the reason where its kind cannot run here."""
 
 import copy
-import importlib
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +11,9 @@ from torch import nn
 
 from base.devices import computes_bfloat16
 from models.sampling import Sampling, denoise
+from quant.export.files import write_onnx
+from quant.export.packages import needed
+from quant.export.runtimes import OnnxRuntime, OpenVINO
 from quant.integer.select import integer_net
 from tinydm.benchmark.harness import Call
 from tinydm.benchmark.networks import Network
@@ -144,45 +144,26 @@ def _on_integers(case, bits, compiled):
 
 
 def _onnxruntime(case, bits):
-    ort = _needed("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
-    # its threads would go on spinning in the next slice, which is not its own
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(_exported(case, bits, Path(folder)))
-        session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
-    arrays = [part.numpy() for part in case.arguments]
-    feed = dict(zip([one.name for one in session.get_inputs()], arrays))
-    return lambda *_: session.run(None, feed)
+    return OnnxRuntime(_exported(case, bits, OnnxRuntime.package), case.threads)
 
 
 def _openvino(case, bits):
-    openvino = _needed("openvino")
-    # on processors with bfloat16 it would otherwise compute in that
-    how = {"INFERENCE_NUM_THREADS": case.threads, "INFERENCE_PRECISION_HINT": "f32"}
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(_exported(case, bits, Path(folder)))
-        compiled = openvino.Core().compile_model(path, "CPU", how)
-    arrays = [part.numpy() for part in case.arguments]
-    return lambda *_: compiled(arrays)
+    return OpenVINO(_exported(case, bits, OpenVINO.package), case.threads)
 
 
-def _needed(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"{name} is not installed (pip install {name})") from None
-
-
-def _exported(case, bits, folder):
-    """An ONNX file of the float network, or of the quantized one at these widths."""
-    path = folder / "network.onnx"
+def _exported(case, bits, package):
+    """An ONNX file, made once, of the float network for this batch, or of the quantized one."""
+    needed(package, "onnx", "onnxscript")
+    network, arguments = case.network, case.arguments
     if not bits:
-        program = torch.onnx.export(case.network.net, case.arguments, dynamo=True, verbose=False)
-        program.save(path, external_data=True)
-        return path
-    raise ValueError("quant.export has no export of quantized networks in this version")
+        return network.written(f"fp32-{len(arguments[0])}", lambda path: _write(path, case))
+    pair = network.arguments(2)
+    return network.written(bits, lambda path: write_onnx(path, network.quantized(bits), pair))
+
+
+def _write(path, case):
+    program = torch.onnx.export(case.network.net, case.arguments, dynamo=True, verbose=False)
+    program.save(path, external_data=True)
 
 
 MAKERS: dict[str, Callable] = {
