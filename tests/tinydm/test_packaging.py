@@ -68,7 +68,8 @@ def third_party(path):
 
 
 def test_every_dependency_that_code_imports_is_named():
-    listed = [*requirements(PYPROJECT), *re.findall(r'^text = \["(.*)"\]', PYPROJECT, re.M)]
+    extras = re.findall(r"^(?:text|export) = \[(.*?)\]", PYPROJECT, re.M)
+    listed = [*requirements(PYPROJECT), *re.findall(r'"([^"]+)"', " ".join(extras))]
     named = {plain(re.match(r"[\w-]+", entry).group()) for entry in listed}
     distributions = packages_distributions()
     for path in (path for room in INSTALLED for path in (PROJECT / room).rglob("*.py")):
