@@ -1,6 +1,6 @@
-"""What lies between the products of an integer network, in plain PyTorch: from float32 to codes, and
-the norm and activation in front of that. These are the definition; compiled forms (glue_cpu.py) are
-used where they give the same bits.
+"""What lies between the products of an integer network, in plain PyTorch: from float32 to codes,
+and the norm and activation in front of that. These are the definition; compiled forms
+(glue_cpu.py) are used where they give the same bits.
 
 A map is (N, C, H, W), channels_last where an engine wants it so."""
 

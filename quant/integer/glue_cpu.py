@@ -5,13 +5,7 @@ computes everything else."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import itertools
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +13,14 @@ import torch.nn.functional as F
 from base.network import NormAct
 from quant.integer import glue
 from quant.integer.glue import Row, ScaleShift
+from quant.integer.glue_build import capability, library
 
-# -ffp-contract=off: products and sums are rounded apart unless the source says fma
-FLAGS = "-std=c++17 -O3 -shared -fPIC -w -ffp-contract=off -fno-math-errno".split()
-SETS = {  # what ATen dispatches to -> flags
-    "AVX2": "-mavx2 -mfma".split(),
-    "AVX512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl".split(),
-}
-LARGE = 1024  # pixels of a map from which on ATen sums otherwise
-# how ATen's compiler may have rounded its group norm, the usual first: Rounding of glue.cpp
-ROUNDINGS = [
-    (squares_small, squares_large, variance, apply)
-    for apply in (1, 0)
-    for variance in (1, 2, 0)
-    for squares_large in (1, 0)
-    for squares_small in (0, 1)
-]
-P, I, R = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-GRID = [P, R, R, R, ctypes.c_int]
-ARGUMENTS = {
-    "glue_quantize": [P, P, P, I, I, I, *GRID, I],
-    "glue_rescale": [P, P, P, P, P, I, I, I],
-    "glue_norm_act": [P, P, P, I, I, I, I, P, P, ctypes.c_double, P, I, P, P, I, ctypes.c_int]
-    + [*GRID, P, P, I],
-    "glue_fused_bias": [P, P, P, P, P, I, I, I, P],
-}
+LARGE = 1024  # pixels of a map from which on PyTorch's group norm sums otherwise
+SILU_BLOCKS = (16, 32)  # elements that PyTorch's SiLU may take at once
+# how PyTorch's compiler may have rounded its group norm, the usual first (Rounding of glue_norm.h):
+# squares of small maps, of large ones, the variance, the result
+ROUNDINGS = list(itertools.product((0, 1), (1, 0), (1, 2, 0), (1, 0)))
+NO_GRID = None, 1.0, 0.0, 0.0, 0
 
 
 class Glue:
@@ -63,36 +40,9 @@ def load(compiled: bool = True) -> Glue:
     if not compiled:
         return Glue("plain PyTorch")
     try:
-        return CompiledGlue(ctypes.CDLL(str(build())))
+        return CompiledGlue(library())
     except (OSError, ValueError) as error:
         return Glue(f"plain PyTorch: {error}")
-
-
-def build() -> Path:
-    """glue.cpp as a library for this processor and PyTorch, in the user's cache; compiled unless it
-    is there. Raises ValueError where that cannot be."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in SETS:
-        raise ValueError(f"glue.cpp is for AVX2 and AVX512, and PyTorch uses {capability} here")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise ValueError("no C++ compiler was found (g++, clang++ or what CXX names)")
-    source = Path(__file__).with_name("glue.cpp")
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    command = [*compiler.split(), *FLAGS, *SETS[capability], str(source), str(library)]
-    key = repr((source.read_text(), command, torch.__version__))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinydm"
-    target = cache / f"glue-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / "glue.so"
-            found = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-            if found.returncode:
-                last = (found.stderr.strip() or "no message").splitlines()[0]
-                raise ValueError(f"{compiler} could not compile glue.cpp: {last}")
-            made.replace(target)
-    return target
 
 
 class CompiledGlue(Glue):
@@ -104,13 +54,10 @@ class CompiledGlue(Glue):
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
-        for name, arguments in ARGUMENTS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int
         # (channels, groups, large) -> which channels of a group have an offset rounded once
         self.fused: dict[tuple[int, int, bool], torch.Tensor | None] = {}
         self.rounding = (ctypes.c_int * 5)(*ROUNDINGS[0], 0)
-        self.about = f"compiled for {torch.backends.cpu.get_cpu_capability()}"
+        self.about = f"compiled for {capability()}"
         for size in SILU_BLOCKS:
             self.rounding[4] = size
             if self._gives_elementwise():
@@ -229,13 +176,15 @@ class CompiledGlue(Glue):
     def _compare_norm(self, channels, groups, large):
         """For every channel of a group 1 where its offset is rounded once, (channels / groups,)
         uint8; None if the norm of this many channels differs from PyTorch's in any way."""
-        rng, samples = torch.Generator().manual_seed(0), max(1, 32 // groups)
+        rng, samples = torch.Generator().manual_seed(0), max(1, 128 // groups)
         size = 32 if large else 5
         x = torch.randn(samples, size, size, channels, generator=rng).permute(0, 3, 1, 2)
         x = 2 * x + 1 + torch.rand(samples, channels, 1, 1, generator=rng)  # means that weigh
         x[:, :, 0, 0] = 0.0  # here the norm is its offset
         norm = NormAct(channels, num_groups=groups, eps=1e-5, silu=False).requires_grad_(False)
-        norm.weight.normal_(generator=rng), norm.bias.normal_(std=0.3, generator=rng)
+        norm.weight.uniform_(1, 2, generator=rng)
+        last = torch.randint(-(2**20), 2**20, (channels,), generator=rng) * 8 + 5
+        norm.bias.copy_(last / 2**26)  # last bits in which one and two roundings differ often
         given = norm.weight, norm.bias, samples, channels, size * size, groups, norm.eps
         y, mean, rstd = torch.native_group_norm(x, *given)
         offset = y[:, :, 0, 0].contiguous()
@@ -280,10 +229,6 @@ class CompiledGlue(Glue):
         )
 
 
-SILU_BLOCKS = (16, 32)  # elements that ATen's SiLU takes at once
-NO_GRID = None, 1.0, 0.0, 0.0, 0
-
-
 def _pointer(t):
     return None if t is None else t.data_ptr()
 
@@ -308,8 +253,8 @@ def _is_table(t):
 
 
 def _rows_of(x, balance):
-    """(rows, columns, distance of rows) of float32 values in the order of memory; with a balance the
-    columns are its channels. None where they do not lie so."""
+    """(rows, columns, distance of rows) of float32 values in the order of memory; with a balance
+    the columns are its channels. None where they lie otherwise."""
     if x.dtype is not torch.float32:
         return None
     if balance is None and (x.is_contiguous() or _is_map(x)):
