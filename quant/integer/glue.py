@@ -84,3 +84,18 @@ def rescale(
     shifts, scale, bias = per_channel
     acc.add_(shift_sum * shifts).mul_(scale)
     return acc if bias is None else acc.add_(bias)
+
+
+def softmax_integers(scores: torch.Tensor, factor: float, row: Row) -> torch.Tensor:
+    """Code minus zero point, float32, of the softmax over the last axis of scores * factor."""
+    return integers(softmax(scores, factor), row)
+
+
+def softmax_quantize(scores: torch.Tensor, factor: float, row: Row) -> torch.Tensor:
+    """Unsigned codes of the softmax over the last axis of scores * factor, uint8."""
+    return quantize(softmax(scores, factor), row)
+
+
+def softmax(scores: torch.Tensor, factor: float) -> torch.Tensor:
+    """As base.network.Softmax."""
+    return (scores if factor == 1 else scores * factor).softmax(-1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quant.integer import glue
+from quant.integer import glue, glue_cpu
 from quant.integer.cpu import cpu_engine
 from quant.integer.cuda import cuda_engine
 from quant.integer.glue_cuda import InductorGlue
@@ -53,7 +53,7 @@ def _engine(device: torch.device, compiled: bool) -> tuple[Any, Any]:
     """What makes integer products on a device, or why nothing does, and its glue. Engines have
     been tested against the definition when they are handed out."""
     if device.type == "cpu":
-        return cpu_engine(), glue
+        return cpu_engine(), glue_cpu.load() if compiled else glue
     if device.type == "cuda":
         return cuda_engine(device), InductorGlue() if compiled else glue
     return f"there is none for {device.type}", glue
