@@ -60,6 +60,15 @@ class NormAct(nn.GroupNorm):
         return F.silu(h) if self.silu else h
 
 
+class Softmax(nn.Module):
+    """Attention maps of scores, in float32; in the data type of the scores."""
+
+    def forward(self, scores: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """Softmax of scores (..., L, L keys) * factor over the keys."""
+        scaled = scores if factor == 1 else scores * factor
+        return scaled.float().softmax(dim=-1).to(scores.dtype)
+
+
 class Rearrangement(nn.Module):
     """What only moves and repeats the values of a map, and pads with `fill`: to quantize before it
     and behind it is the same."""

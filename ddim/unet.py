@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base.network import AttentionPart, Doubling, Matmul, NormAct, PadEnd, tag, timestep_embedding
+from base.network import (
+    AttentionPart,
+    Doubling,
+    Matmul,
+    NormAct,
+    PadEnd,
+    Softmax,
+    tag,
+    timestep_embedding,
+)
 
 
 def conv(role: str, in_ch: int, out_ch: int, size: int = 3, **attributes: Any) -> nn.Conv2d:
@@ -71,6 +80,7 @@ class AttnBlock(nn.Module):
         self.k = conv("k", ch, ch, 1)
         self.v = conv("v", ch, ch, 1)
         self.qk_matmul = Matmul("q", "k")
+        self.softmax = Softmax()
         self.av_matmul = Matmul("v", "probs")
         self.proj_out = conv("proj", ch, ch, 1)
 
@@ -85,8 +95,8 @@ class AttnBlock(nn.Module):
         n, c, height, width = x.shape
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # (N, C, L)
-        scores = self.qk_matmul(q.transpose(1, 2), k) * c**-0.5  # (N, L queries, L keys)
-        probs = scores.softmax(dim=-1)
+        scores = self.qk_matmul(q.transpose(1, 2), k)  # (N, L queries, L keys)
+        probs = self.softmax(scores, c**-0.5)
         h = self.av_matmul(v, probs.transpose(1, 2))  # (N, C, L)
         return x + self.proj_out(h.reshape(n, c, height, width))
 

@@ -13,13 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base.network import AttentionPart, Matmul, NormAct, tag
+from base.network import AttentionPart, Matmul, NormAct, Softmax, tag
 from ddim.unet import conv
-
-
-def softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Over the last axis, in float32; returns the dtype of `scores`."""
-    return scores.float().softmax(dim=-1).to(scores.dtype)
 
 
 class QKVAttention(nn.Module):
@@ -30,6 +25,7 @@ class QKVAttention(nn.Module):
         super().__init__()
         self.num_heads, self.new_order = num_heads, new_order
         self.qk_matmul = Matmul("q", "k", num_heads=num_heads)
+        self.softmax = Softmax()
         self.av_matmul = Matmul("v", "probs", num_heads=num_heads)
 
     def forward(self, qkv: torch.Tensor) -> torch.Tensor:
@@ -41,7 +37,7 @@ class QKVAttention(nn.Module):
             q, k, v = qkv.reshape(n, self.num_heads, 3, -1, length).unbind(2)  # (N, heads, D, L)
         scale = q.shape[2] ** -0.25  # on both factors: the product of halves stays small
         scores = self.qk_matmul((q * scale).transpose(2, 3), k * scale)  # (N, heads, L, L keys)
-        h = self.av_matmul(v, softmax(scores).transpose(2, 3))  # (N, heads, D, L)
+        h = self.av_matmul(v, self.softmax(scores).transpose(2, 3))  # (N, heads, D, L)
         return h.reshape(n, rows // 3, length)
 
 
@@ -85,6 +81,7 @@ class CrossAttention(nn.Module):
         self.to_k = tag("k", nn.Linear(context_dim or dim, inner, bias=False))
         self.to_v = tag("v", nn.Linear(context_dim or dim, inner, bias=False))
         self.qk_matmul = Matmul("q", "k", num_heads=num_heads)
+        self.softmax = Softmax()
         self.av_matmul = Matmul("probs", "v", num_heads=num_heads)
         self.to_out = nn.Sequential(tag("proj", nn.Linear(inner, dim)))
 
@@ -97,8 +94,9 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         projected = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (self.split_heads(tokens) for tokens in projected)
-        scores = self.qk_matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5  # (N, heads, L, M)
-        h = self.av_matmul(softmax(scores), v)  # (N, heads, L, D)
+        scores = self.qk_matmul(q, k.transpose(2, 3))  # (N, heads, L, M)
+        probs = self.softmax(scores, q.shape[3] ** -0.5)
+        h = self.av_matmul(probs, v)  # (N, heads, L, D)
         return self.to_out(h.transpose(1, 2).flatten(2))
 
 
