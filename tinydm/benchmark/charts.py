@@ -67,8 +67,8 @@ def draw_speed(rows: Sequence[Row], path: Path | str) -> None:
             machines.setdefault(label(row.machine), []).append(row)
     if not machines:
         return
-    height = 1.6 + 0.32 * max(map(len, machines.values()))
-    figure = Figure(figsize=(2 + 4.6 * len(machines), height + 0.6), layout="constrained")
+    height = 2.5 + 0.32 * max(map(len, machines.values()))
+    figure = Figure(figsize=(2 + 4.6 * len(machines), height), layout="constrained")
     shown, ratios = {}, [1.0]
     panels = figure.subplots(1, len(machines), squeeze=False, sharex=True)[0]
     for axes, (machine, own) in zip(panels, machines.items()):
@@ -89,7 +89,7 @@ def draw_speed(rows: Sequence[Row], path: Path | str) -> None:
     for axes in panels:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2, frameon=False)
     save_png(figure, path)
 
 
