@@ -2,6 +2,7 @@
 // many passes. quant/integer/glue.py defines it; glue_build.py compiles it with -ffp-contract=off,
 // glue_cpu.py calls it and compares.
 #include "glue_norm.h"
+#include "glue_softmax.h"
 
 namespace {
 
@@ -41,6 +42,14 @@ void glue_quantize(const float* x, Byte* codes, float* out, Size rows, Size colu
   const Grid grid{balance, inverse, low, high, zero_point};
   if (codes) quantize(x, codes, rows, columns, stride, grid, threads);
   else quantize(x, out, rows, columns, stride, grid, threads);
+}
+
+// codes (bytes) or integers (out) of the softmax over rows of x * factor; one of the two is null
+void glue_softmax(const float* x, Byte* codes, float* out, Size rows, Size columns, float factor,
+                  float inverse, float low, float high, int zero_point, Size threads) {
+  const Grid grid{nullptr, inverse, low, high, zero_point};
+  if (codes) softmax(x, codes, rows, columns, factor, grid, threads);
+  else softmax(x, out, rows, columns, factor, grid, threads);
 }
 
 // acc = (acc + shift_sum[row] * shifts[column]) * scale[column] + bias[column], in place

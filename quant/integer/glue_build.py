@@ -21,6 +21,7 @@ POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 GRID = [POINTER, *[ctypes.c_float] * 3, ctypes.c_int]
 ARGUMENTS = {
     "glue_quantize": [*[POINTER] * 3, *[SIZE] * 3, *GRID, SIZE],
+    "glue_softmax": [*[POINTER] * 3, *[SIZE] * 2, ctypes.c_float, *GRID[1:], SIZE],
     "glue_rescale": [*[POINTER] * 5, *[SIZE] * 3],
     "glue_norm_act": [*[POINTER] * 3, *[SIZE] * 4, POINTER, POINTER, ctypes.c_double]
     + [POINTER, SIZE, POINTER, POINTER, SIZE, ctypes.c_int, *GRID, POINTER, POINTER, SIZE],

@@ -14,6 +14,7 @@ from base.network import NormAct
 from quant.integer import glue
 from quant.integer.glue import Row, ScaleShift
 from quant.integer.glue_build import capability, library
+from quant.integer.glue_softmax import CompiledSoftmax
 
 LARGE = 1024  # pixels of a map from which on PyTorch's group norm sums otherwise
 SILU_BLOCKS = (16, 32)  # elements that PyTorch's SiLU may take at once
@@ -29,6 +30,8 @@ class Glue:
     quantize, integers = staticmethod(glue.quantize), staticmethod(glue.integers)
     norm_act, rescale = staticmethod(glue.norm_act), staticmethod(glue.rescale)
     norm_act_quantize = staticmethod(glue.norm_act_quantize)
+    softmax_quantize = staticmethod(glue.softmax_quantize)
+    softmax_integers = staticmethod(glue.softmax_integers)
 
     def __init__(self, about: str):
         self.about = about
@@ -67,6 +70,10 @@ class CompiledGlue(Glue):
         self.same_norms = self._choose_rounding()
         if not self.same_norms:
             self.about += ", group norms by PyTorch"
+        softmax = CompiledSoftmax(library)
+        self.softmax_quantize, self.softmax_integers = softmax.quantize, softmax.integers
+        if not softmax.same:
+            self.about += ", softmax by PyTorch"
 
     def __reduce__(self):
         return load, ()

@@ -1,5 +1,5 @@
 // What glue.cpp is made of: vectors of the widest registers that PyTorch uses here, its threads, and
-// codes. Included by glue_norm.h.
+// codes. Included by glue_norm.h and glue_softmax.h.
 #pragma once
 
 #include <immintrin.h>
@@ -40,6 +40,7 @@ inline void store(float* p, Vec v, Size n) {
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec clamp(Vec v, Vec low, Vec high) { return _mm512_min_ps(high, _mm512_max_ps(low, v)); }
 inline Vec round_even(Vec v) { return _mm512_roundscale_ps(v, 8); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec exp(Vec v) { return Sleef_expf16_u10(v); }
 inline __m128i bytes(Vec v, int zero) {  // of whole numbers or what rounds to them
   return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(zero)));
@@ -61,6 +62,7 @@ inline void store(float* p, Vec v, Size n) {
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec clamp(Vec v, Vec low, Vec high) { return _mm256_min_ps(high, _mm256_max_ps(low, v)); }
 inline Vec round_even(Vec v) { return _mm256_round_ps(v, 8); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec exp(Vec v) { return Sleef_expf8_u10(v); }
 inline __m128i bytes(Vec v, int zero) {
   __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(zero));
@@ -75,6 +77,17 @@ inline void store(Byte* p, __m128i v, Size n) {
   Byte all[16];
   _mm_storeu_si128((__m128i*)all, v);
   std::memcpy(p, all, n);
+}
+
+// of LANES values, the upper half added to the lower until one is left
+template <Size LANES>
+float tree_sum(const float* lanes) {
+  float v[LANES];
+  std::copy(lanes, lanes + LANES, v);
+  for (Size half = LANES / 2; half; half /= 2) {
+    for (Size i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
+  }
+  return v[0];
 }
 
 inline Size chunk(Size range, Size parts) { return (range + parts - 1) / parts; }

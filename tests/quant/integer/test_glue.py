@@ -1,5 +1,7 @@
 """The glue between integer products, in plain PyTorch."""
 
+import math
+
 import pytest
 import torch
 
@@ -52,3 +54,14 @@ def test_sums_are_shifted_and_scaled_in_place():
     assert out is acc and out.flatten().tolist() == [8, 32]
     rows = glue.rescale(torch.tensor([[10.0, 20.0]]), torch.tensor([[4.0]]), shifts, scale, None)
     assert rows.tolist() == [[7, 32]]
+
+
+def test_softmax_outputs_are_scaled_first_and_rounded():
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, -torch.inf, -torch.inf]])
+    kept, row = scores.clone(), Row(10.0, -1.0, 4.0, 1)
+    assert glue.softmax_integers(scores, 0.5, row).tolist() == [[2, 2, 2, 2], [4, 4, 0, 0]]
+    codes = glue.softmax_quantize(scores, 1.0, row)
+    assert codes.dtype is torch.uint8 and codes.tolist() == [[3, 3, 3, 3], [5, 5, 1, 1]]
+    apart = torch.tensor([0.0, math.log(3) / 2])  # 1 to 3 when doubled
+    assert glue.softmax_integers(apart, 2.0, Row(8.0, 0.0, 255.0, 0)).tolist() == [2, 6]
+    assert torch.equal(scores, kept)

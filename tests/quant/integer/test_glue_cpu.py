@@ -14,6 +14,7 @@ import torch
 from base.network import NormAct
 from quant.integer import glue, glue_cpu
 from quant.integer.glue import Row
+from quant.integer.glue_build import ARGUMENTS
 
 ROW = Row(17.3, -128.0, 127.0, 128)
 # samples, channels, height, width, groups: 1 to 28 channels in a group, fewer and more pixels than
@@ -148,6 +149,11 @@ def test_sums_are_rescaled(compiled, shape):
         assert torch.equal(given, expected)
 
 
+def test_softmax_is_compiled(compiled):
+    assert "softmax" not in compiled.about
+    assert compiled.softmax_quantize(torch.zeros(2, 4), 1.0, ROW).tolist() == [[132] * 4] * 2
+
+
 def test_it_brings_no_threads_of_its_own(compiled):
     content = Path(compiled.library._name).read_bytes()
     assert b"libtorch_cpu" in content and b"libgomp" not in content and b"libomp" not in content
@@ -158,8 +164,7 @@ def test_it_is_copied_by_loading_it_again(compiled):
 
 
 def test_a_library_with_other_bits_is_refused():
-    names = "glue_norm_act", "glue_quantize", "glue_rescale", "glue_fused_bias"
-    library = SimpleNamespace(**dict.fromkeys(names, lambda *arguments: 0))
+    library = SimpleNamespace(**dict.fromkeys(ARGUMENTS, lambda *arguments: 0))
     with pytest.raises(ValueError, match="gives other bits"):
         glue_cpu.CompiledGlue(library)
 
