@@ -6,7 +6,8 @@ all functions of this file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,16 +146,20 @@ def stem_of(net: nn.Module) -> nn.Module | None:
     return next((m for m in stems if getattr(m, "input_quantizer", None) is not None), None)
 
 
-def in_channels_last(net: nn.Module) -> nn.Module:
-    """The network itself with its weights laid out so that its maps are channels_last, as integer
-    engines hold them: a norm adds up the values of a map in the order of memory."""
-
-    def lay_out(tensor):  # convolutions' weights, also one for every time segment
-        if tensor.dim() not in (4, 5):
-            return tensor
-        return tensor.movedim(-3, -1).contiguous().movedim(-1, -3)
-
-    return net._apply(lay_out)
+def in_channels_last(net: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy of a network on the same timeline with weights laid out so that its maps are
+    channels_last, as integer engines hold them: a norm adds up the values of a map in the order of
+    memory. It shares all other tensors. `instead` {id of a module: what stands in its place}."""
+    known = dict(instead or {})
+    for module in net.modules():
+        known |= {id(m): m for m in vars(module).values() if isinstance(m, Timeline)}
+    for tensor in (*net.parameters(), *net.buffers()):
+        laid_out = tensor.detach()
+        if tensor.dim() in (4, 5):  # of convolutions, also one for every time segment
+            laid_out = laid_out.movedim(-3, -1).contiguous().movedim(-1, -3)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        known[id(tensor)] = nn.Parameter(laid_out, False) if is_parameter else laid_out
+    return copy.deepcopy(net, known)
 
 
 @contextmanager

@@ -52,6 +52,32 @@ class OnednnEngine:
 
         return product
 
+    def matmul(
+        self,
+        codes: torch.Tensor,
+        zero_point: int,
+        weights: torch.Tensor,
+        weight_zero_point: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """A product of codes (..., R, I) with those of weights (..., O, I), both uint8 with a zero
+        point -> (..., R, O), times scale; one after the other of what stands in front. A row of
+        ones below the weights gives the sums that their zero point is multiplied with. As a 1x1
+        convolution, whose weights oneDNN lays out several times faster than a linear layer's."""
+        front, (rows, inner), outputs = codes.shape[:-2], codes.shape[-2:], weights.shape[-2]
+        out = torch.empty(front.numel(), rows, outputs)
+        signed = weights.reshape(-1, outputs, inner).bitwise_xor(128).view(torch.int8)
+        ones = torch.ones(1, inner, dtype=torch.int8)
+        units = torch.ones(outputs + 1)
+        for own, matrix, result in zip(codes.reshape(-1, rows, 1, inner), signed, out):
+            matrix = torch.cat([matrix, ones])[:, :, None, None]
+            product = self.conv(matrix, (1, 1), (0, 0), (1, 1))
+            sums = product(own[None].permute(0, 3, 1, 2), zero_point, units, None)
+            sums = sums[0, :, :, 0].mT
+            shifts = sums[:, outputs:] * (128 - weight_zero_point)
+            torch.add(sums[:, :outputs], shifts, out=result)
+        return out.mul_(scale).reshape(*front, rows, outputs)
+
 
 def cpu_engine() -> OnednnEngine | str:
     """The engine of this processor, or one sentence why there is none. Where products of 8 bits

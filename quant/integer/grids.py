@@ -17,6 +17,7 @@ class Grid:
 
     def __init__(self, q: Quantizer, part: int = 0, balance: torch.Tensor | None = None):
         self.timeline, self.balance = q.timeline, balance
+        self.has_codes = max(q.bits) <= 8  # that fit uint8
         self.scales = q.scale.detach()[:, part]  # (segments,)
         inverses = self.scales.reciprocal().tolist()
         self.rows = []
@@ -44,12 +45,13 @@ class Grid:
         return same and self.timeline is other.timeline and numbers[0] == numbers[1]
 
 
-def why_no_grid(q: Quantizer | None) -> str:
-    """Why a tensor with this quantizer has no codes of 8 bits with one scale; "" if it has."""
-    return why_no_codes(QuantSpec() if q is None else q.spec)
+def why_no_grid(q: Quantizer | None, most: int = 8) -> str:
+    """Why a tensor with this quantizer has no integers of at most `most` bits with one scale; "" if
+    it has."""
+    return why_no_codes(QuantSpec() if q is None else q.spec, most)
 
 
-def why_no_codes(spec: QuantSpec) -> str:
+def why_no_codes(spec: QuantSpec, most: int = 8) -> str:
     """The same by what a rule says of the tensor."""
     if spec.bits >= 32:
         return "its input is not quantized"
@@ -58,4 +60,4 @@ def why_no_codes(spec: QuantSpec) -> str:
     if spec.per != "tensor":
         return f"its input has a scale for every {spec.per}"
     widest = max(spec.segment_bits or [spec.bits])
-    return f"its input has {widest} bits" if widest > 8 else ""
+    return f"its input has {widest} bits" if widest > most else ""

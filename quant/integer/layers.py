@@ -4,7 +4,6 @@ codes on its own grid, what reads floats quantizes them first."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from base.network import NormAct, Rearrangement
 from quant.integer.grids import Grid
 from quant.integer.support import why_as_defined
-from quant.layers import QuantLayer, QuantMatmul
+from quant.layers import QuantLayer
 
 
 class IntegerLayer(nn.Module):
@@ -159,20 +158,3 @@ class IntegerRearrangement(nn.Module):
         row = self.grid.row
         codes = x if x.dtype is torch.uint8 else self.glue.quantize(x, row)
         return self.inner(codes, row.zero_point)
-
-
-class IntegerMatmul(nn.Module):
-    """A QuantMatmul as it is defined, its codes made in fewer steps."""
-
-    def __init__(self, matmul: QuantMatmul, glue: Any):
-        super().__init__()
-        quantizers = matmul.a_quantizer, matmul.b_quantizer
-        self.grids, self.glue = [Grid(q) for q in quantizers], glue
-        scales = [grid.scales for grid in self.grids]
-        count = max(map(len, scales))
-        self.scales = [float(math.prod(s[i % len(s)] for s in scales)) for i in range(count)]
-
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a (N, [heads,] rows, inner) @ b (N, [heads,] inner, columns)."""
-        a, b = (self.glue.integers(x, grid.row) for x, grid in zip((a, b), self.grids))
-        return (a @ b).mul_(self.scales[max(grid.segment for grid in self.grids)])

@@ -6,23 +6,17 @@ floats. What cannot run in integers stays as it is defined and is named in `Inte
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from base.network import NormAct, Rearrangement
+from base.network import NormAct, Rearrangement, Softmax
+from quant.integer.attention import IntegerMatmul, IntegerSoftmax
 from quant.integer.cuda_graph import GraphedCall
 from quant.integer.grids import Grid, why_no_grid
-from quant.integer.layers import (
-    IntegerLayer,
-    IntegerMatmul,
-    IntegerNorm,
-    IntegerRearrangement,
-    why_not_integer,
-)
+from quant.integer.layers import IntegerLayer, IntegerNorm, IntegerRearrangement, why_not_integer
 from quant.integer.readers import readers_of
 from quant.integer.support import why_as_defined
 from quant.layers import QuantLayer, QuantMatmul
@@ -84,32 +78,28 @@ def lower(
         for name, layer in layers.items()
         if not reasons[name]
     }
-    new |= _matmuls(modules, glue)
+    new |= _matmuls(modules, engine, glue)
     new |= _glue_modules(core, modules, new, arguments, glue)
     reasons |= {
         name: why_as_defined(m) for name, m in modules.items() if isinstance(m, QuantMatmul)
     }
-    kept = {id(modules[name]): module for name, module in new.items()}
-    kept |= {id(t): t for t in [*core.parameters(), *core.buffers()]}  # shared, not copied
-    kept[id(net.timeline)] = net.timeline
-    copied = in_channels_last(copy.deepcopy(core, kept))
+    copied = in_channels_last(core, {id(modules[name]): module for name, module in new.items()})
     return IntegerNet(net, copied, {name: why for name, why in reasons.items() if why}).eval()
 
 
-def _matmuls(modules, glue):
+def _matmuls(modules, engine, glue):
     """Products whose operands both have codes with one scale."""
     found = {}
     for name, m in modules.items():
         if isinstance(m, QuantMatmul):
-            quantizers = m.a_quantizer, m.b_quantizer
-            if all(q is not None and q.bits == [16] or not why_no_grid(q) for q in quantizers):
-                found[name] = IntegerMatmul(m, glue)
+            if not any(why_no_grid(q, 16) for q in (m.a_quantizer, m.b_quantizer)):
+                found[name] = IntegerMatmul(m, engine, glue)
     return found
 
 
 def _glue_modules(core, modules, layers, arguments, glue):
     """Norms and rearrangements that hand on codes, and norms that one pass computes."""
-    kinds = (NormAct, Rearrangement)
+    kinds = (NormAct, Rearrangement, Softmax, QuantMatmul)
     makers = [name for name, m in modules.items() if isinstance(m, kinds)]
     readers = readers_of(core, makers, [*layers, *makers], arguments)
     grids: dict[str, Grid] = {
@@ -122,9 +112,26 @@ def _glue_modules(core, modules, layers, arguments, glue):
         wanted = [grids.get(reader) for reader in readers[name]]
         alike = wanted and all(grid and grid.equals(wanted[0]) for grid in wanted)
         grid = wanted[0] if alike else None
-        if isinstance(modules[name], NormAct):
+        if isinstance(modules[name], Softmax):
+            new |= _softmax(name, readers, layers, glue)
+        elif isinstance(modules[name], NormAct):
             new[name] = IntegerNorm(modules[name], grid, glue)
-        elif grid:
+        elif isinstance(modules[name], Rearrangement) and grid:
             new[name] = IntegerRearrangement(modules[name], grid, glue)
             grids[name] = grid
     return new
+
+
+def _softmax(name, readers, layers, glue):
+    """Of a softmax that one product of 8 bits reads, and its scores, what stands in its place."""
+    product = layers.get(readers[name][0]) if len(readers[name]) == 1 else None
+    if not isinstance(product, IntegerMatmul):
+        return {}
+    grid = product.grids[product.roles.index("probs")]
+    if not grid.has_codes:
+        return {}
+    maker = next((layers.get(m) for m, read in readers.items() if read == [name]), None)
+    scores = maker if isinstance(maker, IntegerMatmul) else None
+    if scores is not None:
+        scores.scaled = False
+    return {name: IntegerSoftmax(grid, scores, glue)}

@@ -5,21 +5,18 @@ import torch
 from integer_layers import LAYERS, SPLIT, build
 from tiny import fit, normal
 
-from base.network import Doubling, Matmul, NormAct, PadEnd
+from base.network import Doubling, NormAct, PadEnd
 from quant.integer import glue
 from quant.integer.cpu import cpu_engine
 from quant.integer.grids import Grid
 from quant.integer.layers import (
     IntegerLayer,
-    IntegerMatmul,
     IntegerNorm,
     IntegerRearrangement,
     shifts_of,
     why_not_integer,
 )
-from quant.layers import QuantMatmul
 from quant.spec import QuantSpec
-from quant.timeline import Timeline
 
 PER_CHANNEL, INPUT = QuantSpec(bits=4, per="channel"), QuantSpec(bits=8)
 
@@ -87,14 +84,6 @@ def test_why_a_layer_stays_as_defined():
     ):
         assert why_not_integer(make("conv2d", inputs=inputs)[0], 128) == reason
     assert why_not_integer(make("conv2d", QuantSpec())[0], 128) == "its weight is not quantized"
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_product_of_activations_gives_the_bits_of_its_definition(bits):
-    a, b = normal(2, 3, 4, 5), normal(2, 3, 5, 6, seed=1).softmax(-1)
-    specs = [QuantSpec(bits=8), QuantSpec(bits=bits)]
-    quant = fit(QuantMatmul(Matmul("q", "k"), specs, Timeline()), a, b)
-    assert torch.equal(IntegerMatmul(quant, glue)(a, b), quant(a, b))
 
 
 def test_norm_hands_on_codes_and_rearrangements_move_them():
