@@ -89,6 +89,15 @@ void channel_sums(const Norm& p, Size n, Size m, Size rows, Size c, Size end, bo
   function(p, n, m, rows, c, end, sum, square);
 }
 
+float tree_sum(const float* lanes) {
+  float v[LANES];
+  std::copy(lanes, lanes + LANES, v);
+  for (Size half = LANES / 2; half; half /= 2) {
+    for (Size i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
+  }
+  return v[0];
+}
+
 // sums of the B groups from channel c on, of more than LANES channels each: lane i has the channels
 // i, i + LANES, ..., pixel by pixel
 template <int B>
@@ -144,7 +153,7 @@ void small_factors(const Norm& p, Size n, Size g, Size end) {
     for (; g < end; ++g) {
       float s[LANES] = {}, q[LANES] = {};
       std::copy_n(sum + g * depth, depth, s), std::copy_n(square + g * depth, depth, q);
-      finish_group(p, n, g, tree_sum<LANES>(s), tree_sum<LANES>(q));
+      finish_group(p, n, g, tree_sum(s), tree_sum(q));
     }
     return;
   }
@@ -153,9 +162,10 @@ void small_factors(const Norm& p, Size n, Size g, Size end) {
   while (g < end) {
     const int count = end - g >= B ? B : 1;
     count == B ? lane_sums<B>(p, n, g * depth, fused, s, q) : lane_sums<1>(p, n, g * depth, fused, s, q);
-    for (int b = 0; b < count; ++b, ++g) finish_group(p, n, g, tree_sum<LANES>(s[b]), tree_sum<LANES>(q[b]));
+    for (int b = 0; b < count; ++b, ++g) finish_group(p, n, g, tree_sum(s[b]), tree_sum(q[b]));
   }
 }
+
 
 // the factors of all samples of many pixels: by channel in the order of PyTorch's threads, each of
 // which has its share of all rows; then over channels and threads

@@ -1,61 +1,49 @@
 // The softmax of PyTorch over rows and the codes behind it, one row after the other.
 //
 // What has to be as in aten/src/ATen/native/cpu/SoftMaxKernel.cpp: the order of sums, one vector
-// along the row whose lanes are then added in halves, or lane after lane where a row fills no vector;
-// and that the sum's reciprocal is multiplied. The largest value is the same in any order.
+// along the row and then its lanes in halves, or lane after lane where a row fills no vector; and
+// that the sum's reciprocal is multiplied. The largest value is the same in any order.
 #pragma once
 
 #include "glue_vectors.h"
 
 namespace {
 
-float largest(const float* x, Size columns) {
-  float top = x[0];
+// the largest of a row of x * factor
+float largest(const float* x, Size columns, float factor) {
   if (columns < W) {
-    for (Size c = 1; c < columns; ++c) top = std::max(top, x[c]);
+    float top = x[0] * factor;
+    for (Size c = 1; c < columns; ++c) top = std::max(top, x[c] * factor);
     return top;
   }
-  constexpr int B = 4;
-  Vec tops[B];
-  for (int b = 0; b < B; ++b) tops[b] = splat(top);
-  Size c = 0;
-  for (; c + B * W <= columns; c += B * W) {
-    for (int b = 0; b < B; ++b) tops[b] = larger(tops[b], load(x + c + b * W, W));
+  auto value = [=](Size c) { return load(x + c, W) * splat(factor); };
+  Vec even = value(0), odd = value(columns - W);  // the latter for what fills no vector
+  for (Size c = W; c + W <= columns; c += 2 * W) {
+    even = larger(even, value(c));
+    odd = larger(odd, value(std::min(c + W, columns - W)));
   }
-  for (; c + W <= columns; c += W) tops[0] = larger(tops[0], load(x + c, W));
-  tops[1] = larger(tops[1], load(x + columns - W, W));  // what is left, and some once more
-  float lanes[W];
-  store(lanes, larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])), W);
-  return *std::max_element(lanes, lanes + W);
+  return fold(larger(even, odd), larger);
 }
 
 // codes of the softmax of a row of x * factor; `scratch` holds a row
 template <class T>
 void softmax_row(const float* x, T* out, Size columns, float factor, const Grid& grid,
                  float* scratch) {
-  if (factor != 1) {
-    by_vectors(0, columns, [&](Size c, Size n) {
-      store(scratch + c, load(x + c, n) * splat(factor), n);
-    });
-    x = scratch;
-  }
-  const float top = largest(x, columns);
+  const Vec top = splat(largest(x, columns, factor));
   Vec sums = splat(0);
   by_vectors(0, columns, [&](Size c, Size n) {
-    store(scratch + c, exp(load(x + c, n) - splat(top)), n);
+    store(scratch + c, exp(load(x + c, n) * splat(factor) - top), n);
     sums = sums + load(scratch + c, n);
   });
   float sum = scratch[0];
   if (columns < W) {
     for (Size c = 1; c < columns; ++c) sum = sum + scratch[c];
   } else {
-    float lanes[W];
-    store(lanes, sums, W);
-    sum = tree_sum<W>(lanes);
+    sum = fold(sums, [](Vec a, Vec b) { return a + b; });
   }
-  const float reciprocal = 1.0f / sum;
+  const Vec reciprocal = splat(1.0f / sum);
   by_vectors(0, columns, [&](Size c, Size n) {
-    grid.put(out + c, load(scratch + c, n) * splat(reciprocal), c, n);
+    grid.put(out + c, load(scratch + c, n) * reciprocal, c, n);
   });
 }
 

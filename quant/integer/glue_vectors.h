@@ -42,6 +42,13 @@ inline Vec clamp(Vec v, Vec low, Vec high) { return _mm512_min_ps(high, _mm512_m
 inline Vec round_even(Vec v) { return _mm512_roundscale_ps(v, 8); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec exp(Vec v) { return Sleef_expf16_u10(v); }
+// f of all lanes: of lower and upper half, again and again
+template <class F>
+inline float fold(Vec v, const F& f) {
+  v = f(v, _mm512_shuffle_f32x4(v, v, 0x4e)), v = f(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+  v = f(v, _mm512_permute_ps(v, 0x4e)), v = f(v, _mm512_permute_ps(v, 0xb1));
+  return _mm512_cvtss_f32(v);
+}
 inline __m128i bytes(Vec v, int zero) {  // of whole numbers or what rounds to them
   return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(zero)));
 }
@@ -64,6 +71,12 @@ inline Vec clamp(Vec v, Vec low, Vec high) { return _mm256_min_ps(high, _mm256_m
 inline Vec round_even(Vec v) { return _mm256_round_ps(v, 8); }
 inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec exp(Vec v) { return Sleef_expf8_u10(v); }
+template <class F>
+inline float fold(Vec v, const F& f) {
+  v = f(v, _mm256_permute2f128_ps(v, v, 1));
+  v = f(v, _mm256_permute_ps(v, 0x4e)), v = f(v, _mm256_permute_ps(v, 0xb1));
+  return _mm256_cvtss_f32(v);
+}
 inline __m128i bytes(Vec v, int zero) {
   __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(zero));
   __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
@@ -77,17 +90,6 @@ inline void store(Byte* p, __m128i v, Size n) {
   Byte all[16];
   _mm_storeu_si128((__m128i*)all, v);
   std::memcpy(p, all, n);
-}
-
-// of LANES values, the upper half added to the lower until one is left
-template <Size LANES>
-float tree_sum(const float* lanes) {
-  float v[LANES];
-  std::copy(lanes, lanes + LANES, v);
-  for (Size half = LANES / 2; half; half /= 2) {
-    for (Size i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
-  }
-  return v[0];
 }
 
 inline Size chunk(Size range, Size parts) { return (range + parts - 1) / parts; }
