@@ -42,7 +42,7 @@ class IntegerMatmul(nn.Module):
         """a (N, [heads,] rows, inner) @ b (N, [heads,] inner, columns), floats or codes."""
         maps = b if self.roles[1] == "probs" else a
         is_map = maps.dtype is torch.uint8 and maps.shape[-1] * maps.shape[-2] >= LARGE
-        if is_map and hasattr(self.engine, "matmul") and self.engine.largest >= 128:
+        if is_map and hasattr(self.engine, "matmul") and self.engine.largest == 128:
             return self._on_int8(a, b)
         out = self._integers(a, 0) @ self._integers(b, 1)
         return out.mul_(self.scale) if self.scaled else out

@@ -38,6 +38,10 @@ class InductorGlue:
         """As glue.quantize."""
         return self._call(self._quantize, x, row.balance, *self._numbers(row, x))
 
+    def softmax_quantize(self, scores: torch.Tensor, factor: float, row: Row) -> torch.Tensor:
+        """As glue.softmax_quantize."""
+        return self.quantize(glue.softmax(scores, factor), row)
+
     def norm_act(
         self,
         x: torch.Tensor,

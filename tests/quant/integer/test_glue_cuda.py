@@ -23,6 +23,9 @@ def test_compiled_glue_gives_the_codes_of_plain_pytorch():
     balanced = ROW._replace(balance=(torch.rand(8) + 0.5).reshape(-1, 1, 1))
     assert torch.equal(compiled.quantize(x, ROW), glue.quantize(x, ROW))
     assert torch.equal(compiled.integers(x, balanced), glue.integers(x, balanced))
+    scores = normal(2, 3, 5, 6)
+    maps = compiled.softmax_quantize(scores, 0.5, ROW), glue.softmax_quantize(scores, 0.5, ROW)
+    assert (maps[0].int() - maps[1].int()).abs().max() <= 1
     for given in ((), (added,), (None, halves)):
         found = compiled.norm_act_quantize(x, norm, balanced, *given)
         expected = glue.norm_act_quantize(x, norm, balanced, *given)
