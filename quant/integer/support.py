@@ -11,7 +11,7 @@ from quant.rules import resolve, role_of
 from quant.spec import QuantSpec
 
 FLOAT = "not quantized"
-PRODUCT = "products of activations are computed in float32"
+PRODUCT = "products of activations run on int8 for large attention maps alone"
 
 
 def why_as_defined(module: nn.Module) -> str:
