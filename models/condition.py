@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,11 @@ class Condition:
         return self.encode([self.choose(seed, i) for i in indices])
 
     def null_row(self) -> torch.Tensor:
-        """Encodes what stands for no condition, (1, ...)."""
+        """What stands for no condition, encoded once, (1, ...)."""
+        return self._null_row
+
+    @cached_property
+    def _null_row(self):
         return self.encode([self.null])
 
 

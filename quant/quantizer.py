@@ -67,9 +67,11 @@ class Quantizer(nn.Module):
     def table(self, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Row(s) of a (segments, groups) table for the current segment, to broadcast against x."""
         rows = values[self.segment()]
+        # by a number where there is one group: PyTorch waits for a GPU to tell an index of no axes
+        groups = self.group_of if self.group_of.dim() else 0
         if rows.dim() == 1:
-            return rows[self.group_of]
-        rows = rows[:, self.group_of]  # (N, *group map)
+            return rows[groups]
+        rows = rows[:, groups]  # (N, *group map)
         return rows.reshape(len(rows), *[1] * (x.dim() - rows.dim()), *rows.shape[1:])
 
     @property

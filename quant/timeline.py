@@ -72,8 +72,9 @@ class Timeline:
         """Tell it the network times t (N,) of the samples in the coming forward pass."""
         if self.num_segments == 1:
             return
-        segment = self.segments_of(t)
-        self.segment = int(segment[0]) if bool((segment == segment[0]).all()) else segment
+        segment = self.segments_of(t.cpu())  # a GPU is waited for here, once, and nowhere else
+        is_one = bool((segment == segment[0]).all())
+        self.segment = int(segment[0]) if is_one else segment.to(t.device)
 
     def restricted_to(self, t: torch.Tensor) -> Timeline:
         """A timeline of the segments that hold the times t (N,) alone, set to these, for trials."""
