@@ -125,14 +125,15 @@ class FloatGrid(nn.Module):
 
 
 class SteppedCodes(nn.Module):
-    """Codes of x by tables over time, in a form whose scales and zero points are constants: what
-    differs by time is multiplied before, and again behind the product (`after`)."""
+    """Codes of x by tables over time, in a form whose scale and zero point are constants: x times
+    1/scale, rounded, plus the zero point goes through a QuantizeLinear of scale 1. The layer undoes
+    both behind its product."""
 
     def __init__(self, quantizer: Quantizer, clock: Clock, part: int = 0):
         super().__init__()
         self.clock = clock
         low, high = ends_of(quantizer)
-        self.register_buffer("scale", quantizer.scale[:, part].detach().clone())
+        self.scale = quantizer.scale[:, part].detach()
         self.register_buffer("inverse", self.scale.reciprocal())
         self.register_buffer("zero_points", quantizer.zero_point[:, part] - low)
         self.register_buffer("largest", None if all(high - low == LARGEST) else high - low)
@@ -150,11 +151,3 @@ class SteppedCodes(nn.Module):
         if self.largest is not None:
             codes = torch.minimum(codes, self.clock.rows(self.largest, x.dim()))
         return dequantize_linear(quantize_linear(codes, self.one, self.zero), self.one, self.zero)
-
-    def after(
-        self, sums: torch.Tensor, of_weight: torch.Tensor, scales: torch.Tensor
-    ) -> torch.Tensor:
-        """The product of scaled integers from that of codes, `sums` (N, out, ...): minus the zero
-        point times the sum of an output's weights `of_weight`, times both scales."""
-        zero_point = self.clock.rows(self.zero_points, sums.dim())
-        return (sums - zero_point * of_weight) * (self.clock.rows(self.scale, sums.dim()) * scales)

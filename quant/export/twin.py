@@ -46,7 +46,7 @@ class Weight(nn.Module):
         self.register_buffer("integers", integers.to(torch.int8).contiguous())
         self.register_buffer("scale", scale.detach().expand(len(flat)).clone())
         self.register_buffer("one", torch.ones(len(flat)))
-        self.register_buffer("sums", self.per_channel(flat.sum(1)))
+        self.sums = flat.sum(1)  # of each output
         self.register_buffer("shift", shift if shift.any() else None)
         self.register_buffer("ones", ones.to(torch.int8).contiguous())
 
@@ -116,23 +116,38 @@ class Layer(nn.Module):
 
 
 class SteppedLayer(Layer):
-    """A layer whose input has other scales at other times."""
+    """A layer whose input has other scales at other times. The product is one of codes; tables of
+    `factors` and `offsets` (segments, out, ...) for each part make the answer of it: both scales,
+    and minus the zero point times the sum of an output's weights, with the bias."""
 
     def __init__(self, layer: QuantLayer, clock: Clock):
         super().__init__(layer, clock)
-        self.before, self.padding = nn.Identity(), []
-        if layer.trailing:  # codes are padded before their zero point is subtracted
+        self.clock, self.before, self.padding = clock, nn.Identity(), []
+        if layer.trailing:  # with codes of zero, before their zero point is subtracted
             sizes = layer.operation.keywords["padding"]
             self.padding = [size for size in reversed(sizes) for _ in range(2)]
             self.product = partial(layer.operation, bias=None, padding=0)
         q = layer.input_quantizer
         self.grids = nn.ModuleList(SteppedCodes(q, clock, i) for i in range(len(self.parts)))
+        for i, (grid, weight) in enumerate(zip(self.grids, self.weights)):
+            factors = grid.scale.double()[:, None] * weight.scale
+            offsets = -grid.zero_points[:, None] * weight.sums * factors
+            if i == 0 and layer.bias is not None:
+                offsets = offsets + layer.bias.detach()
+            for name, table in (("factors", factors), ("offsets", offsets)):
+                table = table.float().reshape(*table.shape, *[1] * layer.trailing)
+                self.register_buffer(f"{name}_{i}", table)
+        self.bias = None
 
     def term(self, part: int, x: torch.Tensor) -> torch.Tensor:
         """What a part of the input adds."""
-        grid, weight = self.grids[part], self.weights[part]
-        sums = weight(grid(x, self.padding), weight.one, self.product)
-        return grid.after(sums, weight.sums, self.per_channel(weight.scale))
+        weight = self.weights[part]
+        sums = weight(self.grids[part](x, self.padding), weight.one, self.product)
+        factors, offsets = (
+            self.clock.rows(getattr(self, f"{name}_{part}"), sums.dim())
+            for name in ("factors", "offsets")
+        )
+        return sums * factors + offsets
 
 
 class Product(nn.Module):

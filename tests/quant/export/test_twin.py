@@ -40,11 +40,11 @@ def layers(cases, timeline):
     return zip(*found)
 
 
-def assert_alike(modules, twins, clock, t, inputs, tmp_path):
+def assert_alike(modules, twins, clock, t, inputs, tmp_path, tolerance=2e-6):
     found = answers(twins, clock, t, inputs, tmp_path)
     for module, x in zip(modules, inputs):
         expected = module(x).flatten(1)
-        assert_close(found[:, : expected.shape[1]], expected, 2e-6)
+        assert_close(found[:, : expected.shape[1]], expected, tolerance)
         found = found[:, expected.shape[1] :]
     assert found.shape[1] == 0
 
@@ -77,7 +77,8 @@ def test_layers_with_tables_answer_each_sample_by_its_own_time(tmp_path):
     timeline.set_time(t)
     clock = Clock(timeline)
     twins = [SteppedLayer(layer, clock) for layer in modules]
-    assert_alike(modules, twins, clock, t, inputs, tmp_path)
+    # an answer is a difference of numbers that may be many times as large
+    assert_alike(modules, twins, clock, t, inputs, tmp_path, tolerance=1e-5)
 
 
 class Pair(torch.nn.Module):
