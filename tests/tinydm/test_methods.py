@@ -16,7 +16,7 @@ from quant.calibration.files import load_calibration
 from quant.checkpoint import load_quantized
 from quant.convert import convert
 from quant.integer.lower import IntegerNet
-from quant.network import input_quantizers, quant_layers
+from quant.network import in_channels_last, input_quantizers, quant_layers
 from tinydm.recipe import RunConfig
 from tinydm.stages import calibrate, quantize, retabulate, sample
 
@@ -157,11 +157,11 @@ def images_on_integers(path, folder):
     """Bytes of the images of a run's file, whose network gives the bits of its simulation."""
     model = tinydm.load(path, device="cpu")
     images = model.sample(range(4), precision="integer")
-    integer = model.computing["integer"]
+    integer, simulated = model.computing["integer"], in_channels_last(model.net)
     assert isinstance(integer, IntegerNet)
     for seed, t in enumerate((1.0, 400.0, 900.0)):
         x, times = model.noise(seed, range(3)).draw(), torch.full((3,), t)
-        assert torch.equal(integer(x, times), model.net(x, times))
+        assert torch.equal(integer(x, times), simulated(x, times))
     folder.mkdir()
     for i, image in enumerate(images):
         sample.save_png(folder / f"{i}.png", image)
