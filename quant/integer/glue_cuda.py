@@ -17,15 +17,15 @@ Numbers = tuple[torch.Tensor, ...]  # inverse, low, high: 0-dim, so that no valu
 
 
 class InductorGlue:
-    """The functions of quant/integer/glue.py for tensors on one device, compiled as they are first
-    called."""
+    """The functions of quant/integer/glue.py for tensors on one device, compiled by a backend of
+    torch.compile as they are first called."""
 
     about = "compiled by torch.compile"
     rescale = staticmethod(glue.rescale)
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "inductor") -> None:
         self.known: dict[tuple, Numbers] = {}
-        compiled = {"dynamic": True, "fullgraph": True}
+        compiled = {"dynamic": True, "fullgraph": True, "backend": backend}
         self._integers = torch.compile(_integers, **compiled)
         self._quantize = torch.compile(_quantize, **compiled)
         self._norm = torch.compile(_norm, **compiled)

@@ -1,8 +1,6 @@
-"""The glue for GPUs, compiled for the CPU here: what it computes does not depend on the device."""
+"""The glue for GPUs, traced and run on the CPU here: what it computes does not depend on the
+device."""
 
-import shutil
-
-import pytest
 import torch
 from tiny import normal
 
@@ -14,10 +12,12 @@ from quant.integer.glue_cuda import InductorGlue
 ROW = Row(40.0, -100.0, 155.0, 100)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_glue_gives_the_codes_of_plain_pytorch():
     """To one code where a value lies next to the border of two."""
-    compiled, x = InductorGlue(), normal(2, 8, 4, 6).to(memory_format=torch.channels_last)
+    compiled, x = (
+        InductorGlue("aot_eager"),
+        normal(2, 8, 4, 6).to(memory_format=torch.channels_last),
+    )
     norm = NormAct(8, num_groups=4, eps=1e-5).requires_grad_(False)
     added, halves = normal(2, 8), normal(2, 2, 8, seed=1).unbind()
     balanced = ROW._replace(balance=(torch.rand(8) + 0.5).reshape(-1, 1, 1))
@@ -37,7 +37,7 @@ def test_compiled_glue_gives_the_codes_of_plain_pytorch():
 
 
 def test_numbers_of_a_row_are_made_once():
-    compiled = InductorGlue()
+    compiled = InductorGlue("aot_eager")
     x = torch.zeros(1)
     first = compiled._numbers(ROW, x)
     assert [float(number) for number in first] == [40.0, -100.0, 155.0]

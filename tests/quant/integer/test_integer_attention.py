@@ -45,9 +45,10 @@ def test_maps_and_values_are_multiplied_on_int8_where_maps_are_large(roles, offs
 
     monkeypatch.setattr(integer, "_on_int8", noted)
     monkeypatch.setattr(attention, "LARGE", 1)
-    assert torch.equal(integer(*given), expected) and len(calls) == 1
+    count = 1 if cpu_engine().largest == 128 else 0  # without VNNI sums overflow
+    assert torch.equal(integer(*given), expected) and len(calls) == count
     monkeypatch.setattr(attention, "LARGE", 2**30)
-    assert torch.equal(integer(*given), expected) and len(calls) == 1
+    assert torch.equal(integer(*given), expected) and len(calls) == count
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])

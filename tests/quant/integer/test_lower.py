@@ -62,7 +62,11 @@ def test_every_way_to_quantize_gives_the_same_bits(way, tmp_path):
     integer = lower(net, arguments("latent", 1), engine(), glue)
     given = arguments("latent")
     assert torch.equal(integer(*given), net(*given))
-    left = {name: why for name, why in integer.reasons.items() if "product" not in why}
+    left = {
+        name: why
+        for name, why in integer.reasons.items()
+        if "product" not in why and "overflow" not in why  # without VNNI
+    }
     told = {"weights only": "is not quantized", "channels": "has a scale for every channel"}
     assert bool(left) == (way in told)
     assert all(told[way] in why for why in left.values())
