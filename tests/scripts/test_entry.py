@@ -17,6 +17,7 @@ SCRIPTS = {
     "scripts/for_church.sh": SAMPLE,
     "scripts/for_coco.sh": SAMPLE,
     "scripts/for_imagenet64.sh": SAMPLE,
+    "scripts/check_gpu.sh": SAMPLE,
     "scripts/download_models.sh": DOWNLOAD,
     "scripts/download_first_stages.sh": DOWNLOAD,
     "scripts/test.sh": (["--version"], 0, "pytest"),
