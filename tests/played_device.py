@@ -12,7 +12,7 @@ from base.files import PROJECT
 
 CPU, DEVICE = torch.device("cpu"), torch.device("lazy")  # backward passes need no thread for it
 COPIES = {"_to_copy", "copy_"}
-INDEXING = {"index", "index_put_", "_index_put_impl_"}  # indices are brought over
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # indices are brought over
 # whose result, or its size, depends on values
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
 
@@ -84,7 +84,7 @@ class PlayedDevice(TorchDispatchMode):
             bare_kwargs["device"] = CPU
         elif name == "copy_":
             there = isinstance(args[0], Played)
-        self._complain(function, name, given, played, kwargs if there else {})
+        self._complain(function, name, given, played)
         self._note(name, given, played, there)
         out = function(*bare_args, **bare_kwargs)
         if not there:
@@ -97,15 +97,13 @@ class PlayedDevice(TorchDispatchMode):
         out = _each(wrap, out)
         return return_and_correct_aliasing(function, args, kwargs, out) if played else out
 
-    def _complain(self, function, name, given, played, options):
+    def _complain(self, function, name, given, played):
         """As a GPU would; numbers (tensors of no axes) may lie elsewhere."""
         mixed = any(t.dim() for t in played) and any(
             t.dim() for t in given if not isinstance(t, Played)
         )
         if mixed and name not in COPIES | INDEXING:
             raise RuntimeError(f"{function}: tensors lie on the CPU and on the device")
-        if options.get("generator") is not None or options.get("pin_memory"):
-            raise RuntimeError(f"{function}: a generator or pinned memory is of the CPU")
 
     def _note(self, name, given, played, there):
         if played and name in READS:

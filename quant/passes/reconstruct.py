@@ -95,7 +95,7 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
     segments = timeline.segments_of(calibration.t)
 
     def set_time(rows):
-        timeline.set_time(calibration.t[rows])
+        timeline.set_time(calibration.t[rows].to(job.device))
 
     set_input_quantization(job.net, schedule.joint)
     share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()

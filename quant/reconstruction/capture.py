@@ -158,7 +158,7 @@ class Stream:
         whole = None
         for rows in self.rows:
             if isinstance(self.net, QuantizedNet):
-                self.net.timeline.set_time(self.calibration.t[rows])
+                self.net.timeline.set_time(self.calibration.t[rows].to(self.device))
             out = self.modules[unit](*(a[rows].to(self.device) for a in inputs))
             whole = self._whole(out) if whole is None else whole
             whole[rows] = out

@@ -131,6 +131,7 @@ def test_older_gpus_are_told_apart_before_anything_is_compiled(monkeypatch):
     )
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_engine_is_exact_and_a_graph_reads_other_zero_points():
     engine = cuda_engine("cuda")
