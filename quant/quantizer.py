@@ -109,6 +109,8 @@ class Quantizer(nn.Module):
         ends = [code_range(bits, self.spec.symmetric) for bits in self.bits]
         if len(set(ends)) == 1:
             return ends[0]
+        if isinstance(self.segment(), int):
+            return ends[self.segment()]
         ends = torch.tensor(ends, device=x.device).float()
         return tuple(self.table(end[:, None].expand_as(self.scale), x) for end in ends.unbind(1))
 

@@ -30,6 +30,7 @@ WAYS = {
     "heads": [ALL, {"kind": "matmul", "role": ["q", "k"], "input": {"bits": 8, "per": "head"}}],
 }
 TIMES = (300, 600)  # boundaries
+WIDTHS = {"role": "conv1", "input": {"per": "channel", "segment_bits": [8, 6, 3]}}
 STEPS = 4
 
 
@@ -71,7 +72,8 @@ def brought(tensors):
 @pytest.mark.parametrize(
     "name, rules, boundaries",
     [(name, [ALL], times) for name in NETWORKS for times in ((), TIMES)]
-    + [("latent", rules, ()) for rules in WAYS.values()],
+    + [("latent", rules, ()) for rules in WAYS.values()]
+    + [("pixel", [ALL, WIDTHS], TIMES)],
 )
 def test_a_forward_pass_stays_on_its_device(name, rules, boundaries, made, tmp_path):
     """It asks for the time segment, once, and the answer has the bits of the CPU."""
