@@ -26,6 +26,7 @@ class OnednnEngine:
     zero point. `largest` is the largest |weight| that is computed exactly."""
 
     largest: int = 128
+    slow_zero_points = True  # it walks over the weights for one, in every call
 
     def conv(self, weight: torch.Tensor, stride: Sizes, padding: Sizes, dilation: Sizes) -> Product:
         """A convolution with weight (O, C, KH, KW) int8 of codes (N, C, H, W), channels_last."""

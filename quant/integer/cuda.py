@@ -23,6 +23,7 @@ class CudaEngine:
 
     `largest` is the largest |weight| that is exact. Raises ImportError without Triton."""
 
+    slow_zero_points = False
     largest = 128
 
     def __init__(self, device: torch.device | str):

@@ -11,6 +11,7 @@ from torch import nn
 
 from base.network import NormAct, Rearrangement
 from quant.integer.grids import Grid
+from quant.integer.products import product_of, shifts_of
 from quant.integer.support import why_as_defined
 from quant.layers import QuantLayer
 
@@ -37,7 +38,7 @@ class IntegerLayer(nn.Module):
         self.grids = [Grid(q, part, balance) for part, balance in enumerate(balances)]
         weights = layer.weight_int if layer.has_segments else layer.weight_int[None]
         self.products = [
-            [_product(part, layer, engine, glue) for part in weight.split(self.parts, dim=1)]
+            [product_of(part, layer, engine, glue) for part in weight.split(self.parts, dim=1)]
             for weight in weights
         ]
         self.weight_timeline = layer.weight_quantizer.timeline if layer.has_segments else None
@@ -68,53 +69,6 @@ def _scales(layer):
         w = weights[segment % len(weights)].chunk(len(layer.parts))
         x = inputs[segment % len(inputs)]
         yield [(x[part] * own).expand(layer.shape[0]).contiguous() for part, own in enumerate(w)]
-
-
-def _product(weight, layer, engine, glue):
-    """The product of an engine with integers (out, in, ...) held in floats."""
-    shifts = shifts_of(weight)
-    shifted = (weight - shifts.reshape(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
-    whole = _make(shifted, layer, engine)
-    if not shifts.any():
-        return whole
-    ones = torch.ones_like(shifted[:1])
-    return Shifted(whole, _make(ones, layer, engine), shifts, glue)
-
-
-def _make(weight, layer, engine):
-    if layer.trailing == 0:
-        return engine.linear(weight)
-    how = [layer.operation.keywords[key] for key in ("stride", "padding", "dilation")]
-    if layer.trailing == 1:
-        weight = weight.unsqueeze(2)
-        stride, padding, dilation = how
-        how = [(1, *stride), (0, *padding), (1, *dilation)]
-    return engine.conv(weight.contiguous(), *how)
-
-
-def shifts_of(weight: torch.Tensor) -> torch.Tensor:
-    """What is taken from the integers (out, ...) of each output channel for the rest to fit int8:
-    0 unless an asymmetric grid of 8 bits needs it."""
-    low, high = weight.flatten(1).aminmax(dim=1)
-    outside = (low < -128) | (high > 127)
-    return torch.where(outside, ((low + high) / 2).ceil(), 0.0)
-
-
-class Shifted:
-    """A product with weights that int8 cannot hold: those less a shift for each output channel,
-    and shift times the sum of the integers under the kernel."""
-
-    def __init__(self, whole: Any, box: Any, shifts: torch.Tensor, glue: Any):
-        self.whole, self.box, self.shifts, self.glue = whole, box, shifts, glue
-        self.ones = torch.ones_like(shifts)
-
-    def __call__(
-        self, codes: torch.Tensor, zero_point: int, scale: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """As the products of an engine."""
-        sums = self.whole(codes, zero_point, self.ones, None)
-        boxes = self.box(codes, zero_point, self.ones[:1], None)
-        return self.glue.rescale(sums, boxes, self.shifts, scale, bias)
 
 
 def why_not_integer(layer: QuantLayer, largest: int) -> str:

@@ -9,13 +9,7 @@ from base.network import Doubling, NormAct, PadEnd
 from quant.integer import glue
 from quant.integer.cpu import cpu_engine
 from quant.integer.grids import Grid
-from quant.integer.layers import (
-    IntegerLayer,
-    IntegerNorm,
-    IntegerRearrangement,
-    shifts_of,
-    why_not_integer,
-)
+from quant.integer.layers import IntegerLayer, IntegerNorm, IntegerRearrangement, why_not_integer
 from quant.spec import QuantSpec
 
 PER_CHANNEL, INPUT = QuantSpec(bits=4, per="channel"), QuantSpec(bits=8)
@@ -66,14 +60,6 @@ def test_codes_are_read_as_they_are(case):
     own = glue.quantize(x.unsqueeze(2) if case == "conv1d" else x, row)
     assert torch.equal(own.reshape(x.shape), codes) and axes == (0 if "linear" in case else 2)
     assert torch.equal(integer(codes), quant(x))
-
-
-def test_shifts_bring_integers_of_9_bits_into_8():
-    weight = torch.tensor([[-255.0, 0], [0, 255], [-128, 127], [-200, 55], [3, 4]])
-    shifts = shifts_of(weight)
-    assert shifts.tolist() == [-127, 128, 0, -72, 0]
-    rest = weight - shifts[:, None]
-    assert rest.min() == -128 and rest.max() == 127
 
 
 def test_why_a_layer_stays_as_defined():
