@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from quant.layers import QuantLayer
 
-# A zero point costs oneDNN a walk over the weights, elsewhere a pass over the outputs does; one
-# weight costs as much as so many outputs (measured on Xeons, as other figures in docs/integer.md).
-OUTPUTS_PER_WEIGHT = 3
+# A zero point costs oneDNN a walk over the weights; to take it off behind costs three calls, as
+# much as so many weights, and a pass over the outputs, so many of which cost as much as one weight
+# (measured on a Xeon at 2.1 GHz, torch 2.15).
+CALLS, OUTPUTS_PER_WEIGHT = 2**16, 3
 EXACT = 2**24  # below, float32 holds every integer
 
 
@@ -80,15 +81,15 @@ class Compensated:
     def __init__(self, native: Any, raw: Any, weight: torch.Tensor, padding: Any, glue: Any):
         self.native, self.raw, self.glue = native, raw, glue
         self.totals = weight.flatten(1).sum(1)
-        self.ones, self.terms = torch.ones_like(self.totals), weight[0].numel()
+        self.ones, self.num_weights = torch.ones_like(self.totals), weight.numel()
         self.pads = [side for size in reversed(padding) for side in (size, size)]
 
     def __call__(
         self, codes: torch.Tensor, zero_point: int, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """As the products of an engine."""
-        pixels = codes.numel() // codes.shape[1]
-        if zero_point == 0 or self.terms * OUTPUTS_PER_WEIGHT < pixels:
+        outputs = codes.numel() // codes.shape[1] * len(self.totals)
+        if zero_point == 0 or self.num_weights < CALLS + outputs / OUTPUTS_PER_WEIGHT:
             return self.native(codes, zero_point, scale, bias)
         if any(self.pads):
             codes = F.pad(codes, self.pads, value=zero_point)
