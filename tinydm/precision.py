@@ -12,6 +12,7 @@ from base.devices import reuse_memory
 from base.errors import unknown_word
 from base.network import batch_of
 from models.diffusion import DiffusionModel
+from quant.integer.lower import IntegerNet
 from quant.integer.select import integer_net, trial
 from quant.network import in_channels_last, quant_layers
 
@@ -33,6 +34,8 @@ def with_precision(
     `batch_size` is that of sampling. Raises ValueError for an unknown word, and for `integer` where
     that is not possible."""
     check_precision(precision)
+    if isinstance(model.net, IntegerNet):
+        return model, "integers, as it was given"
     reuse_memory()
     simulated = in_channels_last(model.net)
     as_simulated = model.with_net(simulated)

@@ -88,3 +88,10 @@ def test_a_network_without_quantized_inputs_has_no_integer_form(tiny_model, tmp_
         with_precision(tiny_model.with_net(net), "integer", 4)
     model, about = with_precision(tiny_model.with_net(net), "auto", 4)
     assert "its input is not quantized" in about and not isinstance(model.net, IntegerNet)
+
+
+def test_a_model_on_integers_stays_as_it_is(tiny_model, tmp_path):
+    net = quantized(tiny_model.net, tmp_path, rules(4, 8))
+    model, _ = with_precision(tiny_model.with_net(net), "integer", 4)
+    again, about = with_precision(model, "auto", 4)
+    assert again is model and about == "integers, as it was given"
