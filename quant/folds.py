@@ -21,8 +21,9 @@ def check_folds(
     else does: s goes through no activation and must meet 1/s wherever it comes."""
     answers, readers = {}, {part.norm: [] for part in parts}
 
-    def keep(norm, _, inputs, out):
-        answers[norm] = out  # kept, so that its storage is its own
+    def keep(norm, module, inputs, out):
+        if not getattr(module, "silu", False):  # what goes through an activation is no answer
+            answers[norm] = out  # kept, so that its storage is its own
 
     def compare(name, _, inputs):
         places = {x.untyped_storage().data_ptr() for x in inputs if torch.is_tensor(x)}

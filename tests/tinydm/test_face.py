@@ -3,6 +3,7 @@ input gets one sentence."""
 
 import doctest
 import json
+import logging
 import subprocess
 import sys
 
@@ -34,6 +35,8 @@ FEW = [
 def tiny(tmp_path, monkeypatch):
     """Path of the YAML of a 3 x 16 x 16 model; the current folder is empty but for it."""
     monkeypatch.chdir(tmp_path)
+    # as in Python alone: a command that ran before in this process prints what is logged
+    monkeypatch.setattr(logging.getLogger("tinydm"), "handlers", [])
     net = randomize(build_network(**NETWORK))
     save_file(net.state_dict(), tmp_path / "tiny-weights.safetensors")
     content = {

@@ -13,6 +13,7 @@ from base.config import load
 from base.files import load_tensors, save_tensors
 from quant.calibration.files import load_calibration
 from quant.checkpoint import save_quantized
+from tinydm.precision import with_precision
 from tinydm.recipe import RunConfig
 from tinydm.run_folder import open_run
 from tinydm.stages.calibrate import collect
@@ -38,7 +39,8 @@ def check_moved(run, folder):
     path = shutil.copy(run / "quantized.safetensors", folder / "moved.safetensors")
     model = load_quantized_model(path, "cpu")
     assert model.sampling.batch_size == 4 and model.sampling.steps == 4
-    assert torch.equal(model.sample(range(6)), images_of(run))
+    computing, _ = with_precision(model, "simulated", 4)
+    assert torch.equal(computing.sample(range(6)), images_of(run))
 
 
 def test_a_file_in_another_folder_makes_the_same_images(pixel_run, tmp_path):
@@ -53,7 +55,8 @@ def test_a_file_goes_with_its_checkpoint_and_no_other(pixel_model, pixel_run, tm
     path, weights = pixel_run / "quantized.safetensors", pixel_model.with_name("tiny.safetensors")
     moved = shutil.copy(weights, tmp_path / "moved.safetensors")
     model = load_quantized_model(path, "cpu", checkpoint=str(moved))
-    assert torch.equal(model.sample([5]), images_of(pixel_run)[5:])
+    computing, _ = with_precision(model, "simulated", 4)
+    assert torch.equal(computing.sample([5]), images_of(pixel_run)[5:])
     other = {name: value + 0.1 for name, value in load_file(weights).items()}
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="was made from other weights of 'tiny'"):
