@@ -84,8 +84,8 @@ def test_hardened_split_layer_is_a_sum_of_integer_products_bit_for_bit(per):
 @pytest.mark.parametrize("case", ["linear", "conv1d", "conv2d", "conv2d strided"])
 def test_balanced_layer_is_integer_arithmetic_with_one_merged_factor(case, exact):
     """conv(clamp(round(x_c / (s_x * b_c)) + z_x) - z_x, w_int) * (s_x * s_w) + b, w_int made of w_c
-    * b_c. By powers of two the layer, which multiplies with 1/b_c first, gives these bits; by others
-    it may fall otherwise at a tie."""
+    * b_c. By powers of two the layer, which multiplies with 1/b_c first, gives these bits; by
+    others it may fall otherwise at a tie."""
     layer, quant, x = build(
         case, QuantSpec(bits=8, per="channel"), QuantSpec(bits=8), balanced=True
     )
