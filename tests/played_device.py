@@ -134,7 +134,8 @@ def _caller():
     frame = sys._getframe()
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(str(PROJECT)) and "/tests/" not in path:
+        ours = path.startswith(str(PROJECT)) and "/site-packages/" not in path  # of its .venv
+        if ours and "/tests/" not in path:
             return f"{path.removeprefix(f'{PROJECT}/')}: {frame.f_code.co_name}"
         frame = frame.f_back
     return "a test"
