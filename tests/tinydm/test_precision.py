@@ -7,7 +7,7 @@ from tiny import quantized, rules
 from quant.integer import select
 from quant.integer.lower import IntegerNet
 from tinydm import precision
-from tinydm.precision import check_precision, with_precision
+from tinydm.precision import _apart, check_precision, with_precision
 
 NO_ENGINE = "this is another processor"
 
@@ -95,3 +95,8 @@ def test_a_model_on_integers_stays_as_it_is(tiny_model, tmp_path):
     model, _ = with_precision(tiny_model.with_net(net), "integer", 4)
     again, about = with_precision(model, "auto", 4)
     assert again is model and about == "integers, as it was given"
+
+
+def test_answers_are_apart_in_units_of_the_first():
+    given = (torch.tensor([3.0, 4.0]),)
+    assert _apart(lambda x: x, lambda x: x + torch.tensor([0.0, 1.0]), given) == pytest.approx(0.2)
