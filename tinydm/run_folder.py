@@ -70,12 +70,14 @@ class Run:
     def stage(self, name: str) -> Iterator[None]:
         """Computes exactly while inside, with `threads` threads, and notes the time and the most
         memory of the stage. Unless forced, the seconds of earlier calls are added to its own."""
-        started = time.monotonic()
+        started = time.monotonic(), time.process_time()
         try:
             with exact_arithmetic(self.config.threads):
                 yield
         finally:  # interrupted or not; only a kill goes uncounted
-            spent = {"seconds": round(time.monotonic() - started, 2), **peak_memory()}
+            seconds, of_cpu = time.monotonic() - started[0], time.process_time() - started[1]
+            spent = {"seconds": round(seconds, 2), "cpu_seconds": round(of_cpu, 2)}
+            spent |= peak_memory()
             with alone(self.folder):
                 self.note(name, spent)
 
@@ -86,7 +88,8 @@ class Run:
         for earlier in (row for row in rows if row["stage"] == name and not self.config.force):
             for key in (key for key in earlier if key.startswith("peak")):
                 spent[key] = max(earlier[key], spent.get(key, 0))
-            spent["seconds"] = round(spent["seconds"] + earlier["seconds"], 2)
+            for key in ("seconds", "cpu_seconds"):  # an earlier version noted seconds alone
+                spent[key] = round(spent[key] + earlier.get(key, 0), 2)
         rows = [row for row in rows if row["stage"] != name]
         write_lines(path, [*rows, {"stage": name, **spent}])
 

@@ -1,6 +1,7 @@
 """All stages on a tiny model: the main command's path, a full disk, and kill -9 in every stage."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -218,6 +219,8 @@ def test_killed_in_every_stage_the_run_ends_in_the_same_bytes(pixel_model, pixel
 def test_a_stage_counts_the_seconds_and_the_largest_memory_of_all_its_parts(tmp_path, monkeypatch):
     clock, config = iter([0.0, 2.5, 10.0, 11.0, 20.0, 20.25]), recipe.RunConfig(out=str(tmp_path))
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: next(clock))
+    of_cpu = itertools.count()
+    monkeypatch.setattr(run_folder.time, "process_time", lambda: next(of_cpu))
     whole = {"peak_rss_bytes": 7, "peak_cuda_bytes": 3}
     for peaks, force in ((whole, False), ({"peak_rss_bytes": 5}, False), ({}, True)):
         monkeypatch.setattr(run_folder, "peak_memory", lambda peaks=peaks: peaks)
@@ -226,7 +229,11 @@ def test_a_stage_counts_the_seconds_and_the_largest_memory_of_all_its_parts(tmp_
             pass
         (row,) = map(json.loads, (tmp_path / "stages.jsonl").read_text().splitlines())
         assert row == {"stage": "quantize"} | (
-            {"seconds": 0.25} if force else {"seconds": 3.5 if len(peaks) == 1 else 2.5} | whole
+            {"seconds": 0.25, "cpu_seconds": 1}
+            if force
+            else {"seconds": 3.5, "cpu_seconds": 2} | whole
+            if len(peaks) == 1
+            else {"seconds": 2.5, "cpu_seconds": 1} | whole
         )
 
 
