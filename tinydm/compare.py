@@ -29,7 +29,7 @@ import torch
 from filelock import lock_descriptor
 
 from base.config import load, split_arguments
-from base.files import PROJECT, write_text
+from base.files import PROJECT, read_lines, write_lines, write_text
 from tinydm.identity import IMAGES
 from tinydm.plan import Cell, CompareConfig, absent, cells_of, is_finished, shared_by
 from tinydm.report.chart import draw
@@ -84,7 +84,8 @@ def compare(
         _make(shared, threads, log, inside=[])
         if not shared.note:
             with locked(shared.folder):
-                # what the others need of it lies beside it
+                # what the others need of it lies beside it, and what that took
+                _keep_stages(shared.folder)
                 shutil.rmtree(shared.folder)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda cell: _make(cell, max(1, threads // jobs), log), todo))
@@ -95,6 +96,14 @@ def _shared_run(cell):
     """A run that only fills what others share, so that none of them is charged for it."""
     folder = cell.folder.with_name(f"shared-{cell.folder.name}")
     return replace(cell, folder=folder, arguments=[*cell.arguments, f"out={folder}"])
+
+
+def _keep_stages(folder):
+    """Keeps what its stages took beside a shared run, FOLDER.stages.jsonl: of the first time, which
+    made what later ones find."""
+    kept = folder.with_name(f"{folder.name}.stages.jsonl")
+    if not kept.exists():
+        write_lines(kept, read_lines(folder / "stages.jsonl"))
 
 
 def _make(cell, threads, log, inside=INSIDE):
