@@ -11,6 +11,7 @@ from base.config import read_yaml, split_arguments
 from base.files import PROJECT
 from models.diffusion import find_checkpoint
 from tinydm.identity import IMAGES, TRAJECTORIES, differences, identity, select
+from tinydm.names import find_yaml
 from tinydm.recipe import RunConfig, check, load_recipe
 from tinydm.report.results import Result, config_of, read_recipe, read_results
 
@@ -23,7 +24,8 @@ class CompareConfig:
     models: list[str] = field(default_factory=list)  # names of configs/model
     bits: list[str] = field(default_factory=list)  # names of configs/bits
     methods: list[str] = field(default_factory=list)  # names of configs/method
-    variants: Any = None  # {name: [key=value or a name of configs/method, ...]}
+    # {name: [key=value, or a name of configs/method or configs/preset, ...]}
+    variants: Any = None
     # of the calibration data and of all else but the images
     seeds: list[int] = field(default_factory=lambda: [1000])
     preset: str = "demo"  # name of configs/preset
@@ -86,8 +88,8 @@ def _check_variants(variants):
             raise ValueError(f"{complaint}; use letters, digits, '.', '_', '-'")
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(
-                f"variant '{name}' must be a list of key=value or names of configs/method; found "
-                f"{words}"
+                f"variant '{name}' must be a list of key=value or names of configs/method or "
+                f"configs/preset; found {words}"
             )
 
 
@@ -116,10 +118,12 @@ def _check_recipes(cells):
 
 def _cell_of(plan, model, bits, method, seed, variant, words):
     names, changes = split_arguments(words)
-    # a variant's method stands in the row's place
-    methods = [("method", name) for name in names or [method]]
-    kinds = ("model", model), ("bits", bits), *methods, ("preset", plan.preset)
-    files = [yaml_path(kind, name) for kind, name in kinds]
+    own = [find_yaml(name, ("method", "preset")) for name in names]
+    presets = [file for file in own if "preset" in read_yaml(file)]
+    methods = [file for file in own if file not in presets]
+    # a variant's method stands in the row's place, its preset goes on top of the comparison's
+    kinds = ("model", model), ("bits", bits), *(("method", name) for name in methods or [method])
+    files = [yaml_path(kind, name) for kind, name in (*kinds, ("preset", plan.preset))] + presets
     folder = Path(plan.out) / Path(model).stem / run_name(method, bits, variant, seed)
     words = [
         *plan.overrides,

@@ -22,7 +22,7 @@ from tinydm.report.results import read_results
             ["variants={quad: sampling.skip=quad}"],
             "variant 'quad' must be a list .*; found sampling.skip=quad",
         ),
-        (["variants={quad: [quad]}"], "method/quad.yaml does not exist"),
+        (["variants={quad: [quad]}"], "no method or preset is called 'quad'"),
         (["variants={quad: [sampling.skp=quad]}"], "did you mean 'skip'"),
         (["variants={a: [], b: []}"], "are the same recipe; leave one out"),
         (["methods=[minmaxx]"], "minmaxx.yaml does not exist; did you mean minmax.yaml"),
@@ -55,6 +55,19 @@ def test_a_variants_method_stands_in_the_place_of_the_rows(models, tmp_path):
     q, own = (cell.config for cell in cells_of(plan))
     assert (q.method, q.segments, q.calibration.builder) == ("qdiffusion", 1, "uniform")
     assert (own.method, own.segments, own.calibration.builder) == ("tinydm", "per_step", "linspace")
+
+
+def test_a_variants_preset_goes_on_top_of_the_comparisons(models, tmp_path):
+    """By name, or by a path; the row's method stays."""
+    (tmp_path / "few.yaml").write_text("preset: few\neffort: {weight_iters: 7}")
+    words = [f"variants={{own: [], few: [{tmp_path}/few.yaml], whole: [paper]}}", "seeds=[1]"]
+    plan = load(CompareConfig, [plan_file(models, tmp_path / "p")], words)
+    plan.overrides = [word for word in plan.overrides if not word.startswith("effort")]
+    own, few, whole = (cell.config for cell in cells_of(plan))
+    assert [one.method for one in (own, few, whole)] == ["minmax"] * 3
+    assert [one.preset for one in (own, few, whole)] == ["demo", "few", "paper"]
+    assert [one.effort.weight_iters for one in (own, few, whole)] == [200, 7, 20000]
+    assert few.effort.batch_size == own.effort.batch_size == 16
 
 
 def test_two_comparisons_in_one_folder_are_refused(models, tmp_path):
