@@ -68,13 +68,16 @@ def load(
     schema: type[Schema], files: Iterable[Path | str], overrides: Iterable[str] = ()
 ) -> Schema:
     """Merges `files` and `overrides` ("a.b=3") into an instance of the dataclass `schema`. Raises
-    ValueError for an unknown key (with "did you mean"), a wrong type, a malformed override."""
+    ValueError for an unknown key (with "did you mean"), a wrong type, a malformed override.
+
+    A schema may have `renewed`, which says what files of earlier versions say (nested dicts) in
+    today's words; overrides have to be in these."""
     config = OmegaConf.structured(schema)
-    sources = [(str(path), lambda path=path: read_yaml(path)) for path in files]
+    sources = [(str(path), lambda path=path: _renewed(schema, read_yaml(path))) for path in files]
     for text in overrides:
         if "=" not in text:
             raise ValueError(f"'{text}' is not key=value")
-        sources.append((f"'{text}'", lambda text=text: OmegaConf.from_dotlist([text])))
+        sources.append((f"'{text}'", lambda text=text: _override(schema, text)))
     for source, read in sources:
         try:
             content = read()
@@ -94,6 +97,25 @@ def load(
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ValueError(f"{', '.join(map(str, files))}: {str(error).splitlines()[0]}") from None
+
+
+def _renewed(schema, content):
+    if not hasattr(schema, "renewed"):
+        return content
+    tree = OmegaConf.to_container(content)  # references to other keys stay as they are written
+    today = schema.renewed(tree)
+    return content if today == tree else OmegaConf.create(today)
+
+
+def _override(schema, text):
+    """One override. Raises ValueError for a word of an earlier version."""
+    content = OmegaConf.from_dotlist([text])
+    today = _renewed(schema, content)
+    if today is not content:
+        words = flatten(OmegaConf.to_container(today)).items()
+        remedy = " ".join(f"{key}={value}" for key, value in words)
+        raise ValueError(f"'{text}' is of an earlier version; say {remedy}")
+    return content
 
 
 def _unknown_key(config, source, error):

@@ -3,7 +3,8 @@
 Runs minmax, qdiffusion and tinydm (W4A8) in this tree and in a checkout of REVISION, by their own
 commands, on two tiny models with random weights, and compares calibration sets, quantized networks,
 full-precision and quantized images byte by byte. Metadata of safetensors files may have grown: what
-both have must be equal, and so must every tensor. Ends with status 1 if anything differs."""
+both have, in today's words, must be equal, and so must every tensor. Ends with status
+1 if anything differs."""
 
 import json
 import os
@@ -13,6 +14,9 @@ import tempfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+from tinydm.earlier import renewed  # noqa: E402
+
 METHODS = ("minmax", "qdiffusion", "tinydm")
 NETWORKS = {
     "pixel": {
@@ -47,7 +51,8 @@ WORDS = [
     "calibration.images=6",
     "effort.weight_iters=4",
     "effort.input_iters=2",
-    "effort.bfloat16=false",
+    "effort.weight_lr=0.1",
+    "effort.batch_size=16",
     "device=cpu",
     "threads=1",
 ]
@@ -88,7 +93,7 @@ def make(tree, models, out):
             files = [
                 "configs/bits/w4a8.yaml",
                 f"configs/method/{method}.yaml",
-                "configs/preset/demo.yaml",
+                "configs/preset/paper.yaml",
             ]
             run(tree, "scripts/calibrate.py", model, *files, *WORDS, f"out={folder}")
             run(tree, "scripts/quantize.py", folder)
@@ -108,7 +113,10 @@ def content(path):
         return None, None, data
     size = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:size])
-    return json.loads(header.pop("__metadata__", {}).get("tinydm", "{}")), header, data[size:]
+    meta = json.loads(header.pop("__metadata__", {}).get("tinydm", "{}"))
+    if "recipe" in meta:
+        meta["recipe"] = renewed(meta["recipe"])
+    return meta, header, data[size:]
 
 
 def grown(before, after):

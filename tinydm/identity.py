@@ -65,7 +65,9 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Names the keys that decide something and differ in two RunConfigs, with both values."""
+    """Names the keys that decide something and differ in two RunConfigs, with both values. What is
+    left to the machine in one, effort.dtype, is as the other says."""
+    a, b = a.with_dtype(b.effort.dtype), b.with_dtype(a.effort.dtype)
     a, b = flatten(identity(a)), flatten(identity(b))
     keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     return [f"{key} ({a.get(key)} there, {b.get(key)} here)" for key in keys]

@@ -2,13 +2,12 @@
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from base.config import load
-from base.devices import computes_bfloat16, resolve_device
 from base.errors import check_options, unknown_word
 from ddim.sampler import SAMPLERS, STOCHASTIC
 from ddim.schedule import make_schedule
@@ -19,6 +18,7 @@ from quant.passes.order import check_needs
 from quant.passes.run import changed_passes, check_passes, with_effort
 from quant.rules import check_bits, check_rules
 from quant.timeline import segment_boundaries
+from tinydm.earlier import renewed
 from tinydm.stages.trajectories import STARTS
 
 # keys that must be at least 1
@@ -71,8 +71,8 @@ class Effort:
     weight_lr: float = 1e-3  # of the rounding
     input_lr: float = 4e-4  # of scales
     batch_size: int = 32  # samples of a step
-    # true | false | auto: where the device computes it; config.yaml says which
-    bfloat16: Any = False
+    # fp32 | bf16 | auto: bf16 where a trial finds it faster; config.yaml says which
+    dtype: str = "fp32"
 
 
 @dataclass
@@ -127,10 +127,18 @@ class RunConfig:
     force: bool = False  # do a finished stage again
     # versions, commit and hashes, which a run notes by itself
     provenance: dict[str, Any] = field(default_factory=dict)
+    renewed = staticmethod(renewed)  # what base.config.load reads files of earlier versions by
 
     def __post_init__(self):
         if all(isinstance(entry, str | dict) for entry in self.passes):
-            self.passes = with_effort(self.passes, vars(self.effort))
+            effort = {key: value for key, value in vars(self.effort).items() if value != "auto"}
+            self.passes = with_effort(self.passes, effort)
+
+    def with_dtype(self, dtype: str) -> "RunConfig":
+        """This recipe, decided where effort.dtype is auto."""
+        if self.effort.dtype != "auto":
+            return self
+        return replace(self, effort=replace(self.effort, dtype=dtype))
 
     @property
     def all_rules(self) -> list[dict[str, Any]]:
@@ -146,19 +154,13 @@ class RunConfig:
 
 
 def load_recipe(files: Iterable[Path | str], words: Iterable[str] = ()) -> RunConfig:
-    """Merges `files` and key=value words. effort.bfloat16: auto is decided: as the run folder says
-    that is there already, else by what the device computes."""
+    """Merges `files` and key=value words. effort.dtype: auto is what the run folder that is there
+    already says; in a new one `quantize` decides."""
     config = load(RunConfig, files, words)
-    if isinstance(config.effort.bfloat16, bool):
-        return config
-    word, saved = config.effort.bfloat16, Path(config.out) / "config.yaml"
-    if word != "auto":
-        raise ValueError(f"effort.bfloat16 is {word}; it must be true, false or auto")
-    if config.out and saved.exists():
-        chosen = load(RunConfig, [saved]).effort.bfloat16
-    else:
-        chosen = computes_bfloat16(resolve_device(config.device))
-    return load(RunConfig, files, [*words, f"effort.bfloat16={str(chosen).lower()}"])
+    saved = Path(config.out) / "config.yaml"
+    if config.effort.dtype == "auto" and config.out and saved.exists():
+        return config.with_dtype(load(RunConfig, [saved]).effort.dtype)
+    return config
 
 
 def check(config: RunConfig) -> None:
@@ -170,6 +172,8 @@ def check(config: RunConfig) -> None:
     check_bits(config.bits.weight, "weight")
     check_bits(config.bits.input, "input")
     check_bits(config.bits.softmax, "input")
+    if config.effort.dtype not in ("fp32", "bf16", "auto"):
+        raise ValueError(f"effort.dtype is {config.effort.dtype}; it must be fp32, bf16 or auto")
     _check_schedule(config.schedule)
     num_segments = len(boundaries(config)) + 1
     check_rules(config.all_rules)

@@ -33,6 +33,7 @@ from base.files import load_tensors, save_tensors
 from quant.network import harden, input_quantizers, quant_layers
 from quant.passes.declare import Moment, quant_pass
 from quant.passes.job import Facts, Job
+from quant.reconstruction.settings import Dtype
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 ERROR_SAMPLES = 256  # on which the error before and after is measured
@@ -43,7 +44,7 @@ SAVED_EVERY = 50  # steps
 @quant_pass(
     moment=Moment.FINISH,
     one_network=True,
-    effort={"iters": "weight_iters", "batch_size": "batch_size", "bfloat16": "bfloat16"},
+    effort={"iters": "weight_iters", "batch_size": "batch_size", "dtype": "dtype"},
     inside_segments="it changes norms and biases, which the segments share; leave it out",
 )
 def finetune(
@@ -54,12 +55,12 @@ def finetune(
     bias_lr: float = 1e-3,
     stretch: int = 8,
     batch_size: int = 16,
-    bfloat16: bool = False,
+    dtype: Dtype = "fp32",
 ) -> Facts:
     """The pass, after those that fit and reconstruct: `iters` Adam steps under a cosine schedule.
     `scale_lr` is relative to the mean of a table of scales; `bias_lr`, of biases and norms, is
     absolute. A batch is made of stretches of `stretch` samples (K above; fewer where no trajectory
-    has as many), one at least. `bfloat16` computes under autocast.
+    has as many), one at least. `dtype: bf16` computes under autocast.
 
     Weights are hardened first. Tables of scales that a function of time or groups gave
     (dynamic_scales, group_scales) stay as these gave them. If the error has not fallen in the end
@@ -92,7 +93,7 @@ def finetune(
 
     def loss(generator):
         rows = stretches[torch.randint(len(stretches), (each,), generator=generator)]
-        return objective(eps_error(job, rows, bfloat16), level[rows])
+        return objective(eps_error(job, rows, dtype), level[rows])
 
     _optimise(state, iters, loss, job.log)
     after = mean_objective(errors_of(job, batches), batches, level)
@@ -184,12 +185,12 @@ def learned(net: nn.Module, scale_lr: float, bias_lr: float) -> list[dict[str, A
     return groups
 
 
-def eps_error(job: Job, rows: torch.Tensor, bfloat16: bool = False) -> torch.Tensor:
+def eps_error(job: Job, rows: torch.Tensor, dtype: Dtype = "fp32") -> torch.Tensor:
     """Returns eps_q - eps of the calibration samples `rows` (M, K) -> (M, K, values)."""
     arguments = [a.to(job.device) for a in job.calibration.arguments(rows.flatten())]
     with torch.no_grad():
         target = job.model.net(*arguments)
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         found = job.net(*arguments)
     return (found.float() - target).flatten(1).unflatten(0, rows.shape)
 

@@ -55,15 +55,16 @@ def _idle(options: dict[str, Any], names: list[str]) -> set[str]:
     return idle | ({"input_lr"} if modelled or options.get("input_iters") == 0 else set())
 
 
-KEYS = "weight_iters", "input_iters", "weight_lr", "input_lr", "batch_size", "bfloat16"
+KEYS = "weight_iters", "input_iters", "weight_lr", "input_lr", "batch_size", "dtype"
 EFFORT = {key: key for key in KEYS}
 
 
 @quant_pass(moment=Moment.LEARN, one_network=True, effort=EFFORT, idle=_idle, check=_check)
 @with_fields
 def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
-    """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them, `bfloat16`
-    computes the steps under autocast. Captured activations beyond `job.memory_gb` spill to disk.
+    """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them; with
+    `dtype: bf16` the steps are computed under autocast. Captured activations beyond
+    `job.memory_gb` spill to disk.
 
     Rates of scales fall to 0 along a cosine, that of the rounding only with `weight_cosine`.
     `joint` learns both at once in `weight_iters` steps, each activation unquantized with

@@ -43,7 +43,7 @@ def named(entry: Entry) -> tuple[str, dict[str, Any]]:
 
 def with_effort(passes: Iterable[Entry], effort: Mapping[str, Any]) -> list[Entry]:
     """Gives the learning passes of a list, also those inside another one, the counts and rates of
-    `effort` that the list does not say itself."""
+    `effort` that the list does not say itself; what `effort` lacks is left to the pass."""
     passes, result = list(passes), []
     names = [name for name, _ in map(named, passes)]
     for entry in passes:
@@ -51,7 +51,9 @@ def with_effort(passes: Iterable[Entry], effort: Mapping[str, Any]) -> list[Entr
         declared, filled = declaration_of(name), dict(options)
         said = options.keys() | declared.idle(options, names)
         filled |= {
-            option: effort[key] for option, key in declared.effort.items() if option not in said
+            option: effort[key]
+            for option, key in declared.effort.items()
+            if option not in said and key in effort
         }
         if "passes" in options:
             filled["passes"] = with_effort(options["passes"], effort)

@@ -180,7 +180,8 @@ def batch_loss(lesson: Lesson, norm: float) -> torch.Tensor:
     """Returns the loss of one batch that is drawn for it, without penalties."""
     unit, target, layer_weight = lesson.unit, lesson.target, lesson.objective.layer_weight
     rows = draw_rows(lesson)
-    with torch.autocast(unit.device.type, torch.bfloat16, enabled=lesson.schedule.bfloat16):
+    half = lesson.schedule.dtype == "bf16"
+    with torch.autocast(unit.device.type, torch.bfloat16, enabled=half):
         if not layer_weight:
             return output_loss(unit, unit(lesson.inputs, rows), target, rows, norm)
         names = comparable(unit.module)

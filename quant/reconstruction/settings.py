@@ -2,8 +2,11 @@
 docstring explains them (quant/passes/reconstruct.py)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from base.config import Share
+
+Dtype = Literal["fp32", "bf16"]  # in which the steps are computed: float32, or by autocast
 
 
 @dataclass(frozen=True)
@@ -38,4 +41,4 @@ class Schedule:
     active: float = 0.0
     visit_cost: float = 0.0
     gptq: bool = False
-    bfloat16: bool = False
+    dtype: Dtype = "fp32"

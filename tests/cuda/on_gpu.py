@@ -33,7 +33,7 @@ WORDS = [
     "effort.weight_iters=2",
     "effort.input_iters=2",
     "effort.batch_size=4",
-    "effort.bfloat16=false",  # which rounds otherwise on every device
+    "effort.dtype=fp32",  # which rounds otherwise on every device
 ]
 METHODS = sorted(path.stem for path in (PROJECT / "configs/method").glob("*.yaml"))
 TIMES = 30.0, 500.0, 900.0

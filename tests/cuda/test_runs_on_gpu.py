@@ -92,7 +92,7 @@ def test_scales_for_every_step_are_those_of_the_samples_own_time(model, tmp_path
         torch.testing.assert_close(alone[0], whole[row], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("words", [[], ["effort.bfloat16=true"]])
+@pytest.mark.parametrize("words", [[], ["effort.dtype=bf16"]])
 def test_activations_that_wait_on_disk_change_nothing(model, words, tmp_path):
     made = []
     for name, more in {"memory": "memory_gb=4", "disk": "memory_gb=0"}.items():

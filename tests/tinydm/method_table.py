@@ -4,7 +4,7 @@ from base.network import ROLES
 
 # Weights of 3 bits, inputs of 5, softmax outputs of 6 and counts that no method names: all other
 # numbers are its own.
-WEIGHTS = {"weight_iters": 71, "weight_lr": 0.73, "batch_size": 75, "bfloat16": True}
+WEIGHTS = {"weight_iters": 71, "weight_lr": 0.73, "batch_size": 75, "dtype": "bf16"}
 STAGED = WEIGHTS | {"input_iters": 72, "input_lr": 0.74}
 WORDS = [
     "out=none",
@@ -100,7 +100,7 @@ TINYDM = EVERY_STEP | {
             "input_lr": 0.00004,
         },
         "bypass_input": {},
-        "finetune": {"iters": 71, "batch_size": 75, "bfloat16": True},
+        "finetune": {"iters": 71, "batch_size": 75, "dtype": "bf16"},
         "correct_noise": {"num_images": 76, "slope": "signed", "per": "line", "variance": False},
     },
 }
@@ -186,7 +186,7 @@ TABLE = {
                 "soft_lr": 0.01,
                 "visit_cost": 2.0,
                 "batch_size": 75,
-                "bfloat16": True,
+                "dtype": "bf16",
             },
         },
     },

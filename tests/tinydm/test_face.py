@@ -27,7 +27,7 @@ FEW = [
     "effort.weight_iters=2",
     "effort.input_iters=2",
     "effort.batch_size=4",
-    "effort.bfloat16=false",
+    "effort.dtype=fp32",
 ]
 
 

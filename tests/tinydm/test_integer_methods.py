@@ -28,7 +28,7 @@ from tinydm.report.integers import MODELS, network_of
 
 BITS = "w4a8", "w4a4"
 METHODS = sorted(path.stem for path in (PROJECT / "configs/method").glob("*.yaml"))
-WORDS = ["sampling.steps=4", "calibration.steps=4", "effort.bfloat16=false"]
+WORDS = ["sampling.steps=4", "calibration.steps=4", "effort.dtype=fp32"]
 # how ranges are found makes no difference to what a grid is, and so they are found fastest
 FAST = {"match": "*", "weight": {"range": "minmax"}, "input": {"range": "minmax", "ema": 0.0}}
 FEW = "multimodel", "qdiffusion", "tfmq_as_released", "tinydm"

@@ -235,18 +235,3 @@ def test_a_stage_counts_the_seconds_and_the_largest_memory_of_all_its_parts(tmp_
             if len(peaks) == 1
             else {"seconds": 2.5, "cpu_seconds": 1} | whole
         )
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_the_demo_learns_in_bfloat16_where_the_device_computes_it_and_says_so(
-    pixel_model, tmp_path, monkeypatch, native
-):
-    monkeypatch.setattr(recipe, "computes_bfloat16", lambda device: native)
-    words = [*files(pixel_model), *WORDS, f"out={tmp_path / 'run'}"]
-    calibrate.run(words)
-    # on another machine it goes on
-    monkeypatch.setattr(recipe, "computes_bfloat16", lambda device: not native)
-    calibrate.run(words)
-    run = run_folder.open_run(tmp_path / "run")
-    assert run.config.effort.bfloat16 is native
-    assert run.config.passes[1]["reconstruct"]["bfloat16"] is native

@@ -97,8 +97,6 @@ def test_the_results_that_ship_are_of_todays_recipes():
     known = str(PROJECT / "results/equal.jsonl")
     plan = load(CompareConfig, [PROJECT / "configs/compare/equal.yaml"], [f"known={known}"])
     plan.models, plan.bits, plan.seeds = ["latent-compact"], ["w4a4"], [1000]
-    # what the processor decides elsewhere
-    plan.overrides.append("effort.bfloat16=true")
     names = {result.name for result in read_results(known)}
     cells = [cell for cell in cells_of(plan) if cell.name in names]
     assert len(cells) == len(plan.methods) and all(map(is_finished, cells))

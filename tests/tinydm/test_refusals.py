@@ -179,8 +179,14 @@ def test_driver_refuses_a_word_that_is_no_override():
     assert result.returncode == 2 and "is not key=value" in result.stderr
 
 
-def test_bfloat16_is_yes_no_or_auto(pixel_model, tmp_path):
-    with pytest.raises(
-        ValueError, match="effort.bfloat16 is maybe; it must be true, false or auto"
-    ):
-        calibrate.run([*files(pixel_model), *WORDS, "effort.bfloat16=maybe", f"out={tmp_path}/run"])
+@pytest.mark.parametrize(
+    "word, complaint",
+    [
+        ("effort.dtype=fp16", "effort.dtype is fp16; it must be fp32, bf16 or auto"),
+        ("effort.bfloat16=true", "is of an earlier version; say effort.dtype=bf16$"),
+        ("pass_options.reconstruct.dtype=auto", "unknown; choose fp32 or bf16"),
+    ],
+)
+def test_the_data_type_of_learning_is_one_of_two_or_auto(pixel_model, tmp_path, word, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        calibrate.run([*files(pixel_model), *WORDS, word, f"out={tmp_path}/run"])

@@ -6,7 +6,7 @@ repeats of the recipe is left out of the line and put back when it is read."""
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,8 +20,6 @@ from tinydm.recipe import RunConfig
 
 # keys of metrics["protocol"]["asked"] -> keys of the recipe that say the same
 REPEATED = {"model": "name"} | {key: key for key in SCORED_BY}
-# options of passes in earlier versions, which decided nothing
-RETIRED = ("memory_gb",)
 
 
 @dataclass
@@ -43,10 +41,9 @@ class Result:
 
 
 def config_of(recipe: dict[str, Any]) -> RunConfig:
-    """The recipe that a config.yaml holds, with today's defaults for keys that it lacks and without
-    options that passes no longer have. Raises ValueError for an unknown key."""
-    config = _build(RunConfig, recipe)
-    return replace(config, passes=_without_retired(config.passes))
+    """The recipe that a config.yaml of any version holds, with today's defaults for keys that it
+    lacks. Raises ValueError for an unknown key."""
+    return _build(RunConfig, RunConfig.renewed(recipe))
 
 
 def _build(schema, values):
@@ -58,14 +55,6 @@ def _build(schema, values):
             raise ValueError(unknown_word(f"unknown key '{key}' in a recipe", key, types))
         found[key] = _build(types[key], value) if is_dataclass(types[key]) else value
     return schema(**found)
-
-
-def _without_retired(tree):
-    if isinstance(tree, list):
-        return [_without_retired(item) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    return {key: _without_retired(value) for key, value in tree.items() if key not in RETIRED}
 
 
 def read_run(folder: Path | str) -> Result:

@@ -118,7 +118,7 @@ EFFORT = {
     "weight_lr": 0.3,
     "input_lr": 0.2,
     "batch_size": 4,
-    "bfloat16": False,
+    "dtype": "fp32",
 }
 
 

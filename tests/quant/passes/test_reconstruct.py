@@ -230,7 +230,7 @@ def test_bfloat16_steps_help_too(tiny_net, tmp_path):
         tiny_net,
         tmp_path,
         [{"match": "mid.block_1.*", "weight": {"bits": 3, "per": "channel"}}],
-        LONG | {"weight_lr": 1e-2, "bfloat16": True},
+        LONG | {"weight_lr": 1e-2, "dtype": "bf16"},
     )
     assert [f["unit"] for f in facts] == ["mid.block_1"]
     assert facts[0]["error_after"] < facts[0]["error_before"]

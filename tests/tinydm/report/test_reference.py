@@ -70,7 +70,7 @@ def test_a_method_has_a_section_and_its_released_form_one_below(tmp_path, monkey
         f"| [`newq_as_released`](#newq_as_released) | {paper} | `fit_ranges`, `segment_models` |",
     ]
     # joint learning has one count alone
-    preset = "`weight_iters`, `weight_lr`, `input_lr`, `batch_size`, `bfloat16`"
+    preset = "`weight_iters`, `weight_lr`, `input_lr`, `batch_size`, `dtype`"
     assert SECTION.replace("PRESET", preset) in page
     assert "\n### newq_as_released\n\nAs its code.\n" in page
 
