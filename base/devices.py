@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from base.workers import count, local_number
+
 Device = torch.device | str
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -39,21 +41,40 @@ def reuse_memory() -> None:
 
 def resolve_device(word: str) -> torch.device:
     """Finds the device that a word means: "auto" (a GPU if there is one), "cpu", "cuda" or
-    "cuda:1". Raises ValueError for another word and for a GPU that is not there."""
+    "cuda:1". Several workers (base/workers.py) take a GPU each. Raises ValueError for another word
+    and for a GPU that is not there."""
     if word == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+        if count() == 1:
+            return torch.device(word)
     try:
         device = torch.device(word)
     except RuntimeError:
         choices = "choose auto, cpu, cuda or cuda:NUMBER"
         raise ValueError(f"device '{word}' is unknown; {choices}") from None
     number = torch.cuda.device_count()
+    if device.type == "cuda" and count() > 1:
+        return _gpu_of_worker(device, number)
     if device.type == "cuda" and (device.index or 0) >= number:
         raise ValueError(
             f"device '{word}' was asked for, but PyTorch sees {number} CUDA devices; choose "
             "device=auto or device=cpu"
         )
     return device
+
+
+def _gpu_of_worker(device, number):
+    """The worker's own of a `number` of GPUs."""
+    if device.index is not None:
+        raise ValueError(
+            f"device '{device}' is one GPU, and there are {count()} workers; choose device=auto"
+        )
+    if local_number() >= number:
+        raise ValueError(
+            f"a worker here would be number {local_number() + 1} on {number} CUDA devices; start "
+            "one worker for each, or choose device=cpu"
+        )
+    return torch.device("cuda", local_number())
 
 
 def computes_bfloat16(device: torch.device) -> bool:

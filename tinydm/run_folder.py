@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from base.config import load
 from base.devices import exact_arithmetic, resolve_device
 from base.files import PROJECT, alone, read_lines, write_lines, write_text
+from base.workers import count, first_only
 from ddim.schedule import make_schedule
 from models.diffusion import DiffusionModel, load_model
 from tinydm.identity import differences, recipe_of
@@ -69,7 +70,8 @@ class Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Computes exactly while inside, with `threads` threads, and notes the time and the most
-        memory of the stage. Unless forced, the seconds of earlier calls are added to its own."""
+        memory of the stage, of several workers those of the first. Unless forced, the seconds of
+        earlier calls are added to its own."""
         started = time.monotonic(), time.process_time()
         try:
             with exact_arithmetic(self.config.threads):
@@ -77,12 +79,16 @@ class Run:
         finally:  # interrupted or not; only a kill goes uncounted
             seconds, of_cpu = time.monotonic() - started[0], time.process_time() - started[1]
             spent = {"seconds": round(seconds, 2), "cpu_seconds": round(of_cpu, 2)}
-            spent |= peak_memory()
-            with alone(self.folder):
-                self.note(name, spent)
+            spent |= peak_memory() | ({"workers": count()} if count() > 1 else {})
+            self.note(name, spent)
 
+    @first_only
     def note(self, name: str, spent: dict[str, Any]) -> None:
         """Adds what a stage spent to stages.jsonl."""
+        with alone(self.folder):
+            self._note(name, spent)
+
+    def _note(self, name, spent):
         path = self.path("stages.jsonl")
         rows = read_lines(path)
         for earlier in (row for row in rows if row["stage"] == name and not self.config.force):
@@ -93,6 +99,7 @@ class Run:
         rows = [row for row in rows if row["stage"] != name]
         write_lines(path, [*rows, {"stage": name, **spent}])
 
+    @first_only
     def begin(self) -> None:
         """Notes versions and commit anew where numbers are made, as a run may be continued with
         later ones; drops what an earlier quantized network left, which `force` replaces."""
@@ -103,6 +110,7 @@ class Run:
         for name in ("quantized.safetensors", "dynamic.safetensors", "samples.npz", "metrics.json"):
             self.path(name).unlink(missing_ok=True)
 
+    @first_only
     def finish(self, name: str) -> None:
         """Drops what a finished stage kept in order to continue."""
         shutil.rmtree(self.path(f"resume/{name}"), ignore_errors=True)
@@ -164,6 +172,7 @@ def reopen(config: RunConfig, model: DiffusionModel | None = None) -> Run:
     return run
 
 
+@first_only
 def write_config(run: Run) -> None:
     """Writes the recipe into the folder."""
     text = OmegaConf.to_yaml(OmegaConf.create(asdict(run.config) | {"force": False}))

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from base.config import split_arguments
+from base.workers import agreed, is_first
 from ddim.sampler import num_evaluations
 from models.diffusion import DiffusionModel
 from quant.calibration.builders import BUILDERS
@@ -41,11 +42,12 @@ def run(arguments: list[str]) -> None:
 def calibrate(run: Run) -> str:
     """Collects the calibration set of a run folder; returns what was done as a sentence."""
     path = run.path("calibration.safetensors")
-    if path.exists() and not run.config.force:
+    if agreed(path.exists() and not run.config.force):
         return f"calibrate: done already, {path}"
     with run.stage("calibrate"):
         calibration = collect(run.model, run.config, run.folder.parent)
-        calibration.save(path)
+        if is_first():
+            calibration.save(path)
     num_steps = len(calibration.t.unique())
     return f"calibrate: {len(calibration)} samples at {num_steps} steps in {path}"
 

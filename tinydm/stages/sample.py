@@ -7,8 +7,8 @@ computed on integers where that is exact and faster (precision=auto, which says 
 integers in any case (integer), or with integers held in floats (simulated): the bytes are the same.
 With precision=float, full-precision images of the same seeds go to a folder float-* beside RUN,
 shared by all runs of the same model, weights and sampler. Images that are there already are kept.
-`shard=i/n` does every n-th batch, for n processes side by side; the image bytes do not depend on
-it."""
+`shard=i/n` does every n-th batch, for n processes side by side, and workers that torchrun starts
+share the batches; the image bytes depend on neither."""
 
 import logging
 import shutil
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from base.config import one_folder, take_words
 from base.files import write_atomically
+from base.workers import agreed, is_first, part_of, wait
 from models.diffusion import DiffusionModel
 from models.sampling import sample
 from tinydm.identity import folder_name, images_of
@@ -50,27 +51,31 @@ def draw(run: Run, precision: str = "auto", shard: str = "0/1") -> str:
     if run.config.force and parts > 1:
         remedy = f"remove the folder {folder} and draw without it"
         raise ValueError(f"force=true would take images from the other shards; {remedy}")
-    if run.config.force:
+    if run.config.force and is_first():
         shutil.rmtree(folder, ignore_errors=True)
     blocks = [range(k, min(k + s.batch_size, s.num)) for k in range(0, s.num, s.batch_size)]
     todo = [block for block in blocks[part::parts] if not all(paths[i].exists() for i in block)]
+    todo = agreed(todo)
     if todo:
         folder.mkdir(parents=True, exist_ok=True)
         kind = "float" if precision == "float" else "quantized"
         with run.stage(f"sample {kind}" + (f" shard {shard}" if parts > 1 else "")):
             model = model_of(run, precision)
             text = f"sample: {kind}, batches of {s.batch_size}"
-            with tqdm(desc=text, total=len(todo) * run.num_evaluations, unit="step") as bar:
-                for block in todo:
+            own = part_of(todo)
+            with tqdm(desc=text, total=len(own) * run.num_evaluations, unit="step") as bar:
+                for block in own:
                     images = sample(model, block, s, callback=lambda *_: bar.update())
                     for i, image in zip(block, images.cpu()):
                         save_png(paths[i], image)
+            wait()
     count = sum(path.exists() for path in paths)
     if count < s.num:
         return f"sample: {count} of {s.num} images in {folder}; the other shards draw the rest"
     if not todo and count_images(archive) == s.num:
         return f"sample: done already, {s.num} images in {folder}"
-    save_archive(archive, paths)
+    if is_first():
+        save_archive(archive, paths)
     return f"sample: {s.num} images in {folder} and {archive}"
 
 

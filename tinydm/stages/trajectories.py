@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from base.files import load_tensors, save_tensors
 from base.seeds import mix
+from base.workers import agreed, part_of, wait
 from ddim.sampler import num_evaluations
 from models.data import load_images
 from models.diffusion import DECODED_AT_ONCE, DiffusionModel
@@ -44,7 +45,8 @@ def record(
 
     Returns x (S + 1, B, C, H, W) of each batch: what the network read at its S evaluations,
     noisiest first, and the clean image predicted at the last; and t (S,). Every finished batch is a
-    file below `folder`, mapped into memory and read where it is touched."""
+    file below `folder`, mapped into memory and read where it is touched. Several workers share the
+    batches."""
     calibration, size = config.calibration, config.sampling.batch_size
     sampling = replace(config.sampling, seed=calibration.seed)
     steps = visited_steps(model, config, start)
@@ -53,7 +55,7 @@ def record(
     shared = folder / folder_name("trajectory", content)
     firsts = range(0, calibration.images, size)
     paths = {first: shared / f"{first:06d}.safetensors" for first in firsts}
-    todo = [first for first, path in paths.items() if not path.exists()]
+    todo = part_of(agreed([first for first, path in paths.items() if not path.exists()]))
 
     def begin(batch):
         return diffuse(model, calibration.seed, clean(batch), batch, steps[-1]), len(steps)
@@ -71,6 +73,7 @@ def record(
             batch = range(first, first + size)
             denoise(model, batch, sampling, start=clean and begin, callback=note)
             save_tensors(paths[first], {"x": torch.stack(states), "t": torch.tensor(times)}, {})
+    wait()
     parts = [load_tensors(path)[0] for path in paths.values()]
     return [part["x"] for part in parts], parts[0]["t"]
 
