@@ -46,9 +46,9 @@ def test_dropped_elements_are_not_quantized():
     )
     fit(quant, normal(9, 8))
     x = normal(9, 8, seed=1)
-    quant.input_quantizer.drop = lambda x: torch.ones_like(x, dtype=torch.bool)
+    quant.input_quantizer.drop = lambda x: torch.ones_like(x)
     assert torch.allclose(quant(x), layer(x), atol=1e-5)
-    quant.input_quantizer.drop = lambda x: torch.zeros_like(x, dtype=torch.bool)
+    quant.input_quantizer.drop = lambda x: torch.zeros_like(x)
     dropped = quant(x)
     quant.input_quantizer.drop = None
     assert torch.equal(dropped, quant(x)) and not torch.allclose(dropped, layer(x), atol=1e-2)
