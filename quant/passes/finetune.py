@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from base.files import load_tensors, save_tensors
+from base.workers import first_only
 from quant.network import harden, input_quantizers, quant_layers
 from quant.passes.declare import Moment, quant_pass
 from quant.passes.job import Facts, Job
@@ -115,6 +116,7 @@ class State:
     optimizer: torch.optim.Adam
     generator: torch.Generator
 
+    @first_only
     def save(self, step: int) -> None:
         """Writes the state after `step` steps."""
         tensors = {"generator": self.generator.get_state()}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from base.workers import agreed
 from quant.calibration.dataset import CalibrationSet
 from quant.convert import convert
 from quant.graph import Graph
@@ -76,7 +77,7 @@ class Job:
                 "a pass that adds rules begins with the network as it was; list it before the "
                 "passes that balance, fit or reconstruct"
             )
-        self.rules = [*self.rules, *rules]
+        self.rules = [*self.rules, *agreed(rules)]
         timeline = timeline or Timeline(self.net.timeline.boundaries.tolist())
         self.net = convert(self.model.net, self.rules, timeline)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from base.seeds import mix
+from base.workers import align
 from quant.network import input_quantizers, quant_layers, set_input_quantization
 from quant.passes.declare import Moment, Plan, quant_pass, with_fields
 from quant.passes.find import declaration_of
@@ -79,8 +80,9 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
     learned (dynamic_scales, group_scales).
 
     Each finished unit is saved in `job.resume_folder`; a run that is killed and started again ends
-    in the same bytes. Returns one fact per unit and phase: error before and after (relative to the
-    mean square of the target), seconds."""
+    in the same bytes. Several workers (base/workers.py) learn each unit together. Returns one fact
+    per unit and phase: error before and after (relative to the mean square of the target),
+    seconds."""
     job.need_ranges("reconstruct")
     calibration, timeline, batch_size = job.calibration, job.net.timeline, job.batch(64)
     store, names = Store(job.memory_gb, job.resume_folder), job.graph.units
@@ -113,6 +115,7 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
         if new is None:
             generator = torch.Generator().manual_seed(mix(job.seed, i))
             new = _learn_unit(Lesson(unit, quant_inputs, target, generator, objective, schedule))
+            align(unit.module)
             save_unit(unit.module, path, new)
         quantized.advance(name, quant_inputs)
         original.free(unit.float_inputs + quant_inputs)
@@ -149,7 +152,7 @@ def _learn_unit(lesson):
     if lesson.schedule.joint:
         if not layers and not quantizers:
             return []
-        inputs = mixed(lesson.inputs, unit.float_inputs, lesson.generator)
+        inputs = mixed(lesson.inputs, unit.float_inputs, lesson.generator, unit)
         learn = partial(learn_jointly, replace(lesson, inputs=inputs), layers, quantizers)
         return [measured("reconstruct", "joint", lesson, learn)]
     facts = []

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from base.config import Share
 from base.errors import check_options, unknown_word
+from base.workers import align
 from quant.network import harden
 from quant.passes.find import declaration_of, find_pass
 from quant.passes.job import Facts, Job
@@ -137,7 +138,8 @@ def _check_value(name, key, value, parameter):
 def run_passes(job: Job, passes: Iterable[Entry]) -> Facts:
     """Runs them in order, then hardens what is still soft; returns the facts of all, those of each
     pass closed by the seconds that it took. Each has a resume folder of its own; in the end the job
-    has its old one again."""
+    has its old one again. Several workers (base/workers.py) run the passes alike, some share the
+    work of one, and after each the network is that of the first."""
     facts, note, folder = [], job.note, job.resume_folder
     try:
         for i, (name, options) in enumerate(check_passes(passes, importing=True)):
@@ -145,6 +147,7 @@ def run_passes(job: Job, passes: Iterable[Entry]) -> Facts:
             job.resume_folder = folder / f"{i}_{name}"
             started = time.monotonic()
             facts += find_pass(name)(job, **options)
+            align(job.net)
             facts.append({"pass": name, "seconds": time.monotonic() - started})
             note(facts)
     finally:

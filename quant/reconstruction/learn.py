@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from base.workers import count, share_of, summed
 from quant.layers import QuantLayer
 from quant.network import input_quantizers
 from quant.quantizer import Quantizer
@@ -76,8 +77,9 @@ def learn_jointly(lesson: Lesson, layers: list[QuantLayer], quantizers: list[Qua
     """Learns rounding and scales in one phase, quantization of activations dropped at random
     (QDrop)."""
     _begin_rounding(lesson, layers)
+    unit = lesson.unit
     for q in quantizers:
-        q.drop = lambda x: uniform_like(x, lesson.generator) < lesson.schedule.drop
+        q.drop = lambda x: uniform_like(x, lesson.generator, unit.share).lt_(lesson.schedule.drop)
     try:
         _learn(
             lesson, layers, quantizers, lesson.schedule.weight_iters, lesson.objective.weight_norm
@@ -154,7 +156,9 @@ def scale_penalty(quantizers: list[Quantizer], smooth: float) -> torch.Tensor | 
 
 
 def optimise(lesson: Lesson, groups: Groups, iters: int, norm: float, penalty: Penalty) -> None:
-    """Takes `iters` Adam steps on `groups`; `penalty` is added to the loss of a batch."""
+    """Takes `iters` Adam steps on `groups`; `penalty` is added to the loss of a batch. Several
+    workers (base/workers.py) take the steps together, each with its share of the batch; `loss` is
+    then a part of the whole."""
     optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parameters = [p for group in groups for p in group["params"]]
     quantizers = input_quantizers(lesson.unit.module).values()
@@ -164,8 +168,8 @@ def optimise(lesson: Lesson, groups: Groups, iters: int, norm: float, penalty: P
         done = step / iters
         for model in soft:
             model.done = done
-        loss = batch_loss(lesson, norm) + penalty(done)
-        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
+        loss = batch_loss(lesson, norm) + penalty(done) / count()
+        for parameter, grad in zip(parameters, summed(torch.autograd.grad(loss, parameters))):
             parameter.grad = grad
         for group, rate in zip(optimizer.param_groups, rates):
             falling = rate * (1 + math.cos(math.pi * step / iters)) / 2
@@ -177,9 +181,18 @@ def optimise(lesson: Lesson, groups: Groups, iters: int, norm: float, penalty: P
 
 
 def batch_loss(lesson: Lesson, norm: float) -> torch.Tensor:
-    """Returns the loss of one batch that is drawn for it, without penalties."""
+    """Returns the loss of one batch that is drawn for it, without penalties; of several workers
+    each one's part, which add up to it."""
+    unit, rows = lesson.unit, draw_rows(lesson)
+    unit.share = share_of(len(rows))
+    try:
+        return unit.share.weight * _loss_of(lesson, unit.share.of(rows), norm)
+    finally:
+        unit.share = None
+
+
+def _loss_of(lesson, rows, norm):
     unit, target, layer_weight = lesson.unit, lesson.target, lesson.objective.layer_weight
-    rows = draw_rows(lesson)
     half = lesson.schedule.dtype == "bf16"
     with torch.autocast(unit.device.type, torch.bfloat16, enabled=half):
         if not layer_weight:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from base.files import load_tensors, save_tensors
+from base.workers import Share, first_only, part_of, summed
 from quant.layers import QuantLayer
 from quant.network import input_quantizers, quant_layers
 
@@ -36,6 +37,8 @@ class Unit:
     saliency: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None
     # rows, error -> error filtered by what it does to the image; None: as it is
     frequency: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    # of the batch that is being learned from, the samples that this worker computes
+    share: Share | None = None
 
     def __call__(self, inputs: Inputs, rows: torch.Tensor) -> torch.Tensor:
         """Runs the unit on the `rows` of its inputs."""
@@ -52,30 +55,38 @@ def _channels_last(x):
 
 
 class Mixed:
-    """Elements of `a` or, each with probability one half, of `b`; read by rows."""
+    """Elements of `a` or, each with probability one half, of `b`; read by rows, those of `unit`'s
+    share of a batch if one is given."""
 
-    def __init__(self, a: Any, b: Any, generator: torch.Generator):
-        self.a, self.b, self.generator = a, b, generator
+    def __init__(self, a: Any, b: Any, generator: torch.Generator, unit: Unit | None = None):
+        self.a, self.b, self.generator, self.unit = a, b, generator, unit
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         a, b = self.a[rows], self.b[rows]
-        return torch.where(torch.rand(a.shape, generator=self.generator) < DROPPED_INPUTS, b, a)
+        draws = uniform_like(a, self.generator, self.unit and self.unit.share)
+        return torch.lerp(a, b, draws.lt_(DROPPED_INPUTS))
 
 
-def mixed(quant_inputs: Inputs, float_inputs: Inputs, generator: torch.Generator) -> Inputs:
+def mixed(
+    quant_inputs: Inputs, float_inputs: Inputs, generator: torch.Generator, unit: Unit | None = None
+) -> Inputs:
     """Returns a unit's inputs for joint learning: its main input mixed elementwise, embedding and
     condition as they are in the quantized network."""
-    return [Mixed(quant_inputs[0], float_inputs[0], generator), *quant_inputs[1:]]
+    return [Mixed(quant_inputs[0], float_inputs[0], generator, unit), *quant_inputs[1:]]
 
 
-def uniform_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def uniform_like(
+    x: torch.Tensor, generator: torch.Generator, share: Share | None = None
+) -> torch.Tensor:
     """Draws from [0, 1), of the shape of x: on the CPU by `generator`, elsewhere by one that it
-    seeds, as millions of numbers for each step would keep a GPU waiting."""
-    if x.device.type == "cpu":
-        return torch.rand(x.shape, generator=generator)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    there = torch.Generator(x.device).manual_seed(seed)
-    return torch.rand(x.shape, generator=there, device=x.device)
+    seeds, as millions of numbers for each step would keep a GPU waiting. Where x is a `share` of a
+    batch, they are those that the whole batch would get there."""
+    shape = share.whole(x.shape) if share else x.shape
+    if x.device.type != "cpu":
+        seed = int(torch.randint(2**62, (), generator=generator))
+        generator = torch.Generator(x.device).manual_seed(seed)
+    draws = torch.rand(shape, generator=generator, device=x.device)
+    return share.of(draws) if share else draws
 
 
 @torch.no_grad()
@@ -84,13 +95,15 @@ def relative_error(unit: Unit, inputs: Inputs, target: torch.Tensor) -> float:
     pick of the samples."""
     rows = torch.linspace(0, len(target) - 1, min(ERROR_ROWS, len(target))).long()
     error = power = 0.0
-    for part in rows.split(unit.batch_size):
+    for part in part_of(rows.split(unit.batch_size)):
         wanted = target[part].to(unit.device)
         error += float((unit(inputs, part) - wanted).square().sum())
         power += float(wanted.square().sum())
+    error, power = summed([torch.tensor([error, power], dtype=torch.float64)])[0].tolist()
     return error / max(power, 1e-30)
 
 
+@first_only
 def save_unit(module: nn.Module, path: Path, facts: list[dict[str, Any]]) -> None:
     """Writes everything that reconstruction decided, integer weights and activation scales, what
     the integers stand on, and its `facts`."""
