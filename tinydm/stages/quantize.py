@@ -25,6 +25,7 @@ from torch import nn
 from base.config import load, one_folder, split_arguments
 from base.devices import resolve_device
 from base.files import Tensors, save_tensors, write_lines, write_text
+from base.workers import agreed, first_only, is_first, wait
 from models.diffusion import DiffusionModel, example_arguments, load_model
 from models.sampling import differentiable, trajectory
 from models.zoo import build_network
@@ -80,11 +81,11 @@ def plan(config: RunConfig) -> str:
 def quantize(run: Run, log: Log = log_line) -> str:
     """Quantizes the model of a run folder; returns what was done as a sentence."""
     path = run.path("quantized.safetensors")
-    if path.exists() and not run.config.force:
+    if agreed(path.exists() and not run.config.force):
         return f"quantize: done already, {path}"
     calibration = load_calibration(run.need("calibration.safetensors", "calibrate"))
     run.begin()
-    note = partial(write_lines, run.path("passes.jsonl"))
+    note = first_only(partial(write_lines, run.path("passes.jsonl")))
     with run.stage("quantize"):
         folder = run.path("resume/quantize")
         job = prepare(run.model, run.config, calibration, folder, log=log, note=note)
@@ -96,12 +97,14 @@ def quantize(run: Run, log: Log = log_line) -> str:
     size, floats = path.stat().st_size, run.model.float_bytes
     factor = f"{floats / size:.2f} x smaller than {floats:,} of FP32"
     return f"quantize: {path}, {size:,} bytes, {factor}"
+        wait()
 
 
 def save(run: Run, net: nn.Module, functions: Tensors, rules: list[dict[str, Any]]) -> None:
     """Writes a hardened network that was converted by `rules`, and the functions of time that gave
     it its scales, if any, into the run folder."""
     if functions:
+@first_only
         save_tensors(run.path("dynamic.safetensors"), functions, {})
     save_quantized(run.path("quantized.safetensors"), net, run.recipe(rules))
 
@@ -171,6 +174,7 @@ def write_map(run: Run, net: nn.Module, graph: Graph | None = None) -> str:
     original = run.model.net
     graph = graph or trace(original, example_arguments(asdict(run.config), original))
     layers = quantization_map(original, net, graph.macs, network_times(run.config))
-    write_text(run.path("map.json"), json.dumps(layers, indent=1))
-    write_text(run.path("map.txt"), format_map(layers) + "\n")
+    if is_first():
+        write_text(run.path("map.json"), json.dumps(layers, indent=1))
+        write_text(run.path("map.txt"), format_map(layers) + "\n")
     return format_map(layers)
