@@ -1,8 +1,9 @@
 """Evaluated runs, from their folders or from results files.
 
 A results file is JSON Lines, a line a run: `{"run": "MODEL/NAME", "recipe": ..., "metrics": ...,
-"stages": [...]}`, the contents of config.yaml, metrics.json and stages.jsonl. What metrics.json
-repeats of the recipe is left out of the line and put back when it is read."""
+"stages": [...]}`, the contents of config.yaml, metrics.json and stages.jsonl, and `cost`, that of
+cost.json, where `tinydm benchmark calibration` has left one. What metrics.json repeats of the
+recipe is left out of the line and put back when it is read."""
 
 import json
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ class Result:
     metrics: dict[str, Any]
     stages: list[dict[str, Any]] = field(default_factory=list)
     folder: Path | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.folder or self.name)
@@ -68,7 +70,9 @@ def read_run(folder: Path | str) -> Result:
         )
     recipe = read_recipe(folder)
     stages, place = read_lines(folder / "stages.jsonl"), folder.resolve()
-    return Result(f"{place.parent.name}/{place.name}", recipe, metrics, stages, folder)
+    path = folder / "cost.json"
+    cost = json.loads(path.read_text()) if path.exists() else {}
+    return Result(f"{place.parent.name}/{place.name}", recipe, metrics, stages, folder, cost)
 
 
 def read_recipe(folder: Path | str) -> dict[str, Any]:
@@ -89,7 +93,9 @@ def read_results(path: Path | str) -> list[Result]:
             raise ValueError(f"{path}, line {number} is no run ({error!r}); {remedy}") from None
         if not asked.keys() & REPEATED.keys():
             metrics["protocol"]["asked"] = _repeated(recipe) | asked
-        found.append(Result(content["run"], recipe, metrics, content["stages"]))
+        result = Result(content["run"], recipe, metrics, content["stages"])
+        result.cost = content.get("cost", {})
+        found.append(result)
     return found
 
 
@@ -109,6 +115,7 @@ def _line(result):
         "recipe": result.recipe,
         "metrics": result.metrics | {"protocol": protocol | {"asked": asked}},
         "stages": result.stages,
+        **({"cost": result.cost} if result.cost else {}),
     }
 
 
