@@ -1,9 +1,9 @@
 """The graph of a network, from one forward pass on the meta device, where only shapes are computed:
 what runs in which order, what it costs, which reconstruction unit reads the output of which."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -18,14 +18,53 @@ from quant.layers import SWAP
 @dataclass
 class Graph:
     """macs: layer or attention product -> multiply-adds per image, in execution order. units: names
-    in execution order. last_use: unit -> index of the last unit that reads its output, its own if
-    none does. sizes: unit -> (values of its inputs, the network's condition left out; values of its
-    output) for one sample."""
+    in execution order. reads: unit -> the units whose outputs its arguments are computed from.
+    arguments: unit -> (values, the unit whose output it is as it stands or None) of each of its
+    arguments, the network's condition left out. outputs: unit -> values of its output. Values are
+    those of one sample."""
 
     macs: dict[str, int]
     units: list[str]
-    last_use: dict[str, int]
-    sizes: dict[str, tuple[int, int]]
+    reads: dict[str, list[str]]
+    arguments: dict[str, list[tuple[int, str | None]]]
+    outputs: dict[str, int]
+
+    @cached_property
+    def readers(self) -> dict[str, list[int]]:
+        """Unit -> indices of the units that read its output, ascending."""
+        found = {name: [] for name in self.units}
+        for i, unit in enumerate(self.units):
+            for read in self.reads[unit]:
+                found[read].append(i)
+        return found
+
+    @cached_property
+    def last_use(self) -> dict[str, int]:
+        """Unit -> index of the last unit that reads its output, its own if none does."""
+        readers = self.readers
+        return {name: max(readers[name], default=i) for i, name in enumerate(self.units)}
+
+    @cached_property
+    def work(self) -> dict[str, int]:
+        """Unit -> its multiply-adds per image."""
+        units = {unit: 0 for unit in self.units}
+        for layer, macs in self.macs.items():
+            units[next(u for u in units if f"{layer}.".startswith(f"{u}."))] += macs
+        return units
+
+    def way_to(self, unit: str, kept: Container[str]) -> tuple[set[str], set[str]]:
+        """What reaching `unit` takes where only the outputs `kept` are at hand: which of these are
+        read, and which other units have to run again, those that it reads, that these read, and so
+        on."""
+        read, again, open_ends = set(), set(), list(self.reads[unit])
+        while open_ends:
+            name = open_ends.pop()
+            if name in kept:
+                read.add(name)
+            elif name not in again:
+                again.add(name)
+                open_ends += self.reads[name]
+        return read, again
 
 
 class _Origins(TorchFunctionMode):
@@ -34,19 +73,24 @@ class _Origins(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.known = {}  # id -> (the tensor, which keeps its id alive; names of units)
+        self.outputs = {}  # id -> the unit whose output it is
 
     def of(self, tensors):
         return set().union(*(self.known[id(t)][1] for t in tensors if id(t) in self.known))
 
-    def set(self, tensor, names):
-        self.known[id(tensor)] = tensor, names
+    def whole(self, tensor):
+        return self.outputs.get(id(tensor))
+
+    def begin(self, tensor, name):
+        self.known[id(tensor)] = tensor, {name}
+        self.outputs[id(tensor)] = name
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         names = self.of(tree_leaves((args, kwargs)))
         for tensor in tree_leaves(out):
             if names and torch.is_tensor(tensor):
-                self.set(tensor, names)
+                self.known[id(tensor)] = tensor, names
         return out
 
 
@@ -55,24 +99,23 @@ def trace(net: nn.Module, arguments: Sequence[torch.Tensor]) -> Graph:
     the condition if the network takes one."""
     arguments = [a.to("meta") for a in arguments]
     layers = [name for name, module in net.named_modules() if type(module) in SWAP]
-    macs, sizes, readers, origins = {}, {}, {}, _Origins()
+    macs, reads, read, outputs, origins = {}, {}, {}, {}, _Origins()
 
     def count(name, module, inputs, out):
         macs[name] = macs.get(name, 0) + out.numel() * _products(module, inputs[0])
 
     def note(name, module, inputs, out):
-        for read in origins.of(inputs):
-            readers.setdefault(read, []).append(units.index(name))
         own = [a for a in inputs if a is not arguments[-1]] if len(arguments) == 3 else inputs
-        sizes[name] = sum(a.numel() for a in own), out.numel()
-        origins.set(out, {name})
+        reads[name] = sorted(origins.of(inputs), key=units.index)
+        read[name] = [(a.numel(), origins.whole(a)) for a in own]
+        outputs[name] = out.numel()
+        origins.begin(out, name)
 
     _run_on_meta(net, arguments, {name: partial(count, name) for name in layers})
     units = units_in_order(net, macs)
     with origins:
         _run_on_meta(net, arguments, {name: partial(note, name) for name in units})
-    last_use = {name: max(readers.get(name, [i])) for i, name in enumerate(units)}
-    return Graph(macs, units, last_use, sizes)
+    return Graph(macs, units, reads, read, outputs)
 
 
 def _products(module, x):
@@ -89,17 +132,6 @@ def _run_on_meta(net, arguments, callbacks):
     ghosts = {name: tensor.to("meta") for name, tensor in tensors.items()}
     with watching(net, callbacks):
         torch.func.functional_call(net, ghosts, tuple(arguments))
-
-
-def captured_bytes(graph: Graph, num_samples: int) -> int:
-    """Memory that reconstruction wants at its worst unit for `num_samples` calibration samples:
-    inputs, output and what later units read, in float32, of the float and the quantized network."""
-    alive, peak = {}, 0
-    for i, unit in enumerate(graph.units):
-        inputs, alive[unit] = graph.sizes[unit]
-        peak = max(peak, inputs + sum(alive.values()))
-        alive = {name: size for name, size in alive.items() if graph.last_use[name] > i}
-    return 2 * 4 * num_samples * peak
 
 
 def units_in_order(net: nn.Module, layers: Iterable[str]) -> list[str]:

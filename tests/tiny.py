@@ -12,6 +12,7 @@ from quant.network import modules_of
 from quant.observer import refit
 from quant.passes.job import Job
 from quant.passes.run import run_passes
+from quant.reconstruction.capture import Stream
 from quant.timeline import Timeline
 
 SHAPE = (3, 8, 8)
@@ -105,3 +106,16 @@ def capture_whole(net, unit, calibration, batch_size):
     return [torch.cat(parts) for parts in zip(*(a for a, _ in calls))], torch.cat(
         [out for _, out in calls]
     )
+
+
+def walk(nets, graph, calibration, store, keep=None, batch_size=4):
+    """Yields (unit, inputs and output of each network) along whole networks, as `reconstruct` goes
+    through two."""
+    options = {"batch_size": batch_size, "store": store, "keep": keep}
+    streams = [Stream(net, graph, calibration, **options) for net in nets]
+    for unit in graph.units:
+        inputs = [stream.inputs(unit) for stream in streams]
+        outputs = [stream.advance(unit, own) for stream, own in zip(streams, inputs)]
+        yield unit, list(zip(inputs, outputs))
+        for stream, own in zip(streams, inputs):
+            stream.free(own)

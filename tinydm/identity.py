@@ -29,8 +29,8 @@ _KEYS = {
     CALIBRATION: "calibration",
     NETWORK: "name bits method segments rules exceptions passes pass_options preset effort seed "
     "max_batch",
-    NOTHING: "download demo variant sampling.num evaluation out device threads memory_gb force "
-    "provenance",
+    NOTHING: "download demo variant sampling.num evaluation out device threads memory_gb disk_gb "
+    "force provenance",
 }
 # what scores are made under, beside the model and the device
 SCORED_BY = "method bits weights sampling schedule guidance evaluation provenance".split()

@@ -122,6 +122,8 @@ class RunConfig:
     device: str = "auto"  # auto | cpu | cuda[:N]
     threads: int = 0  # CPU threads; 0 = PyTorch's choice
     memory_gb: float = 4.0  # captured activations held in memory; the rest spills to disk
+    # captured activations on disk at most; null: what is free there, less 2 GiB
+    disk_gb: float | None = None
     # samples at most that a pass measures at once; learning: effort.batch_size
     max_batch: int = 256
     force: bool = False  # do a finished stage again

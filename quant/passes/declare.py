@@ -58,6 +58,8 @@ class Declaration:
     # (options, names of all passes) -> options of `effort` that would decide nothing
     idle: Callable[[dict[str, Any], list[str]], set[str]] = lambda options, names: set()
     check: Callable[[Plan], None] = lambda plan: None  # raises ValueError for what cannot work
+    # (job), before any pass runs: raises ValueError for what this machine cannot do
+    begin: Callable[[Any], Any] = lambda job: None
 
 
 def quant_pass(**said: Any) -> Callable[[Callable], Callable]:

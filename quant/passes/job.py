@@ -57,6 +57,7 @@ class Job:
     seed: int = 0
     max_batch: int = 256  # samples measured at once, which memory has to hold
     memory_gb: float = 4.0  # of captured activations; the rest spills to disk
+    disk_gb: float | None = None  # of these; None: what is free, less a reserve
     log: Callable[[str], Any] = logging.getLogger("tinydm").info  # one line of progress
     note: Callable[[Facts], Any] = lambda facts: None  # facts so far of the running pass
     # (num_images, seed) -> x_0 (N, C, H, W), with gradients, of batch by batch

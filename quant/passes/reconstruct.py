@@ -24,7 +24,8 @@ from quant.network import input_quantizers, quant_layers, set_input_quantization
 from quant.passes.declare import Moment, Plan, quant_pass, with_fields
 from quant.passes.find import declaration_of
 from quant.passes.job import Facts, Job
-from quant.reconstruction.capture import Store, Stream
+from quant.reconstruction.budget import capture_of
+from quant.reconstruction.capture import Stream
 from quant.reconstruction.frequency import FrequencyFilter
 from quant.reconstruction.learn import (
     Lesson,
@@ -36,6 +37,7 @@ from quant.reconstruction.learn import (
 )
 from quant.reconstruction.saliency import Saliency
 from quant.reconstruction.settings import Objective, Schedule
+from quant.reconstruction.store import Store
 from quant.reconstruction.unit import Unit, load_unit, mixed, save_unit
 
 
@@ -60,12 +62,15 @@ KEYS = "weight_iters", "input_iters", "weight_lr", "input_lr", "batch_size", "dt
 EFFORT = {key: key for key in KEYS}
 
 
-@quant_pass(moment=Moment.LEARN, one_network=True, effort=EFFORT, idle=_idle, check=_check)
+@quant_pass(
+    moment=Moment.LEARN, one_network=True, effort=EFFORT, idle=_idle, check=_check, begin=capture_of
+)
 @with_fields
 def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them; with
     `dtype: bf16` the steps are computed under autocast. Captured activations beyond
-    `job.memory_gb` spill to disk.
+    `job.memory_gb` spill to disk; what gives way where `job.disk_gb` does not hold them says
+    quant/reconstruction/budget.py.
 
     Rates of scales fall to 0 along a cosine, that of the rounding only with `weight_cosine`.
     `joint` learns both at once in `weight_iters` steps, each activation unquantized with
@@ -85,10 +90,13 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
     seconds."""
     job.need_ranges("reconstruct")
     calibration, timeline, batch_size = job.calibration, job.net.timeline, job.batch(64)
-    store, names = Store(job.memory_gb, job.resume_folder), job.graph.units
+    capture, names = capture_of(job), job.graph.units
+    if not capture.exact:
+        job.log(str(capture))
+    store = Store(job.memory_gb, job.resume_folder, capture.dtype)
+    options = {"batch_size": batch_size, "store": store, "keep": capture.keep}
     original, quantized = (
-        Stream(net, names, job.graph.last_use, calibration, batch_size=batch_size, store=store)
-        for net in (job.model.net, job.net)
+        Stream(net, job.graph, calibration, **options) for net in (job.model.net, job.net)
     )
     saliency = filters = None
     if objective.saliency:
@@ -118,10 +126,9 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
             align(unit.module)
             save_unit(unit.module, path, new)
         quantized.advance(name, quant_inputs)
-        original.free(unit.float_inputs + quant_inputs)
+        original.free(unit.float_inputs)
+        quantized.free(quant_inputs)
         del unit, quant_inputs, target
-        original.drop_dead(name)
-        quantized.drop_dead(name)
         facts += new
         done = sum(share[n] for n in names[: i + 1])
         left = (time.monotonic() - started) * (1 - done) / done

@@ -141,8 +141,11 @@ def run_passes(job: Job, passes: Iterable[Entry]) -> Facts:
     has its old one again. Several workers (base/workers.py) run the passes alike, some share the
     work of one, and after each the network is that of the first."""
     facts, note, folder = [], job.note, job.resume_folder
+    checked = check_passes(passes, importing=True)
+    for name, _ in checked:
+        declaration_of(name).begin(job)
     try:
-        for i, (name, options) in enumerate(check_passes(passes, importing=True)):
+        for i, (name, options) in enumerate(checked):
             job.note = lambda new, earlier=tuple(facts): note([*earlier, *new])
             job.resume_folder = folder / f"{i}_{name}"
             started = time.monotonic()

@@ -5,14 +5,12 @@ A stream holds the activations of one network at the graph cut of the current un
 finished units that something later still reads. To reach the inputs of the next unit the network's
 own forward is replayed with finished units answering from the stream, so only the glue between
 units (concatenations, padding) is computed again and the whole walk costs one forward pass per
-network, O(L) instead of O(L^2)."""
+network, O(L) instead of O(L^2). An output that was given up earlier than its last reader
+(quant/reconstruction/budget.py) is computed again in the replay that needs it."""
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,41 +18,9 @@ from torch import nn
 
 from base.hooks import watching
 from quant.calibration.dataset import CalibrationSet
+from quant.graph import Graph
 from quant.network import QuantizedNet, modules_of
-
-
-class Store:
-    """Tensors in memory up to `memory_gb`, beyond that in unlinked files under `folder`, mapped
-    into memory."""
-
-    def __init__(self, memory_gb: float, folder: Path):
-        self.budget, self.folder = int(memory_gb * 2**30), Path(folder)
-        self.used = self.peak = self.spilled = 0
-        self.sizes = {}
-
-    def empty(self, shape: Iterable[int]) -> torch.Tensor:
-        """Returns an uninitialised float32 tensor. Raises OSError when the disk is full."""
-        count = int(torch.Size(shape).numel())
-        if self.used + 4 * count <= self.budget:
-            tensor = torch.empty(shape)
-            self.sizes[id(tensor)] = 4 * count
-            self.used += 4 * count
-            self.peak = max(self.peak, self.used)
-            return tensor
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(dir=self.folder, suffix=".spill")
-        try:
-            os.posix_fallocate(handle, 0, 4 * count)  # no crash later on, when the disk is full
-            tensor = torch.from_file(path, shared=True, size=count, dtype=torch.float32).view(shape)
-        finally:
-            os.close(handle)
-            os.unlink(path)  # the mapping keeps the space until it is dropped
-        self.spilled += 4 * count
-        return tensor
-
-    def free(self, tensor: torch.Tensor) -> None:
-        """Takes a tensor off the account."""
-        self.used -= self.sizes.pop(id(tensor), 0)
+from quant.reconstruction.store import Rows, Store
 
 
 class Conditions:
@@ -86,61 +52,69 @@ def answering(
 
 
 class Stream:
-    """One network's activations over a calibration set. `advance` units in order; `inputs` looks
-    one unit ahead."""
+    """One network's activations over a calibration set: for each unit in order `inputs`, then
+    `advance`, then `free`. `keep` says through which unit (its index) an output is kept; without it
+    through the last that reads it."""
 
     def __init__(
         self,
         net: nn.Module,
-        units: list[str],
-        last_use: Mapping[str, int],
+        graph: Graph,
         calibration: CalibrationSet,
         *,
         batch_size: int,
         store: Store,
+        keep: Mapping[str, int] | None = None,
     ):
-        self.net, self.modules, self.units, self.last_use = net, modules_of(net), units, last_use
-        self.calibration, self.store = calibration, store
+        self.net, self.modules, self.graph = net, modules_of(net), graph
+        self.calibration, self.store, self.keep = calibration, store, keep or graph.last_use
         self.device, count = next(net.parameters()).device, len(calibration)
         self.rows = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
         self.outputs, self.shapes = {}, {}
 
-    def _recall(self, name, rows):
-        def answer(*_):
-            if name in self.outputs:
-                return self.outputs[name][rows].to(self.device)
-            # nobody reads it any more: the right shape without memory
-            shape = rows.stop - rows.start, *self.shapes[name]
-            return torch.zeros((), device=self.device).expand(shape)
-
-        return answer
-
     @torch.no_grad()
     def inputs(self, unit: str) -> list[Any]:
-        """Returns the arguments of `unit` over the whole set, tensors (N, ...) or Conditions; give
-        them back with `free`."""
-        gathered = None
+        """Returns the arguments of `unit` over the whole set, each read by rows: an output of an
+        earlier unit as it stands is that very one, the condition stays in the calibration set, one
+        row for many samples, others are copied. Then lets go of what no later unit needs kept."""
+        read, again = self.graph.way_to(unit, self.outputs)
+        gathered, copied = [], []
         for rows in self.rows:
             batch = [a.to(self.device) for a in self.calibration.arguments(rows)]
-            arguments = self._reach(unit, rows, batch)
-            gathered = gathered or [self._room(a, batch) for a in arguments]
-            for whole, a in zip(gathered, arguments):
-                if not isinstance(whole, Conditions):
-                    whole[rows] = a
+            answered = {name: self.outputs[name][rows].to(self.device) for name in read}
+            arguments = self._reach(unit, batch, answered, again)
+            if not gathered:
+                gathered = [self._source(a, batch, answered) for a in arguments]
+                copied = [i for i, source in enumerate(gathered) if source is None]
+                for i in copied:
+                    gathered[i] = self._whole(arguments[i])
+            for i in copied:
+                gathered[i][rows] = arguments[i]
+        self._drop(self.graph.units.index(unit), gathered)
         return gathered
 
-    def _room(self, a, batch):
-        """For an argument over all samples. The condition reaches units as it is: it stays in the
-        calibration set, one row for many samples."""
-        return Conditions(self.calibration) if any(a is c for c in batch[2:]) else self._whole(a)
+    def _source(self, a, batch, answered):
+        """What already holds an argument over all samples, if anything does."""
+        if any(a is c for c in batch[2:]):
+            return Conditions(self.calibration)
+        return next((self.outputs[name] for name, out in answered.items() if out is a), None)
 
-    def _reach(self, unit, rows, batch):
-        """What the unit is called with when the network runs on the batch of these rows."""
+    def _reach(self, unit, batch, answered, again):
+        """What the unit is called with when the network runs on a batch: finished units answer as
+        they are told, or run `again`; what the unit does not depend on is zeros without memory."""
 
         def stop(*arguments):
             raise _Reached(arguments)
 
-        answers = {name: self._recall(name, rows) for name in self.shapes} | {unit: stop}
+        answers = {unit: stop}
+        for name, shape in self.shapes.items():
+            if name in answered:
+                answers[name] = partial(_answer, answered[name])
+            elif name in again:
+                answers[name] = partial(_run, self.modules[name].forward)
+            else:
+                nothing = torch.zeros((), device=self.device).expand(len(batch[0]), *shape)
+                answers[name] = partial(_answer, nothing)
         try:
             with answering(self.modules, answers):
                 self.net(*batch)
@@ -152,9 +126,8 @@ class Stream:
         return self.store.empty((len(self.calibration), *part.shape[1:]))
 
     @torch.no_grad()
-    def advance(self, unit: str, inputs: list[Any]) -> torch.Tensor:
-        """Runs `unit` on its inputs, keeps the output (N, ...), drops what nobody reads any more;
-        returns the output."""
+    def advance(self, unit: str, inputs: list[Any]) -> Rows:
+        """Runs `unit` on its inputs, keeps the output (N, ...) and returns it."""
         whole = None
         for rows in self.rows:
             if isinstance(self.net, QuantizedNet):
@@ -165,16 +138,28 @@ class Stream:
         self.outputs[unit], self.shapes[unit] = whole, whole.shape[1:]
         return whole
 
-    def drop_dead(self, unit: str) -> None:
-        """Frees the outputs that no unit after `unit` reads."""
-        done = self.units.index(unit)
-        for name in [n for n in self.outputs if self.last_use[n] <= done]:
-            self.free([self.outputs.pop(name)])
+    def _drop(self, done, inputs):
+        """Lets go of outputs that are kept no further than through unit number `done`; those that
+        are its inputs go with these."""
+        for name in [n for n in self.outputs if self.keep[n] <= done]:
+            output = self.outputs.pop(name)
+            if not any(output is a for a in inputs):
+                self.store.free(output)
 
-    def free(self, tensors: Iterable[Any]) -> None:
-        """Gives back what `inputs` returned."""
-        for tensor in tensors:
-            self.store.free(tensor)
+    def free(self, inputs: Iterable[Any]) -> None:
+        """Gives back what `inputs` returned, but for outputs that are kept further."""
+        for a in inputs:
+            if not any(a is output for output in self.outputs.values()):
+                self.store.free(a)
+
+
+def _answer(out, *_):
+    return out
+
+
+def _run(forward, *arguments):
+    """Runs a unit as `advance` did: on tensors in the usual order of memory, which sums go by."""
+    return forward(*(a.contiguous() for a in arguments)).contiguous()
 
 
 @torch.no_grad()

@@ -3,12 +3,11 @@
 import itertools
 
 import torch
-from tiny import EXAMPLE, SHAPE, Wired, normal, samples
+from tiny import EXAMPLE, SHAPE, Wired, normal
 from torch import nn
 
 from models.zoo import build_network
-from quant.graph import captured_bytes, trace
-from quant.reconstruction.capture import Store, Stream
+from quant.graph import trace
 
 UNITS = [
     "temb.dense.0",
@@ -81,7 +80,27 @@ def test_last_uses_of_a_known_graph():
         "d": 3,
         "e": 4,
     }
-    assert set(graph.sizes.values()) == {(3, 3)} and set(graph.macs.values()) == {9}
+    assert set(graph.outputs.values()) == {3} and set(graph.macs.values()) == {9}
+
+
+def test_readers_of_a_known_graph():
+    graph = trace(Wired(), (normal(1, 3), torch.zeros(1)))
+    assert graph.reads == {"a": [], "b": ["a"], "c": ["b"], "d": ["a", "c"], "e": ["b"]}
+    assert graph.readers == {"a": [1, 3], "b": [2, 4], "c": [3], "d": [], "e": []}
+    own = {unit: source for unit in "abcde" for _, source in graph.arguments[unit]}
+    # b is read behind a ReLU, and a + c is nobody's output
+    assert own == {"a": None, "b": "a", "c": None, "d": None, "e": None}
+    assert graph.work == dict.fromkeys("abcde", 9)
+
+
+def test_way_to_a_unit_of_a_known_graph():
+    graph = trace(Wired(), (normal(1, 3), torch.zeros(1)))
+    assert graph.way_to("d", {"a", "b", "c"}) == ({"a", "c"}, set())
+    assert graph.way_to("d", {"b", "c"}) == ({"c"}, {"a"})
+    assert graph.way_to("d", {"b"}) == ({"b"}, {"a", "c"})
+    assert graph.way_to("d", {"a"}) == ({"a"}, {"c", "b"})
+    assert graph.way_to("e", set()) == (set(), {"a", "b"})
+    assert graph.way_to("a", set()) == (set(), set())
 
 
 def test_skips_of_the_u_net_live_until_the_way_up(tiny_net):
@@ -117,18 +136,8 @@ def test_condition_is_no_captured_input():
     )
     graph = trace(net, (torch.empty(1, 3, 8, 8), torch.zeros(1), torch.empty(1, 7, 5)))
     blocks = [unit for unit in graph.units if "transformer_blocks" in unit]
-    assert len(blocks) == 4 and {graph.sizes[unit] for unit in blocks} == {(32 * 64, 32 * 64)}
+    assert len(blocks) == 4 and {graph.outputs[unit] for unit in blocks} == {32 * 64}
+    assert all([size for size, _ in graph.arguments[unit]] == [32 * 64] for unit in blocks)
     assert graph.macs[f"{blocks[0]}.attn2.to_k"] == 7 * 5 * 32
     for unit in blocks:
         assert graph.units[graph.last_use[unit]] == unit.replace("transformer_blocks.0", "proj_out")
-
-
-def test_expected_memory_is_what_a_walk_takes(tiny_net, tmp_path):
-    graph, store = trace(tiny_net, EXAMPLE), Store(1.0, tmp_path)
-    stream = Stream(tiny_net, graph.units, graph.last_use, samples(10), batch_size=5, store=store)
-    for unit in graph.units:
-        inputs = stream.inputs(unit)
-        stream.advance(unit, inputs)
-        stream.free(inputs)
-        stream.drop_dead(unit)
-    assert captured_bytes(graph, 10) == 2 * store.peak

@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 from pipeline import WORDS, everything, files
-from tiny import capture_whole
+from tiny import capture_whole, walk
 
 from models.diffusion import load_model
 from models.sampling import Sampling, sample
 from quant.calibration.files import load_calibration
 from quant.graph import trace
-from quant.reconstruction.capture import Store, Stream
+from quant.reconstruction.store import Store
 from tinydm.recipe import load_recipe
 from tinydm.stages.quantize import plan
 
@@ -71,22 +71,20 @@ def test_guidance_is_the_formula(latent_model):
         torch.testing.assert_close(found, null + 2.5 * (loaded.net(x, t, cond) - null))
 
 
-def test_stream_with_a_condition_equals_whole_capture(latent_model, latent_run, tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_stream_with_a_condition_equals_whole_capture(latent_model, latent_run, tmp_path, kept):
     calibration = load_calibration(latent_run / "calibration.safetensors")
     net = load_model(yaml.safe_load(latent_model.read_text()), device="cpu").net
-    graph, store = trace(net, calibration.arguments(slice(0, 1))), Store(1.0, tmp_path)
-    stream = Stream(net, graph.units, graph.last_use, calibration, batch_size=9, store=store)
-    for unit in graph.units:
-        inputs = stream.inputs(unit)
-        output = stream.advance(unit, inputs)
+    graph = trace(net, calibration.arguments(slice(0, 1)))
+    every, store = {unit: i + 1 for i, unit in enumerate(graph.units)}, Store(1.0, tmp_path)
+    keep = None if kept else every
+    for unit, ((inputs, output),) in walk([net], graph, calibration, store, keep, 9):
         whole_inputs, whole_output = capture_whole(net, unit, calibration, 9)
         assert torch.equal(output, whole_output), unit
         everything_read = slice(0, len(calibration))
         assert all(
             torch.equal(a[everything_read], b) for a, b in zip(inputs, whole_inputs, strict=True)
         ), unit
-        stream.free(inputs)
-        stream.drop_dead(unit)
 
 
 def test_images_do_not_depend_on_what_is_drawn_with_them(latent_model):

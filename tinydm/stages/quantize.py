@@ -33,11 +33,12 @@ from quant.calibration.dataset import CalibrationSet
 from quant.calibration.files import load_calibration
 from quant.checkpoint import load_quantized, packed_bytes, read_recipe, save_quantized
 from quant.convert import convert
-from quant.graph import Graph, captured_bytes, trace
+from quant.graph import Graph, trace
 from quant.inventory import format_map, quantization_map
 from quant.passes.dynamic_scales import functions_of
 from quant.passes.job import Job
 from quant.passes.run import run_passes
+from quant.reconstruction.budget import disk_budget, plan_capture
 from quant.timeline import Timeline
 from tinydm.identity import recipe_of
 from tinydm.recipe import RunConfig, boundaries, check, load_recipe, network_times
@@ -67,14 +68,17 @@ def plan(config: RunConfig) -> str:
     c, layers = config.calibration, quantization_map(net, quantized, graph.macs)
     samples = c.steps * c.images * (2 if config.guidance.scale != 1 else 1)
     floats = sum(p.numel() * p.element_size() for p in net.parameters())
-    packed, captured = packed_bytes(quantized), captured_bytes(graph, samples) / 2**30
+    packed, disk_gb = packed_bytes(quantized), disk_budget(config.disk_gb, Path(config.out).parent)
+    try:
+        captured = plan_capture(graph, samples, config.memory_gb, disk_gb)
+    except ValueError as does_not_fit:
+        captured = does_not_fit
     return (
         f"{format_map(layers)}\n{config.name}: {len(graph.units)} reconstruction units, "
         f"{sum(graph.macs.values()) / 1e9:.3f} G multiply-adds per image and run of the network\n"
         f"weights: {floats:,} bytes in FP32, {packed:,} quantized, {floats / packed:.2f} x "
         "smaller\n"
-        f"calibration: {samples:,} samples; {captured:.2f} GiB of activations at the largest unit, "
-        f"of which {min(captured, config.memory_gb):.2f} in memory (memory_gb), the rest on disk"
+        f"calibration: {samples:,} samples; {captured}"
     )
 
 
@@ -124,6 +128,7 @@ def prepare(
         seed=config.seed,
         max_batch=config.max_batch,
         memory_gb=config.memory_gb,
+        disk_gb=config.disk_gb,
         trajectory=partial(trajectory, model, config.sampling),
         differentiable=partial(differentiable, model, config.sampling, max_batch=config.max_batch),
         **reports,

@@ -1,29 +1,22 @@
-"""Streaming from unit to unit equals complete forward passes; spilling and freeing change no
-number."""
+"""Streaming from unit to unit equals complete forward passes; spilling, giving outputs up and
+computing them again change no number."""
 
 import pytest
 import torch
-from tiny import EXAMPLE, Wired, capture_whole, normal, quantized, rules, samples
+from tiny import EXAMPLE, Wired, capture_whole, normal, quantized, rules, samples, walk
 
 from quant.graph import trace
-from quant.reconstruction.capture import Store, Stream, answering
+from quant.reconstruction.capture import Stream, answering
+from quant.reconstruction.store import Store
 
 BATCH = 4  # 10 samples: the last batch is smaller
 
 
-def walk(net, folder, *, memory_gb=1.0):
-    """Yields (unit, inputs, output, store) along the whole network, dropping what is dead."""
-    graph, store = (
-        net.graph if hasattr(net, "graph") else trace(net, EXAMPLE),
-        Store(memory_gb, folder),
-    )
-    stream = Stream(net, graph.units, graph.last_use, samples(), batch_size=BATCH, store=store)
-    for unit in graph.units:
-        inputs = stream.inputs(unit)
-        output = stream.advance(unit, inputs)
+def steps(net, folder, *, memory_gb=1.0, keep=None, dtype=torch.float32):
+    """Yields (unit, inputs, output, store) along the whole network."""
+    graph, store = trace_of(net), Store(memory_gb, folder, dtype)
+    for unit, ((inputs, output),) in walk([net], graph, samples(), store, keep, BATCH):
         yield unit, inputs, output, store
-        stream.free(inputs)
-        stream.drop_dead(unit)
 
 
 @pytest.fixture(params=["float", "quantized", "quantized, with segments"])
@@ -37,19 +30,46 @@ def net(request, tiny_net, tmp_path):
     return net
 
 
+def trace_of(net):
+    return net.graph if hasattr(net, "graph") else trace(net, EXAMPLE)
+
+
+def assert_equals_whole_capture(net, unit, inputs, output):
+    whole_inputs, whole_output = capture_whole(net, unit, samples(), BATCH)
+    assert len(inputs) == len(whole_inputs) and all(map(torch.equal, inputs, whole_inputs)), unit
+    assert torch.equal(output, whole_output), unit
+
+
 def test_stream_equals_whole_network_capture_bit_for_bit(net, tmp_path):
-    for unit, inputs, output, _ in walk(net, tmp_path):
-        whole_inputs, whole_output = capture_whole(net, unit, samples(), BATCH)
-        assert len(inputs) == len(whole_inputs) and all(map(torch.equal, inputs, whole_inputs)), (
-            unit
-        )
-        assert torch.equal(output, whole_output), unit
+    for unit, inputs, output, _ in steps(net, tmp_path):
+        assert_equals_whole_capture(net, unit, inputs, output)
+
+
+def test_outputs_that_are_computed_again_are_the_same_bit_for_bit(net, tmp_path):
+    """Nothing is kept any further than the next unit: every skip is computed again from x."""
+    keep = {unit: i + 1 for i, unit in enumerate(trace_of(net).units)}
+    for unit, inputs, output, store in steps(net, tmp_path, keep=keep):
+        assert_equals_whole_capture(net, unit, inputs, output)
+    assert store.account.peak_memory < peak_of(net, tmp_path)
+
+
+def peak_of(net, folder):
+    return [store for *_, store in steps(net, folder)][-1].account.peak_memory
+
+
+def test_bfloat16_is_near(tiny_net, tmp_path):
+    for unit, inputs, output, _ in steps(tiny_net, tmp_path, dtype=torch.bfloat16):
+        _, whole = capture_whole(tiny_net, unit, samples(), BATCH)
+        found = output[slice(0, len(output))]
+        assert found.dtype == torch.float32 and not torch.equal(found, whole)
+        assert (found - whole).square().mean() < 1e-4 * whole.square().mean(), unit
 
 
 def test_network_is_as_before_after_a_walk(tiny_net, tmp_path):
     x, t = samples().x, samples().t
     before = tiny_net(x, t)
-    last = [output for _, _, output, _ in walk(tiny_net, tmp_path)][-1]
+    keep = {unit: i + 1 for i, unit in enumerate(trace_of(tiny_net).units)}
+    last = [output for _, _, output, _ in steps(tiny_net, tmp_path, keep=keep)][-1]
     assert torch.equal(tiny_net(x, t), before)
     torch.testing.assert_close(last, before, rtol=1e-5, atol=1e-6)
     assert all("forward" not in vars(m) for m in tiny_net.modules())
@@ -58,46 +78,39 @@ def test_network_is_as_before_after_a_walk(tiny_net, tmp_path):
 def test_spilled_bytes_equal_those_in_memory_and_leave_no_file(tiny_net, tmp_path):
     folder = tmp_path / "spill"
     for (unit, inputs, output, _), (_, others, other, store) in zip(
-        walk(tiny_net, tmp_path), walk(tiny_net, folder, memory_gb=0)
+        steps(tiny_net, tmp_path), steps(tiny_net, folder, memory_gb=0)
     ):
         assert torch.equal(output, other) and all(map(torch.equal, inputs, others)), unit
         assert list(folder.iterdir()) == []
-    assert store.used == store.peak == 0 and store.spilled > 0
+    assert store.account.peak_memory == 0 and store.account.peak_disk > 0
 
 
-def test_dead_outputs_are_freed(tiny_net, tmp_path):
+def test_what_nobody_reads_any_more_is_freed(tiny_net, tmp_path):
     everything = 0
-    for _, inputs, output, store in walk(tiny_net, tmp_path):
+    for _, inputs, output, store in steps(tiny_net, tmp_path):
         everything += 4 * sum(tensor.numel() for tensor in (*inputs, output))
-    assert store.used == 0
-    assert 0 < store.peak < everything / 3
+    assert store.account.memory == 4 * output.numel()  # the last one's
+    assert 0 < store.account.peak_memory < everything / 3
 
 
-def test_store_spills_only_what_is_over_its_budget(tmp_path):
-    store = Store(100 / 2**30, tmp_path)
-    first, second = store.empty((5, 4)), store.empty((2, 3))
-    assert (store.used, store.peak, store.spilled) == (80, 80, 24)
-    store.free(second)
-    assert store.used == 80  # what was spilled is not counted
-    store.free(first)
-    assert (
-        (store.used, store.peak) == (0, 80)
-        and store.empty((25,)).shape == (25,)
-        and store.spilled == 24
-    )
+def test_an_input_that_is_an_output_is_not_copied(tiny_net, tmp_path):
+    outputs = {}
+    for unit, inputs, output, _ in steps(tiny_net, tmp_path):
+        if unit == "mid.attn_1":
+            assert inputs[0] is outputs["mid.block_1"]
+        outputs[unit] = output
 
 
 def test_outputs_live_as_long_as_somebody_reads_them():
-    graph, units = Wired().requires_grad_(False), list("abcde")
-    calibration = type(samples())(normal(5, 3), torch.zeros(5))
-    uses = trace(graph, calibration.arguments(slice(0, 1))).last_use
-    stream = Stream(graph, units, uses, calibration, batch_size=2, store=Store(1, "unused"))
+    net, calibration = Wired().requires_grad_(False), type(samples())(normal(5, 3), torch.zeros(5))
+    graph = trace(net, calibration.arguments(slice(0, 1)))
+    stream = Stream(net, graph, calibration, batch_size=2, store=Store(1, "unused"))
     alive = []
-    for unit in units:
-        stream.advance(unit, stream.inputs(unit))
-        stream.drop_dead(unit)
+    for unit in graph.units:
+        inputs = stream.inputs(unit)
         alive.append("".join(stream.outputs))
-    assert alive == ["a", "ab", "abc", "b", ""]
+        stream.advance(unit, inputs)
+    assert alive == ["", "a", "ab", "b", ""]
 
 
 def test_answers_are_taken_back_after_an_error():
