@@ -35,6 +35,7 @@ WORDS = [
     "calibration.images=6",
     "effort.weight_iters=4",
     "effort.input_iters=2",
+    "effort.dtype=fp32",
     "evaluation.sqnr_images=2",
     "device=cpu",
 ]

@@ -24,6 +24,8 @@ from models.diffusion import DiffusionModel, load_model
 from tinydm.identity import differences, recipe_of
 from tinydm.recipe import RunConfig, check, load_recipe
 
+# of provenance, what holds for all of a run: its files, what decided effort.dtype
+KEPT = "files", "trial"
 # files that a run is continued from
 CONTINUED = ("calibration.safetensors", "resume", "quantized.safetensors")
 
@@ -103,8 +105,8 @@ class Run:
     def begin(self) -> None:
         """Notes versions and commit anew where numbers are made, as a run may be continued with
         later ones; drops what an earlier quantized network left, which `force` replaces."""
-        files = {"files": self.config.provenance.get("files", [])}
-        self.config.provenance = provenance(self.model, [], self.config.threads) | files
+        kept = {key: self.config.provenance[key] for key in KEPT if key in self.config.provenance}
+        self.config.provenance = provenance(self.model, [], self.config.threads) | kept
         write_config(self)
         shutil.rmtree(self.path("samples"), ignore_errors=True)
         for name in ("quantized.safetensors", "dynamic.safetensors", "samples.npz", "metrics.json"):

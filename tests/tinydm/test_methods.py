@@ -54,6 +54,7 @@ WORDS = [
     "effort.weight_iters=2",
     "effort.input_iters=2",
     "effort.batch_size=4",
+    "effort.dtype=fp32",
     "device=cpu",
 ]
 

@@ -40,9 +40,10 @@ from quant.passes.job import Job
 from quant.passes.run import run_passes
 from quant.reconstruction.budget import disk_budget, plan_capture
 from quant.timeline import Timeline
+from tinydm.arithmetic import decided
 from tinydm.identity import recipe_of
 from tinydm.recipe import RunConfig, boundaries, check, load_recipe, network_times
-from tinydm.run_folder import Run, open_run
+from tinydm.run_folder import Run, open_run, write_config
 
 DRY_RUN = "dry_run=true"
 Log = Callable[[str], Any]  # takes one line of progress
@@ -94,6 +95,9 @@ def quantize(run: Run, log: Log = log_line) -> str:
         folder = run.path("resume/quantize")
         job = prepare(run.model, run.config, calibration, folder, log=log, note=note)
         log(write_map(run, job.net, job.graph))
+        run.config, tried = decided(run.config, job, log)
+        run.config.provenance |= {"trial": tried} if tried else {}
+        write_config(run)
         run_passes(job, run.config.all_passes)
         write_map(run, job.net, job.graph)  # passes may have changed widths
         save(run, job.net, functions_of(job.net), job.rules)
@@ -142,6 +146,7 @@ def quantize_model(
     recipe that quant.checkpoint.save_quantized stores with it. `reports` are those of `prepare`."""
     with TemporaryDirectory() as scratch:
         job = prepare(model, config, data, Path(scratch), **reports)
+        config, _ = decided(config, job, job.log)
         run_passes(job, config.all_passes)
     return job.net, recipe_of(config, model.weights_hash, job.rules)
 
