@@ -101,18 +101,18 @@ def quantize(run: Run, log: Log = log_line) -> str:
         run_passes(job, run.config.all_passes)
         write_map(run, job.net, job.graph)  # passes may have changed widths
         save(run, job.net, functions_of(job.net), job.rules)
+        wait()
     run.finish("quantize")
     size, floats = path.stat().st_size, run.model.float_bytes
     factor = f"{floats / size:.2f} x smaller than {floats:,} of FP32"
     return f"quantize: {path}, {size:,} bytes, {factor}"
-        wait()
 
 
+@first_only
 def save(run: Run, net: nn.Module, functions: Tensors, rules: list[dict[str, Any]]) -> None:
     """Writes a hardened network that was converted by `rules`, and the functions of time that gave
     it its scales, if any, into the run folder."""
     if functions:
-@first_only
         save_tensors(run.path("dynamic.safetensors"), functions, {})
     save_quantized(run.path("quantized.safetensors"), net, run.recipe(rules))
 
