@@ -21,7 +21,8 @@ from quant.grid import centered_codes, code_range, scale_zero_point
 
 NORM = 2.4  # p of the searches
 NUM_SHRINKS = 80  # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
-CHUNK_ELEMENTS = 2**22  # working set of one batch of candidates
+CHUNK_ELEMENTS = 2**18  # working set of one batch of candidates, which a cache holds
+CLOSE = 1e-4  # relative difference of errors that estimates do not decide
 
 Interval = tuple[torch.Tensor, torch.Tensor]  # low, high, (groups,) each
 
@@ -73,17 +74,35 @@ def _intervals(width, zero, levels):
 
 
 def _best(values, lows, highs, bits, symmetric):
-    """Candidate ends (N, G) -> the pair with the least error for each group."""
-    low_code, high_code = code_range(bits, symmetric)
+    """Candidate ends (N, G) -> the (first) pair with the least error for each group. All errors are
+    estimated first, by exp and log, which take a fifth of the time of pow; pow then decides between
+    those whose estimates are as good as equal."""
+    ends = code_range(bits, symmetric)
     scales, zeros = scale_zero_point(lows, highs, bits, symmetric)
     size = max(1, CHUNK_ELEMENTS // values.numel())
-    errors = []
-    for scale, zero in zip(scales[:, :, None].split(size), zeros[:, :, None].split(size)):
-        codes = centered_codes(values[None], scale, zero, low_code, high_code)
-        error = codes.mul_(scale).sub_(values[None])
-        errors.append(error.abs_().pow_(NORM).mean(2))
-    best = torch.cat(errors).argmin(0, keepdim=True)
+    parts = zip(scales[:, :, None].split(size), zeros[:, :, None].split(size))
+    estimates = torch.cat([_error(values[None], *part, ends, _estimated_power) for part in parts])
+    close = estimates <= estimates.amin(0) * (1 + CLOSE)
+    errors, size = torch.full_like(estimates, torch.inf), max(1, CHUNK_ELEMENTS // values.shape[1])
+    for i, group in zip(*(index.split(size) for index in close.nonzero(as_tuple=True))):
+        scale, zero = scales[i, group][:, None], zeros[i, group][:, None]
+        errors[i, group] = _error(values[group], scale, zero, ends, _power)
+    best = errors.argmin(0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
+
+
+def _error(values, scale, zero, ends, power):
+    """Mean |x - Q(x)|^p over the last axis."""
+    codes = centered_codes(values, scale, zero, *ends)
+    return power(codes.mul_(scale).sub_(values).abs_()).mean(-1)
+
+
+def _power(error):
+    return error.pow_(NORM)
+
+
+def _estimated_power(error):
+    return error.log_().mul_(NORM).exp_()
 
 
 RANGES = {"minmax": minmax, "percentile": percentile, "mse": search_1d, "mse2d": search_2d}
