@@ -1,8 +1,8 @@
 """The graph of a network, from one forward pass on the meta device, where only shapes are computed:
 what runs in which order, what it costs, which reconstruction unit reads the output of which."""
 
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -20,14 +20,15 @@ class Graph:
     """macs: layer or attention product -> multiply-adds per image, in execution order. units: names
     in execution order. reads: unit -> the units whose outputs its arguments are computed from.
     arguments: unit -> (values, the unit whose output it is as it stands or None) of each of its
-    arguments, the network's condition left out. outputs: unit -> values of its output. Values are
-    those of one sample."""
+    arguments, the network's condition left out. outputs: unit -> values of its output. operands:
+    layer or attention product -> values of what it reads. Values are those of one sample."""
 
     macs: dict[str, int]
     units: list[str]
     reads: dict[str, list[str]]
     arguments: dict[str, list[tuple[int, str | None]]]
     outputs: dict[str, int]
+    operands: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def readers(self) -> dict[str, list[int]]:
@@ -47,9 +48,13 @@ class Graph:
     @cached_property
     def work(self) -> dict[str, int]:
         """Unit -> its multiply-adds per image."""
+        return self.by_unit(self.macs)
+
+    def by_unit(self, of_layers: Mapping[str, int]) -> dict[str, int]:
+        """Adds up for every unit what its layers and products have."""
         units = {unit: 0 for unit in self.units}
-        for layer, macs in self.macs.items():
-            units[next(u for u in units if f"{layer}.".startswith(f"{u}."))] += macs
+        for layer, found in of_layers.items():
+            units[next(u for u in units if f"{layer}.".startswith(f"{u}."))] += found
         return units
 
     def way_to(self, unit: str, kept: Container[str]) -> tuple[set[str], set[str]]:
@@ -99,10 +104,11 @@ def trace(net: nn.Module, arguments: Sequence[torch.Tensor]) -> Graph:
     the condition if the network takes one."""
     arguments = [a.to("meta") for a in arguments]
     layers = [name for name, module in net.named_modules() if type(module) in SWAP]
-    macs, reads, read, outputs, origins = {}, {}, {}, {}, _Origins()
+    macs, operands, reads, read, outputs, origins = {}, {}, {}, {}, {}, _Origins()
 
     def count(name, module, inputs, out):
         macs[name] = macs.get(name, 0) + out.numel() * _products(module, inputs[0])
+        operands[name] = operands.get(name, 0) + sum(a.numel() for a in inputs)
 
     def note(name, module, inputs, out):
         own = [a for a in inputs if a is not arguments[-1]] if len(arguments) == 3 else inputs
@@ -115,7 +121,7 @@ def trace(net: nn.Module, arguments: Sequence[torch.Tensor]) -> Graph:
     units = units_in_order(net, macs)
     with origins:
         _run_on_meta(net, arguments, {name: partial(note, name) for name in units})
-    return Graph(macs, units, reads, read, outputs)
+    return Graph(macs, units, reads, read, outputs, operands)
 
 
 def _products(module, x):

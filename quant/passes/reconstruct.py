@@ -10,10 +10,8 @@ network with quantized weights and activations, elements of whose output are rep
 full-precision ones at random. quant/reconstruction/learn.py has the losses."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from quant.passes.find import declaration_of
 from quant.passes.job import Facts, Job
 from quant.reconstruction.budget import capture_of
 from quant.reconstruction.capture import Stream
+from quant.reconstruction.estimate import Estimate, expected_seconds
 from quant.reconstruction.frequency import FrequencyFilter
 from quant.reconstruction.learn import (
     Lesson,
@@ -109,8 +108,10 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
         timeline.set_time(calibration.t[rows].to(job.device))
 
     set_input_quantization(job.net, schedule.joint)
-    share, facts, started = shares_of_work(names, job.graph.macs), [], time.monotonic()
+    estimate = Estimate(expected_seconds(job, objective, schedule, capture.passes))
+    facts = []
     for i, name in enumerate(names):
+        started = time.monotonic()
         path = job.resume_folder / f"{i:03d}_{name}.safetensors"
         unit = Unit(name, quantized.modules[name], quantized.device, set_time, batch_size)
         unit.original, unit.saliency = original.modules[name], saliency
@@ -119,8 +120,8 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
             unit.frequency = lambda rows, error: filters(name, calibration.t[rows], error)
         unit.float_inputs, quant_inputs = original.inputs(name), quantized.inputs(name)
         target = original.advance(name, unit.float_inputs)
-        new = load_unit(unit.module, path)
-        if new is None:
+        new = saved = load_unit(unit.module, path)
+        if saved is None:
             generator = torch.Generator().manual_seed(mix(job.seed, i))
             new = _learn_unit(Lesson(unit, quant_inputs, target, generator, objective, schedule))
             align(unit.module)
@@ -130,23 +131,12 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
         quantized.free(quant_inputs)
         del unit, quant_inputs, target
         facts += new
-        done = sum(share[n] for n in names[: i + 1])
-        left = (time.monotonic() - started) * (1 - done) / done
+        estimate.finished(name, time.monotonic() - started if saved is None else None)
         changes = "  ".join(map(change_of_error, new))
-        job.log(f"[{i + 1}/{len(names)}] {name:20} {changes}  about {left:.0f} s left")
+        job.log(f"[{i + 1}/{len(names)}] {name:20} {changes}  about {estimate.left:.0f} s left")
         job.note(facts)
     set_input_quantization(job.net, True)
     return facts
-
-
-def shares_of_work(names: Iterable[str], macs: dict[str, int]) -> dict[str, float]:
-    """Returns the fraction of the whole work for each unit: half by multiply-adds, half alike, as a
-    step of a tiny unit costs time too."""
-    work = dict.fromkeys(names, 0)
-    for name, layer in product(work, macs):
-        work[name] += macs[layer] if f"{layer}.".startswith(f"{name}.") else 0
-    total = sum(work.values())
-    return {name: work[name] / total / 2 + 1 / len(work) / 2 for name in work}
 
 
 def _learn_unit(lesson):

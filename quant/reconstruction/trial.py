@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,16 +59,18 @@ class Trial:
         """Steps of each phase."""
         return phases_of(self.net.get_submodule(self.name), schedule)
 
-    def seconds(self, phase: str, objective: Objective, schedule: Schedule) -> float:
-        """Measures STEPS steps of a phase, with what they begin and end with. Saliency and
+    def seconds(
+        self, phase: str, objective: Objective, schedule: Schedule, steps: int = STEPS
+    ) -> float:
+        """Measures some steps of a phase, with what they begin and end with. Saliency and
         frequencies, which the whole network gives, are left out."""
         objective = replace(objective, saliency=0.0, frequency=0.0)
-        steps = {"weight_iters": STEPS, "input_iters": STEPS, "warmup": 0.0, "gptq": False}
+        few = {"weight_iters": steps, "input_iters": steps, "warmup": 0.0, "gptq": False}
         unit = self._unit()
         with torch.no_grad():
             target = self.original(*(a.to(unit.device) for a in self.arguments))
         target = target.expand(len(self.times), *target.shape[1:])
-        generator, schedule = torch.Generator().manual_seed(0), replace(schedule, **steps)
+        generator, schedule = torch.Generator().manual_seed(0), replace(schedule, **few)
         lesson = Lesson(unit, unit.float_inputs, target, generator, objective, schedule)
         layers, quantizers = _learned(unit.module)
         if phase == "input":
@@ -76,6 +78,20 @@ class Trial:
                 layer.harden()
         set_input_quantization(unit.module, phase != "weight")
         return timed(lambda: LEARN[phase](lesson, layers, quantizers), unit.device)
+
+    def seconds_of_passing(self, batch_size: int, quantize_inputs: bool) -> tuple[float, float]:
+        """Measures a forward pass of a batch through the original and the quantized unit, its
+        weights as they are after learning."""
+        unit, rows = self._unit(), torch.arange(batch_size) % len(self.times)
+        for layer in _learned(unit.module)[0]:
+            layer.harden()
+        set_input_quantization(unit.module, quantize_inputs)
+        found = []
+        for module in (self.original, unit.module):
+            call = torch.no_grad()(partial(unit.call, module, unit.float_inputs, rows))
+            call()
+            found.append(timed(call, unit.device))
+        return tuple(found)
 
     def _unit(self):
         """A copy of the unit, at the network's own timeline."""
@@ -97,18 +113,10 @@ class Trial:
         return unit
 
 
-def macs_by_unit(graph: Graph) -> dict[str, int]:
-    """Multiply-adds of every unit per sample, in execution order."""
-    macs = dict.fromkeys(graph.units, 0)
-    for name, layer in product(macs, graph.macs):
-        macs[name] += graph.macs[layer] if f"{layer}.".startswith(f"{name}.") else 0
-    return macs
-
-
 def first_large(graph: Graph) -> str:
     """The first unit with as many multiply-adds as the average one."""
-    macs = macs_by_unit(graph)
-    return next(name for name in macs if macs[name] * len(macs) >= sum(macs.values()))
+    work = graph.work
+    return next(name for name in work if work[name] * len(work) >= sum(work.values()))
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:

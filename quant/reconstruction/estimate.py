@@ -1,0 +1,139 @@
+"""How long reconstruction takes, before it has and while it does.
+
+The seconds of a unit are linear in its work: multiply-adds and values that its layers read, both
+times the samples of a batch; weights; layers. What each costs is measured on the side, by a few
+steps of the units that have the most of one of these and of the one that has the least (trial.py),
+and once units are finished corrected by what these took."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from quant.graph import Graph
+from quant.reconstruction.capture import inputs_of
+from quant.reconstruction.settings import Objective, Schedule
+from quant.reconstruction.trial import Trial, phases_of
+from quant.reconstruction.unit import ERROR_ROWS
+
+STEPS = 2  # of a phase that are measured, after one that is not
+PRIOR = 0.05  # share of the whole that measured units weigh, beside finished ones
+
+Work = tuple[float, float, float, float]  # macs and values of a sample, weights, layers
+
+
+def work_of(net: nn.Module, graph: Graph) -> dict[str, Work]:
+    """The work of every unit of a float network."""
+    layers = graph.by_unit(dict.fromkeys(graph.macs, 1))
+    values, found = graph.by_unit(graph.operands), {}
+    for name, macs in graph.work.items():
+        weights = sum(p.numel() for p in net.get_submodule(name).parameters())
+        found[name] = float(macs), float(values[name]), float(weights), float(layers[name])
+    return found
+
+
+def chosen(work: Mapping[str, Work]) -> list[str]:
+    """The units to be measured: those with the most of anything, and the one with the fewest
+    multiply-adds."""
+    most = {max(work, key=lambda name, i=i: work[name][i]) for i in range(3)}
+    return [name for name in work if name in most | {min(work, key=lambda n: work[n][0])}]
+
+
+class Costs:
+    """What each kind of work costs, from the seconds of some units for batches of `batch_size`: the
+    combination of no negative costs whose relative errors are least."""
+
+    def __init__(self, work: Sequence[Work], seconds: Sequence[float], batch_size: int):
+        from scipy.optimize import nnls  # takes a while to import
+
+        self.batch = np.array([batch_size, batch_size, 1, 1])
+        rows = np.array(work) * self.batch / np.array(seconds)[:, None]
+        scale = rows.max(0).clip(min=1e-30)  # costs differ by nine orders of magnitude
+        self.each = nnls(rows / scale, np.ones(len(rows)))[0] / scale
+
+    def of(self, work: Work) -> float:
+        """Seconds of a unit for one batch."""
+        return float(np.array(work) * self.batch @ self.each)
+
+
+@dataclass
+class Rates:
+    """Measured costs: of a step in each phase, and of a forward pass of a batch through the
+    original and the quantized network."""
+
+    steps: dict[str, Costs]
+    batch_size: int  # of the forward passes
+    original: Costs
+    quantized: Costs
+
+    def seconds(
+        self, work: Work, phases: Mapping[str, int], samples: int, passes: float = 0.0
+    ) -> dict[str, float]:
+        """Seconds of a unit that takes these steps in each phase: capture of `samples` samples,
+        errors, learning. `passes` are further forward passes of both networks."""
+        once = self.original.of(work) + self.quantized.of(work)
+        measured = 2 * len(phases) * min(ERROR_ROWS, samples)
+        return {
+            "capture": (1 + passes / 2) * samples * once / self.batch_size,
+            "errors": measured * self.quantized.of(work) / self.batch_size,
+            "learning": sum(n * self.steps[p].of(work) for p, n in phases.items()),
+        }
+
+
+def measured_rates(
+    trials: Mapping[str, Trial],
+    work: Mapping[str, Work],
+    objective: Objective,
+    schedule: Schedule,
+    batch_size: int,
+) -> Rates:
+    """Measures the units of `trials`; `batch_size` samples at once pass through the network."""
+    steps, passing = {}, []
+    for name, trial in trials.items():
+        for phase in trial.phases(schedule):
+            trial.seconds(phase, objective, schedule, 1)
+            seconds = trial.seconds(phase, objective, schedule, STEPS) / STEPS
+            steps.setdefault(phase, []).append((work[name], seconds))
+        passing.append(trial.seconds_of_passing(batch_size, schedule.joint))
+    costs = {phase: Costs(*zip(*found), schedule.batch_size) for phase, found in steps.items()}
+    tried = [work[name] for name in trials]
+    original, quantized = (Costs(tried, seconds, batch_size) for seconds in zip(*passing))
+    return Rates(costs, batch_size, original, quantized)
+
+
+def expected_seconds(
+    job: Any, objective: Objective, schedule: Schedule, passes: float
+) -> dict[str, float]:
+    """Measures what each unit of a Job (quant/passes/job.py) with fitted ranges is going to take:
+    name -> seconds. `passes` are further forward passes that its capture takes."""
+    net, data, work = job.model.net, job.calibration, work_of(job.model.net, job.graph)
+    names = chosen(work)
+    arguments = inputs_of(net, names, data.rows(slice(0, 1)), 1, whole=True)
+    trials = {n: Trial(job.net, n, net.get_submodule(n), arguments[n], data.t) for n in names}
+    rates = measured_rates(trials, work, objective, schedule, job.batch(64))
+    found = {}
+    for name in job.graph.units:
+        phases = phases_of(job.net.get_submodule(name), schedule)
+        found[name] = sum(rates.seconds(work[name], phases, len(data), passes).values())
+    return found
+
+
+class Estimate:
+    """What is left of units, from what each is `expected` to take and finished ones took."""
+
+    def __init__(self, expected: Mapping[str, float]):
+        self.expected = dict(expected)
+        self.took = self.foreseen = PRIOR * sum(expected.values())
+
+    def finished(self, name: str, seconds: float | None) -> None:
+        """Tells what a unit took; None for one that was there already."""
+        foreseen = self.expected.pop(name)
+        if seconds is not None:
+            self.took, self.foreseen = self.took + seconds, self.foreseen + foreseen
+
+    @property
+    def left(self) -> float:
+        """Seconds that the others are going to take."""
+        return sum(self.expected.values()) * self.took / max(self.foreseen, 1e-9)
