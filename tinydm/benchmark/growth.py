@@ -4,7 +4,7 @@
     tinydm benchmark growth network=latent-compact "samples=[8,16]"          half a minute
 
 Q-Diffusion's reconstruction at W4A8 of a network with random weights, in float32, at several
-numbers of samples, a few optimizer steps a unit. CPU seconds are noted as each unit ends: capture
+numbers of samples, with a step or a few a unit. CPU seconds are noted as each unit ends: capture
 of its inputs, learning, and measuring its errors. Steps are as many at any number of samples, and
 errors are measured on 256 samples at most: with more than those, capture alone grows.
 
@@ -36,6 +36,8 @@ from tinydm.recipe import RunConfig, load_recipe
 from tinydm.stages.quantize import prepare
 
 PASS = "reconstruct"
+# ranges are not what is measured, and those that the method searches for take a minute
+RANGES = "exceptions=[{match: '*', weight: {range: minmax}, input: {range: minmax}}]"
 log = logging.getLogger("tinydm").info
 
 
@@ -44,8 +46,8 @@ class GrowthConfig:
     """What is measured."""
 
     network: str = "cifar10"  # a name of configs/model
-    samples: list[int] = field(default_factory=lambda: [16, 32, 64, 96])  # of calibration, in turn
-    iters: int = 2  # optimizer steps of a unit: so many on weights, then on scales
+    samples: list[int] = field(default_factory=lambda: [8, 16, 32, 64])  # of calibration, in turn
+    iters: int = 1  # optimizer steps of a unit on weights, then as many on scales
     batch_size: int = 4  # samples of a step
     threads: int = 1  # of the processor
     out: str = "runs/growth"  # folder of the results
@@ -79,7 +81,7 @@ def recipe_of(config: GrowthConfig) -> RunConfig:
     names = (config.network, "model"), ("w4a8", "bits"), ("qdiffusion", "method")
     steps = {"weight_iters": config.iters, "input_iters": config.iters}
     effort = steps | {"batch_size": config.batch_size}
-    words = [f"effort.{key}={value}" for key, value in effort.items()]
+    words = [RANGES, *(f"effort.{key}={value}" for key, value in effort.items())]
     recipe = load_recipe([find_yaml(name, [kind]) for name, kind in names], words)
     if not recipe.network or recipe.cond_stage or recipe.network.get("num_classes"):
         raise ValueError(

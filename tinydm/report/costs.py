@@ -214,9 +214,10 @@ def missing(plan: CompareConfig, results: Iterable[str]) -> list[str]:
     for model, bits, method, form, named in _rows(plan):
         absent = [str(seed) for seed, name in named.items() if name not in results]
         asked, count = asked + len(named), count + len(absent)
+        seeds = absent if len(absent) < len(named) else []  # without: all of them
         if absent:
-            gaps.setdefault(f"{model} {bits}", []).append(f"{method} {form} {' '.join(absent)}")
+            gaps.setdefault(f"{model} {bits}", []).append(" ".join([method, form, *seeds]).strip())
     if not count:
         return []
     text = "; ".join(f"{group}: {', '.join(rows)}" for group, rows in gaps.items())
-    return [f"Not measured: {count} of {asked} runs ({text})."]
+    return [f"Not measured: {count} of {asked} runs" + f" ({text})" * (count < asked) + "."]

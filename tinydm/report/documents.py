@@ -8,7 +8,8 @@
 A page holds blocks between <!-- NAME --> and <!-- end -->, everything else in it is written by
 hand. NAME is results (the small table), results/PLAN/MODEL (overview and, folded, all columns of
 results/PLAN.jsonl, in the order of configs/compare/PLAN.yaml), methods (of configs/method),
-integers (what of each runs on int8), passes, builders, or keys MODULE.CLASS (of that dataclass).
+integers (what of each runs on int8), calibration (what it costs, of results/calibration.jsonl),
+passes, builders, or keys MODULE.CLASS (of that dataclass).
 Figures that a page shows are drawn too: compare-MODEL.png (W4A8 and W4A4 of equal.yaml) and
 ablation-NAME.png."""
 
@@ -22,12 +23,14 @@ from base.files import PROJECT, write_text
 from tinydm.plan import CompareConfig, run_name
 from tinydm.report import table
 from tinydm.report.chart import draw
+from tinydm.report.costs import calibration_block
 from tinydm.report.integers import integers_block
 from tinydm.report.reference import builders_block, keys_block, methods_block, passes_block
 from tinydm.report.results import merge_results, read_results, read_run
 
 BLOCK = re.compile(
-    r"<!-- (?P<name>results(?:/\S+/\S+)?|methods|integers|passes|builders|keys \S+) -->\n"
+    r"<!-- (?P<name>results(?:/\S+/\S+)?|methods|integers|calibration|passes|builders|keys \S+)"
+    r" -->\n"
     r".*?<!-- end -->",
     re.DOTALL,
 )
@@ -160,6 +163,7 @@ BLOCKS = {
     "results": small_table,
     "methods": methods_block,
     "integers": integers_block,
+    "calibration": calibration_block,
     "passes": passes_block,
     "builders": builders_block,
 }
