@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from pipeline import NETWORK, WORDS
 from safetensors.torch import save_file
 
 from models.zoo import build_network
+from tinydm import compare
 from tinydm.stages import calibrate, evaluate, quantize, sample
 
 STAGES = {"calibrate": calibrate, "quantize": quantize, "sample": sample, "evaluate": evaluate}
@@ -46,21 +48,28 @@ def models(tmp_path_factory):
 def stages(monkeypatch):
     """Stages run inside the test's process instead of their own; the list of those that ran."""
     ran = []
-
-    def run_here(command, *rest, stdout=None, **options):
-        if command[0] != sys.executable:
-            return REAL_RUN(command, *rest, stdout=stdout, **options)
-        script, arguments = Path(command[1]).stem, [str(word) for word in command[2:]]
-        ran.append((script, *arguments))
-        try:
-            STAGES[script].run(arguments)
-        except ValueError as error:
-            stdout.write(f"error: {error}\n".encode())
-            return SimpleNamespace(returncode=2)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(subprocess, "run", partial(run_here, ran))
     return ran
+
+
+def run_here(ran, command, *rest, stdout=None, **options):
+    """In place of subprocess.run: a stage inside this process, noted in `ran`."""
+    if command[0] != sys.executable:
+        return REAL_RUN(command, *rest, stdout=stdout, **options)
+    script, arguments = Path(command[1]).stem, [str(word) for word in command[2:]]
+    ran.append((script, *arguments))
+    try:
+        STAGES[script].run(arguments)
+    except ValueError as error:
+        stdout.write(f"error: {error}\n".encode())
+        return SimpleNamespace(returncode=2)
+    return SimpleNamespace(returncode=0)
+
+
+def make_in_job(*arguments):
+    """In place of tinydm.compare's in jobs, which saves the start of a process a stage."""
+    subprocess.run = partial(run_here, [])
+    return compare.make_in_job(*arguments)
 
 
 def plan_file(models, out, names=("tiny",), **more):

@@ -33,6 +33,17 @@ class CompareConfig:
     # results file, as results/equal.jsonl: its runs of the same recipes are not made again
     known: str = ""
     out: str = "runs/compare"  # folder of the runs, tables and figure
+    # local | slurm: every run is a job of the library submitit; without it, as long as jobs is 1,
+    # they are made in turn
+    launcher: str = ""
+    jobs: int = 1  # runs that are made at a time
+    # of launcher=slurm, by submitit's names, as {partition: gpu, gpus_per_node: 1, timeout_min: 60}
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def launches_by(self) -> str:
+        """The launcher, "" for none: several runs at a time want one."""
+        return self.launcher or ("local" if self.jobs > 1 else "")
 
 
 @dataclass

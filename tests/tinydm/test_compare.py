@@ -1,6 +1,7 @@
 """Comparisons of tiny models: what is shared, what is skipped, what fails, what is absent, and kill
 -9."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from pipeline import WORDS, kill_when, start
 from base.config import load
 from base.files import PROJECT
 from tinydm import compare
-from tinydm.plan import CompareConfig
+from tinydm.plan import CompareConfig, cells_of
 from tinydm.report import chart
 from tinydm.report.results import read_results
 
@@ -112,32 +113,28 @@ def test_killed_it_continues_to_the_same_bytes(models, tmp_path, stages):
     ]
 
 
-def test_jobs_work_side_by_side_but_not_on_shared_files(models, tmp_path, monkeypatch):
-    lock, now, most = threading.Lock(), {"shared": 0, "own": 0}, {"shared": 0, "own": 0}
+def test_a_stage_inherits_the_locks_of_what_it_writes_to(models, tmp_path, monkeypatch):
+    """Those that also write beside the run folder work one at a time there."""
+    held = []
 
     def pretend(command, env, pass_fds, **_):
-        kind = (
-            "shared"
-            if (Path(command[1]).stem, *command[3:]) in [("sample", "precision=float")]
-            or Path(command[1]).stem == "calibrate"
-            else "own"
-        )
-        with lock:
-            now[kind] += 1
-            most[kind] = max(most[kind], now[kind])
-        time.sleep(0.1)
-        with lock:
-            now[kind] -= 1
-        assert env["OMP_NUM_THREADS"] >= "1" and len(pass_fds) == (2 if kind == "shared" else 1)
-        return SimpleNamespace(returncode=int(Path(command[1]).stem == "evaluate"))
+        script = Path(command[1]).stem
+        held.append((script, *command[3:], len(pass_fds)))
+        assert env["OMP_NUM_THREADS"] == "1" and env["CUDA_VISIBLE_DEVICES"] == "GPU-8fe"
+        return SimpleNamespace(returncode=int(script == "evaluate"))
 
     monkeypatch.setattr(subprocess, "run", pretend)
-    compare.run([plan_file(models, tmp_path / "jobs", seeds=[1, 2, 3, 4, 5]), "--jobs", "3"])
-    assert most["shared"] == 1 and 1 < most["own"] <= 3
-    assert (
-        "evaluate of seed 5 ended with status 1: nothing"
-        in (tmp_path / "jobs/table.md").read_text()
-    )
+    (cell,) = cells_of(load(CompareConfig, [plan_file(models, tmp_path / "locks", seeds=[5])]))
+    note = "evaluate of seed 5 ended with status 1: nothing"
+    told = compare.make_in_job(1, compare.INSIDE, [cell], "GPU-8fe")
+    assert told == [(note, f"compare: {cell.folder}: {note}")]
+    shared = {entry[0] for entry in held if entry[-1] == 2}
+    assert shared == {"calibrate", "sample"} and ("sample", "precision=float", 2) in held
+    assert [entry for entry in held if entry[-1] == 1] == [
+        ("quantize", 1),
+        ("sample", 1),
+        ("evaluate", 1),
+    ]
 
 
 def test_variants_are_rows_of_their_own_beside_the_images_of_their_sampler(
@@ -282,3 +279,18 @@ def test_who_waits_for_a_folder_that_is_removed_locks_the_one_that_took_its_plac
         (folder / ".lock").touch()
     thread.join(10)
     assert entered == [(folder / ".lock").stat().st_ino]
+
+
+def test_where_the_file_system_has_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refuse(number):
+        def lock(descriptor):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(compare, "lock_descriptor", lock)
+
+    refuse(errno.ENOSYS)
+    with compare.locked(tmp_path / "run") as lock:
+        assert os.fstat(lock).st_nlink == 1
+    refuse(errno.EIO)
+    with pytest.raises(OSError), compare.locked(tmp_path / "run"):
+        pass

@@ -32,7 +32,9 @@ from tinydm.report.results import read_results
         (["overrides=[sampling.stps=4]"], "did you mean 'steps'"),
         (["modles=[]"], "did you mean 'models'"),
         (["--jobs", "1", "seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
-        (["--jobs", "0"], "--jobs is 0"),
+        (["--jobs", "0"], "jobs is 0; it must be at least 1"),
+        (["launcher=slrum"], "launcher 'slrum' is unknown; did you mean 'slurm'"),
+        (["slurm=gpu"], "a list or mapping stands where the other"),
     ],
 )
 def test_mistakes_get_one_sentence_before_any_work(models, tmp_path, words, sentence):
