@@ -29,6 +29,7 @@ NEEDED = dict.fromkeys(BASIC, "everything") | {
     "pytorch-lightning": "training",
 }
 EXTRAS = {
+    "submitit": ("comparisons as jobs, launcher=local|slurm", "pip install 'submitit>=1.5.2'"),
     "transformers": ("Stable Diffusion's prompts", "pip install 'transformers>=4.57'"),
     "pytest": ("the tests", "pip install pytest"),
     "nbclient": ("the test of the tutorial", "pip install nbformat nbclient ipykernel"),

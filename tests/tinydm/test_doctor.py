@@ -92,6 +92,10 @@ def test_what_scores_and_prompts_need(project):
 def test_missing_packages_say_what_they_would_enable(monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda name: doctor.MISSING)
     assert "- torch " in doctor.report({"Packages": [*doctor.packages()]})
+    assert [line for line in map(str, doctor.extras()) if "submitit" in line] == [
+        f"- {'submitit':26} missing; would enable comparisons as jobs, launcher=local|slurm: "
+        "pip install 'submitit>=1.5.2'"
+    ]
     assert [line for line in map(str, doctor.extras()) if "transformers" in line] == [
         f"- {'transformers':26} missing; would enable Stable Diffusion's prompts: "
         "pip install 'transformers>=4.57'"
