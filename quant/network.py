@@ -16,7 +16,7 @@ from torch import nn
 
 from base.hooks import watching
 from quant.layers import QuantLayer
-from quant.observer import Observer
+from quant.observer import VALUES_PER_GROUP, Observer
 from quant.quantizer import Quantizer
 from quant.timeline import Timeline
 
@@ -176,11 +176,13 @@ def in_full_precision(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def observing(net: QuantizedNet, num_samples: int = 256) -> Iterator[None]:
+def observing(
+    net: QuantizedNet, num_samples: int = 256, num_values: int = VALUES_PER_GROUP
+) -> Iterator[None]:
     """While the block runs, the network answers in full precision and what reaches its activation
     quantizers is noted, for `fit`. Several calls and several blocks add up; about `num_samples`
-    samples in all are expected, which sets how many values each may keep. An error in the block
-    forgets everything.
+    samples in all are expected; of each an even share of `num_values` values is kept for a scale.
+    An error in the block forgets everything.
 
     >>> qnet = quant.convert(net, rules)
     >>> with quant.observing(qnet):
@@ -195,7 +197,7 @@ def observing(net: QuantizedNet, num_samples: int = 256) -> Iterator[None]:
             net.observers[q].note(x)
 
     for q in input_quantizers(net).values():
-        net.observers.setdefault(q, Observer(q, num_samples))
+        net.observers.setdefault(q, Observer(q, num_samples, num_values))
     try:
         callbacks = dict.fromkeys(readers, note)
         with in_full_precision(net), watching(core_of(net), callbacks, before=True):

@@ -12,15 +12,16 @@ from quant.grid import LOG2_TOP, scale_zero_point
 from quant.quantizer import Quantizer
 from quant.ranges import find_range
 
-VALUES_PER_GROUP = 2**16  # observed values kept for the range searches of a group, of all samples
+VALUES_PER_GROUP = 2**16  # observed values kept for the range searches of a group
 
 
 class Observer:
-    """Notes what reaches a quantizer and fits its scales to that. `num_samples` samples are going
-    to pass, which sets how many values each may keep; `num_values` of a sample share a scale."""
+    """Notes what reaches a quantizer and fits its scales to that. Of the `num_samples` samples that
+    are going to pass each may keep its share of `kept` values of a group; `num_values` of a sample
+    share a scale."""
 
-    def __init__(self, quantizer: Quantizer, num_samples: int):
-        self.quantizer, self.num_samples = quantizer, num_samples
+    def __init__(self, quantizer: Quantizer, num_samples: int, kept: int = VALUES_PER_GROUP):
+        self.quantizer, self.share = quantizer, kept // num_samples
         self.noted: list[tuple[torch.Tensor, torch.Tensor]] = []  # values, segments
         self.num_values = 0
 
@@ -33,7 +34,7 @@ class Observer:
         index = q.group_of.expand(x.shape[1:]).flatten()
         order, counts = index.argsort(stable=True), index.bincount(minlength=groups)
         self.num_values = int(counts.max())
-        picks = max(1, min(self.num_values, VALUES_PER_GROUP // self.num_samples))
+        picks = max(1, min(self.num_values, self.share))
         position = torch.arange(picks, device=x.device) * (counts[:, None] - 1) // max(picks - 1, 1)
         values = flat[:, order[(counts.cumsum(0) - counts)[:, None] + position]]
         target, empty = index.expand(len(x), -1), flat.new_zeros(len(x), groups)
@@ -47,7 +48,7 @@ class Observer:
         """Choose scale and zero point from what was noted; for each segment also from the
         `neighbours` before and after it. With `ema` the intervals of successive `batch_size`
         samples of the segment are averaged. Raises ValueError where none of these were seen."""
-        q = self.quantizer
+        q, parts = self.quantizer, []
         for s in range(len(q.scale)):
             near = [values[(segment - s).abs() <= neighbours] for values, segment in self.noted]
             seen = [values for values in near if len(values)]
@@ -56,7 +57,11 @@ class Observer:
                     f"calibration data hold no sample in time segment {s} of {len(q.scale)}; "
                     "add steps to the calibration set or use fewer segments"
                 )
-            seen = torch.cat(seen)
+            parts.append(torch.cat(seen))
+        if len(set(map(len, parts))) == len(set(q.bits)) == 1 and not q.spec.ema:
+            fit_scales(q, [torch.cat([pooled(part) for part in parts])], slice(None))
+            return
+        for s, seen in enumerate(parts):
             batches = seen.split(batch_size) if q.spec.ema else [seen]
             fit_scales(q, map(pooled, batches), s)
 
@@ -74,15 +79,16 @@ def pooled(noted: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fit_scales(
-    quantizer: Quantizer, batches: Iterable[torch.Tensor], segment: int = 0, first: int = 0
+    quantizer: Quantizer, batches: Iterable[torch.Tensor], segments: int | slice = 0, first: int = 0
 ) -> None:
     """Choose scale and zero point of the groups `first`, first + 1, ... of one segment from values
-    (groups, K); the intervals of several batches are averaged (`ema`). The log2 grid is fixed."""
+    (groups, K), or of several in turn, of equal bits and with as many values each, (segments x
+    groups, K); the intervals of several batches are averaged (`ema`). The log2 grid is fixed."""
     q, spec, ends = quantizer, quantizer.spec, None
     if spec.grid == "log2":
-        q.scale[segment], q.zero_point[segment] = 2.0**-LOG2_TOP, 0.0
+        q.scale[segments], q.zero_point[segments] = 2.0**-LOG2_TOP, 0.0
         return
-    bits, keep = q.bits[segment], spec.ema
+    bits, keep = q.bits[0 if isinstance(segments, slice) else segments], spec.ema
     for values in batches:
         found = find_range(spec.range, values.float(), bits, spec.symmetric, **spec.options())
         ends = ends or found
@@ -90,12 +96,14 @@ def fit_scales(
             ends = [keep * old + (1 - keep) * new for old, new in zip(ends, found)]
     scale, zero_point = scale_zero_point(*ends, bits, spec.symmetric)
     rows = slice(first, first + len(scale))
-    q.scale[segment, rows], q.zero_point[segment, rows] = scale, zero_point
+    q.scale[segments, rows] = scale.view_as(q.scale[segments, rows])
+    q.zero_point[segments, rows] = zero_point.view_as(q.scale[segments, rows])
 
 
-def refit(module: nn.Module, *inputs: torch.Tensor) -> None:
-    """Fit the activation quantizers of a lone quantized layer or product to one batch of inputs."""
+def refit(module: nn.Module, *inputs: torch.Tensor, kept: int = VALUES_PER_GROUP) -> None:
+    """Fit the activation quantizers of a lone quantized layer or product to one batch of inputs, of
+    which a group keeps `kept` values."""
     for quantizer, x in module.quantizer_inputs(*inputs):
-        observer = Observer(quantizer, len(x))
+        observer = Observer(quantizer, len(x), kept)
         observer.note(x)
         observer.fit()

@@ -16,12 +16,14 @@ The interval always contains zero, so zero is exactly representable (convolution
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from quant.grid import centered_codes, code_range, scale_zero_point
 
 NORM = 2.4  # p of the searches
 NUM_SHRINKS = 80  # candidates of the 1-D search: both ends times 1.00, 0.99, ..., 0.21
 CHUNK_ELEMENTS = 2**18  # working set of one batch of candidates, which a cache holds
+VECTOR = 64  # values, a multiple of what any processor has
 CLOSE = 1e-4  # relative difference of errors that estimates do not decide
 
 Interval = tuple[torch.Tensor, torch.Tensor]  # low, high, (groups,) each
@@ -98,7 +100,10 @@ def _error(values, scale, zero, ends, power):
 
 
 def _power(error):
-    return error.pow_(NORM)
+    """In whole vectors of the processor: what is left over rounds otherwise, and equal candidates
+    would not be equal."""
+    count = error.numel()
+    return F.pad(error.flatten(), (0, -count % VECTOR)).pow_(NORM)[:count].view_as(error)
 
 
 def _estimated_power(error):

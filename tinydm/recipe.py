@@ -71,6 +71,12 @@ class Effort:
     weight_lr: float = 1e-3  # of the rounding
     input_lr: float = 4e-4  # of scales
     batch_size: int = 32  # samples of a step
+    # null, as the method says: samples of the calibration set that are learned from
+    num_samples: int | None = None
+    # null, as the method says: values that a range search sees of each group
+    num_values: int | None = None
+    # null, as the method says: begin the rounding halfway to second-order codes
+    gptq: bool | None = None
     # fp32 | bf16 | auto: bf16 where a trial finds it faster; config.yaml says which
     dtype: str = "fp32"
 
@@ -133,7 +139,8 @@ class RunConfig:
 
     def __post_init__(self):
         if all(isinstance(entry, str | dict) for entry in self.passes):
-            effort = {key: value for key, value in vars(self.effort).items() if value != "auto"}
+            said = vars(self.effort).items()
+            effort = {key: value for key, value in said if value not in ("auto", None)}
             self.passes = with_effort(self.passes, effort)
 
     def with_dtype(self, dtype: str) -> "RunConfig":

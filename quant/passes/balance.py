@@ -22,7 +22,7 @@ from quant.calibration.dataset import CalibrationSet
 from quant.folds import check_folds, fold_into_norm, scale_rows
 from quant.layers import QuantLayer
 from quant.network import QuantizedNet, core_of, in_full_precision, input_quantizers, quant_layers
-from quant.observer import refit
+from quant.observer import VALUES_PER_GROUP, refit
 from quant.passes.declare import Moment, Plan, quant_pass
 from quant.passes.job import Facts, Job
 from quant.reconstruction.capture import inputs_of
@@ -62,13 +62,16 @@ def _check(plan: Plan) -> None:
     excludes={"segment_models": "segments begin with the network as it was, without balance"},
     inside_segments="it changes what scales are fitted to, also of norms, which the segments "
     "share; leave it out",
+    effort={"num_values": "num_values"},
     check=_check,
 )
-def balance(job: Job, *, num_samples: int = 64, num_alphas: int = 11) -> Facts:
+def balance(
+    job: Job, *, num_samples: int = 64, num_alphas: int = 11, num_values: int = VALUES_PER_GROUP
+) -> Facts:
     """The pass, before fit_ranges. Layers whose rule says `balance: true` are balanced; attention
     blocks also fold norm -> q, k, v, q <-> k and v -> proj where these are such layers.
     `num_samples` calibration samples, spread over the time segments; `num_alphas` candidates from 0
-    to 1 beside the identity.
+    to 1 beside the identity; `num_values` values of an input are kept for its trial scales.
 
     Facts: per group of layers the chosen alpha (None: identity) and the squared error before and
     after. Raises ValueError where scales or rounding were there before, and where the network
@@ -87,7 +90,7 @@ def balance(job: Job, *, num_samples: int = 64, num_alphas: int = 11) -> Facts:
     segments = timeline.segments_of(sample.t)
     for names, x in _captured(job, sample, groups):
         readers, part = [layers[name] for name in names], shared.get(names[0])
-        facts.append(balance_group(names, readers, x, segments, timeline, alphas))
+        facts.append(balance_group(names, readers, x, segments, timeline, alphas, num_values))
         if part and facts[-1]["alpha"] is not None:
             fold_into_norm(job.net, part, readers)
     few = sample.thinned(job.batch(PRODUCT_SAMPLES))
@@ -147,6 +150,7 @@ def balance_group(
     segments: torch.Tensor,
     timeline: Timeline,
     alphas: Sequence[float],
+    num_values: int = VALUES_PER_GROUP,
 ) -> dict[str, Any]:
     """Chooses s for layers that read the same x, and balances them; returns the fact."""
     data_max = channel_max(x, layers[0].trailing)
@@ -157,7 +161,8 @@ def balance_group(
 
     def error_of(s):
         pairs = zip(layers, targets)
-        return sum(error_with(m, s, x, target, segments, timeline) for m, target in pairs)
+        trials = (error_with(m, s, x, t, segments, timeline, num_values) for m, t in pairs)
+        return sum(trials)
 
     alpha, fact = _best(names, {None: torch.ones_like(data_max)} | vectors, error_of)
     if alpha is not None:
@@ -182,6 +187,7 @@ def error_with(
     target: torch.Tensor,
     segments: torch.Tensor,
     timeline: Timeline,
+    num_values: int = VALUES_PER_GROUP,
 ) -> float:
     """Returns the squared error of the layer's product, quantized behind the balance s, per element
     of the target."""
@@ -190,7 +196,7 @@ def error_with(
     trial.balance(s)
     trial.fit_weight()
     timeline.segment = segments if timeline.num_segments > 1 else 0
-    refit(trial, x)
+    refit(trial, x, kept=num_values)
     return float((trial(x) - target).double().square().mean())
 
 

@@ -59,7 +59,7 @@ class Declaration:
     idle: Callable[[dict[str, Any], list[str]], set[str]] = lambda options, names: set()
     check: Callable[[Plan], None] = lambda plan: None  # raises ValueError for what cannot work
     # (job), before any pass runs: raises ValueError for what this machine cannot do
-    begin: Callable[[Any], Any] = lambda job: None
+    begin: Callable[[Any, dict[str, Any]], Any] = lambda job, options: None
 
 
 def quant_pass(**said: Any) -> Callable[[Callable], Callable]:

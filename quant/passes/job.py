@@ -15,6 +15,7 @@ from quant.convert import convert
 from quant.graph import Graph
 from quant.layers import QuantLayer
 from quant.network import QuantizedNet, fit, input_quantizers, observing, quant_layers
+from quant.observer import VALUES_PER_GROUP
 from quant.quantizer import Quantizer
 from quant.timeline import Timeline
 
@@ -106,11 +107,15 @@ class Job:
         return next(self.net.parameters()).device
 
     def fit_ranges(
-        self, num_samples: int | None = 256, batch_size: int = 64, neighbours: int = 0
+        self,
+        num_samples: int | None = 256,
+        batch_size: int = 64,
+        neighbours: int = 0,
+        num_values: int = VALUES_PER_GROUP,
     ) -> None:
         """Chooses every scale and zero point, as the pass of this name says."""
         sample = self.calibration.subset(num_samples, self.net.timeline, self.seed)
-        with torch.no_grad(), observing(self.net, len(sample)):
+        with torch.no_grad(), observing(self.net, len(sample), num_values):
             if input_quantizers(self.net):
                 for arguments in sample.batches(self.batch(batch_size)):
                     self.net(*(a.to(self.device) for a in arguments))

@@ -57,17 +57,31 @@ def _idle(options: dict[str, Any], names: list[str]) -> set[str]:
     return idle | ({"input_lr"} if modelled or options.get("input_iters") == 0 else set())
 
 
-KEYS = "weight_iters", "input_iters", "weight_lr", "input_lr", "batch_size", "dtype"
+def _sampled(job, num_samples):
+    """The job with as many samples to learn from, drawn so that every time segment keeps some."""
+    if num_samples is None:
+        return job
+    subset = job.calibration.subset(num_samples, job.net.timeline, job.seed)
+    return replace(job, calibration=subset)
+
+
+def _begin(job: Job, options: dict[str, Any]) -> None:
+    """Refuses what memory and disk do not hold."""
+    capture_of(_sampled(job, options.get("num_samples")))
+
+
+KEYS = "weight_iters input_iters weight_lr input_lr batch_size dtype num_samples gptq".split()
 EFFORT = {key: key for key in KEYS}
 
 
 @quant_pass(
-    moment=Moment.LEARN, one_network=True, effort=EFFORT, idle=_idle, check=_check, begin=capture_of
+    moment=Moment.LEARN, one_network=True, effort=EFFORT, idle=_idle, check=_check, begin=_begin
 )
 @with_fields
 def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
     """The pass. Counts are optimizer steps per unit, `warmup` a fraction of them; with
-    `dtype: bf16` the steps are computed under autocast. Captured activations beyond
+    `dtype: bf16` the steps are computed under autocast. `num_samples` of the calibration set are
+    learned from. Captured activations beyond
     `job.memory_gb` spill to disk; what gives way where `job.disk_gb` does not hold them says
     quant/reconstruction/budget.py.
 
@@ -88,6 +102,7 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
     per unit and phase: error before and after (relative to the mean square of the target),
     seconds."""
     job.need_ranges("reconstruct")
+    job = _sampled(job, schedule.num_samples)
     calibration, timeline, batch_size = job.calibration, job.net.timeline, job.batch(64)
     capture, names = capture_of(job), job.graph.units
     if not capture.exact:

@@ -142,8 +142,8 @@ def run_passes(job: Job, passes: Iterable[Entry]) -> Facts:
     work of one, and after each the network is that of the first."""
     facts, note, folder = [], job.note, job.resume_folder
     checked = check_passes(passes, importing=True)
-    for name, _ in checked:
-        declaration_of(name).begin(job)
+    for name, options in checked:
+        declaration_of(name).begin(job, options)
     try:
         for i, (name, options) in enumerate(checked):
             job.note = lambda new, earlier=tuple(facts): note([*earlier, *new])

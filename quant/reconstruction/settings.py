@@ -29,6 +29,7 @@ class Schedule:
     weight_iters: int = 20000
     input_iters: int = 5000
     batch_size: int = 32
+    num_samples: int | None = None  # of the calibration set that are learned from; None: all
     weight_lr: float = 1e-3
     input_lr: float = 4e-4
     soft_lr: float = 1e-4  # of what gives scales while they are learned

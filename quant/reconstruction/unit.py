@@ -14,7 +14,7 @@ from quant.layers import QuantLayer
 from quant.network import input_quantizers, quant_layers
 
 DROPPED_INPUTS = 0.5  # share of a unit's input that is full precision in joint mode (QDrop)
-ERROR_ROWS = 256  # samples on which the error before and after is measured
+ERROR_ROWS = 128  # samples on which the error before and after is measured
 Inputs = list[Any]  # arguments over all samples, each read by rows as a tensor (N, ...)
 
 
