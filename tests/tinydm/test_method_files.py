@@ -105,3 +105,16 @@ def test_scales_of_tfmq_by_step_for_temporal_features_alone(points):
     for which, *point in points:
         inputs = resolve(config.all_rules, *point)["input"]
         assert inputs.bits == 32 or inputs.static == (point[1] not in ("temb", "emb_proj")), point
+
+
+def test_the_fast_preset_begins_at_second_order_codes_and_the_published_ones_say_nothing():
+    """What is ours has a name; the lists of passes of demo and paper are as they were."""
+    method, options = CONFIGS / "method/qdiffusion.yaml", ("gptq", "num_samples", "num_values")
+    for preset, expected in (
+        ("demo", {}),
+        ("paper", {}),
+        ("fast", {"gptq": True, "num_samples": 512, "num_values": 8192}),
+    ):
+        config = load(RunConfig, [method, CONFIGS / f"preset/{preset}.yaml"])
+        said = {k: v for entry in config.passes for own in entry.values() for k, v in own.items()}
+        assert {key: said[key] for key in options if key in said} == expected

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import make_job, rules
 
+from quant import observer
 from quant.network import input_quantizers, quant_layers
 from quant.passes.fit_ranges import fit_ranges
 from quant.timeline import Timeline
@@ -44,6 +45,23 @@ def test_only_so_many_samples_are_used(tiny_net, tmp_path):
     fit_ranges(jobs[1])
     for a, b in zip(*(input_quantizers(job.net).values() for job in jobs)):
         assert torch.equal(a.scale, b.scale)
+
+
+def test_a_search_sees_so_many_values_and_the_extremes(tiny_net, tmp_path, monkeypatch):
+    """32 values of 8 samples: 4 of each, and the extremes of all; weights are read whole."""
+    counts, search = [], observer.find_range
+    monkeypatch.setattr(
+        observer,
+        "find_range",
+        lambda name, x, *a, **b: [counts.append(x.shape), search(name, x, *a, **b)][1],
+    )
+    job = make_job(tiny_net, tmp_path, rules(32, 8), num=8)
+    fit_ranges(job, num_values=32)
+    assert {size for _, size in counts} == {4 * 8 + 2}
+    whole = make_job(tiny_net, tmp_path, rules(32, 8), num=8)
+    fit_ranges(whole)
+    for few, all_of_them in zip(*(input_quantizers(j.net).values() for j in (job, whole))):
+        assert torch.equal(few.scale, all_of_them.scale)  # minmax goes by the extremes
 
 
 def test_facts_of_fitting(tiny_net, tmp_path):

@@ -108,6 +108,25 @@ def test_what_each_phase_learns_from_and_by_which_norm(tiny_net, tmp_path, monke
     assert norms == ([(3, 2.0)] if joint else [(3, 2.0), (5, 2.4)]) * 18
 
 
+def test_blocks_learn_from_so_many_samples_of_every_segment(tiny_net, tmp_path, monkeypatch):
+    """4 of 24 samples, and one of each segment that these leave without any."""
+    job = make_job(tiny_net, tmp_path, rules(4, 8), num=24, boundaries=[300, 600])
+    subset = job.calibration.subset(4, job.net.timeline, job.seed)
+    seen = []
+
+    def note(lesson, groups, iters, norm, penalty):
+        lesson.unit.set_time(torch.arange(len(lesson.target)))
+        seen.append(lesson.unit.segments)
+
+    monkeypatch.setattr(learn, "optimise", note)
+    options = {"weight_iters": 1, "input_iters": 1, "num_samples": 4}
+    run_passes(job, ["fit_ranges", {"reconstruct": options}])
+    expected = job.net.timeline.segments_of(subset.t)
+    assert 4 <= len(subset) < 24 and set(expected.tolist()) == {0, 1, 2}
+    assert seen and all(torch.equal(segments, expected) for segments in seen)
+    assert len(job.calibration) == 24
+
+
 class Killed(Exception):
     pass
 
