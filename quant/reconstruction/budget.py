@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from base.workers import agreed, count
 from quant.graph import Graph
 from quant.reconstruction.store import BYTES, Account
 
@@ -65,8 +66,9 @@ def disk_budget(disk_gb: float | None, folder: Path | str) -> float:
 
 def capture_of(job: Any) -> Capture:
     """Decides how the activations of the calibration set of a Job (quant/passes/job.py) are kept.
-    Raises ValueError where its memory and disk do not hold them."""
-    disk_gb = disk_budget(job.disk_gb, job.resume_folder)
+    Several workers (base/workers.py) decide alike, and have the disk together. Raises ValueError
+    where its memory and disk do not hold them."""
+    disk_gb = agreed(disk_budget(job.disk_gb, job.resume_folder)) / count()
     return plan_capture(job.graph, len(job.calibration), job.memory_gb, disk_gb)
 
 
