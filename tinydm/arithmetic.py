@@ -2,7 +2,7 @@
 that itself, and a trial of a few steps finds it clearly faster: what learns in float32 anyhow is
 worth more than a few percent, and the choice should not hang on noise."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -16,40 +16,51 @@ from quant.reconstruction.trial import Trial, first_large, seconds_by_dtype
 from tinydm.recipe import RunConfig
 
 WORTH = 0.9  # of the time in fp32
+Options = dict[str, Any]
 
 
-def decided(
-    config: RunConfig, job: Job, log: Callable[[str], Any]
-) -> tuple[RunConfig, dict[str, Any]]:
+def decided(config: RunConfig, job: Job, log: Callable[[str], Any]) -> tuple[RunConfig, Options]:
     """Decides where a recipe leaves the data type of learning to the machine and learns at all;
     returns the recipe with it, and what was measured: the unit, and seconds of a step in each data
     type. `log` is told in a line."""
-    learning = [
-        (n, o) for n, o in _all_of(config.all_passes) if "dtype" in declaration_of(n).effort
-    ]
+    learning = learning_of(config.all_passes)
     if config.effort.dtype != "auto" or not learning:
         return config, {}
     if not agreed(computes_bfloat16(job.device)):
         log("effort.dtype: fp32, as this processor does not compute bfloat16 itself")
         return config.with_dtype("fp32"), {}
-    options = next((options for name, options in learning if name == "reconstruct"), {})
-    objective, schedule = (
-        kind(**{part.name: options[part.name] for part in fields(kind) if part.name in options})
-        for kind in (Objective, Schedule)
-    )
     unit = first_large(job.graph)
     arguments = inputs_of(job.model.net, [unit], job.calibration.rows(slice(0, 1)), 1, whole=True)
     original = job.model.net.get_submodule(unit)
     trial = Trial(job.net, unit, original, arguments[unit], job.calibration.t)
-    seconds = agreed(seconds_by_dtype(trial, objective, schedule))
-    dtype = "bf16" if seconds["bf16"] < WORTH * seconds["fp32"] else "fp32"
+    seconds = agreed(seconds_by_dtype(trial, *settings_of(learning)))
+    dtype = quicker(seconds)
     told = " and ".join(f"{1000 * s:.1f} ms in {kind}" for kind, s in seconds.items())
     log(f"effort.dtype: {dtype}; a step of {unit} took {told}")
     return config.with_dtype(dtype), {"unit": unit} | {k: round(s, 6) for k, s in seconds.items()}
 
 
-def _all_of(passes: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def quicker(seconds: dict[str, float]) -> str:
+    """The data type to learn in, of those that took these seconds."""
+    return "bf16" if seconds["bf16"] < WORTH * seconds["fp32"] else "fp32"
+
+
+def all_of(passes: Iterable[dict[str, Options]]) -> Iterator[tuple[str, Options]]:
     """Passes with their options, also those inside another one."""
     for name, options in (item for entry in passes for item in entry.items()):
         yield name, options
-        yield from _all_of(options.get("passes", []))
+        yield from all_of(options.get("passes", []))
+
+
+def learning_of(passes: Iterable[dict[str, Options]]) -> list[tuple[str, Options]]:
+    """The passes that learn in a data type."""
+    return [(n, o) for n, o in all_of(passes) if "dtype" in declaration_of(n).effort]
+
+
+def settings_of(passes: Iterable[tuple[str, Options]]) -> tuple[Objective, Schedule]:
+    """What `reconstruct` learns towards and how, where it is one of these passes."""
+    options = next((options for name, options in passes if name == "reconstruct"), {})
+    return tuple(
+        kind(**{part.name: options[part.name] for part in fields(kind) if part.name in options})
+        for kind in (Objective, Schedule)
+    )

@@ -6,7 +6,7 @@ steps of the units that have the most of one of these and of the one that has th
 and once units are finished corrected by what these took."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,37 +48,44 @@ class Costs:
     def __init__(self, work: Sequence[Work], seconds: Sequence[float], batch_size: int):
         from scipy.optimize import nnls  # takes a while to import
 
-        self.batch = np.array([batch_size, batch_size, 1, 1])
-        rows = np.array(work) * self.batch / np.array(seconds)[:, None]
+        rows = _of_batch(work, batch_size) / np.array(seconds)[:, None]
         scale = rows.max(0).clip(min=1e-30)  # costs differ by nine orders of magnitude
         self.each = nnls(rows / scale, np.ones(len(rows)))[0] / scale
 
-    def of(self, work: Work) -> float:
-        """Seconds of a unit for one batch."""
-        return float(np.array(work) * self.batch @ self.each)
+    def of(self, work: Work, batch_size: int) -> float:
+        """Seconds of a unit for a batch."""
+        return float(_of_batch(work, batch_size) @ self.each)
+
+
+def _of_batch(work, batch_size):
+    """Weights and layers are there once for all samples."""
+    return np.array(work) * np.array([batch_size, batch_size, 1, 1])
 
 
 @dataclass
 class Rates:
-    """Measured costs: of a step in each phase, and of a forward pass of a batch through the
-    original and the quantized network."""
+    """Measured costs: of a step in each phase, and of a forward pass through the original and the
+    quantized network; how many samples learning and passing take at once."""
 
     steps: dict[str, Costs]
-    batch_size: int  # of the forward passes
     original: Costs
     quantized: Costs
+    step_size: int
+    batch_size: int
 
     def seconds(
         self, work: Work, phases: Mapping[str, int], samples: int, passes: float = 0.0
     ) -> dict[str, float]:
         """Seconds of a unit that takes these steps in each phase: capture of `samples` samples,
         errors, learning. `passes` are further forward passes of both networks."""
-        once = self.original.of(work) + self.quantized.of(work)
-        measured = 2 * len(phases) * min(ERROR_ROWS, samples)
+        original, quantized = (
+            cost.of(work, self.batch_size) / self.batch_size
+            for cost in (self.original, self.quantized)
+        )
         return {
-            "capture": (1 + passes / 2) * samples * once / self.batch_size,
-            "errors": measured * self.quantized.of(work) / self.batch_size,
-            "learning": sum(n * self.steps[p].of(work) for p, n in phases.items()),
+            "capture": (1 + passes / 2) * samples * (original + quantized),
+            "errors": 2 * len(phases) * min(ERROR_ROWS, samples) * quantized,
+            "learning": sum(n * self.steps[p].of(work, self.step_size) for p, n in phases.items()),
         }
 
 
@@ -88,19 +95,23 @@ def measured_rates(
     objective: Objective,
     schedule: Schedule,
     batch_size: int,
+    at_most: int | None = None,
 ) -> Rates:
-    """Measures the units of `trials`; `batch_size` samples at once pass through the network."""
-    steps, passing = {}, []
+    """Measures the units of `trials` with batches as in `schedule` and, where they pass through the
+    network, of `batch_size`; or of `at_most` so many."""
+    steps, passing, sizes = {}, [], (schedule.batch_size, batch_size)
+    step_size, pass_size = (min(size, at_most or size) for size in sizes)
+    schedule = replace(schedule, batch_size=step_size)
     for name, trial in trials.items():
         for phase in trial.phases(schedule):
             trial.seconds(phase, objective, schedule, 1)
             seconds = trial.seconds(phase, objective, schedule, STEPS) / STEPS
             steps.setdefault(phase, []).append((work[name], seconds))
-        passing.append(trial.seconds_of_passing(batch_size, schedule.joint))
-    costs = {phase: Costs(*zip(*found), schedule.batch_size) for phase, found in steps.items()}
+        passing.append(trial.seconds_of_passing(pass_size, schedule.joint))
+    costs = {phase: Costs(*zip(*found), step_size) for phase, found in steps.items()}
     tried = [work[name] for name in trials]
-    original, quantized = (Costs(tried, seconds, batch_size) for seconds in zip(*passing))
-    return Rates(costs, batch_size, original, quantized)
+    original, quantized = (Costs(tried, seconds, pass_size) for seconds in zip(*passing))
+    return Rates(costs, original, quantized, *sizes)
 
 
 def expected_seconds(

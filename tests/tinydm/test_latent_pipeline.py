@@ -2,6 +2,7 @@
 variance."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -98,6 +99,8 @@ def test_dry_run_needs_no_weights(latent_model):
     config = load_recipe(files(latent_model), [*WORDS, "checkpoint=nowhere", "out=none"])
     text = plan(config)
     assert "reconstruction units" in text and "x smaller" in text and "GiB of activations" in text
+    assert re.search(r"\ntime: about .* s \(calibrate \d+ s, fit_ranges \d+ s, reconstruct ", text)
+    assert re.search(r"\nmemory: about \d.* GiB at the most; disk: about 0.0. GiB$", text)
 
 
 def test_guidance_without_a_null_class(latent_model):

@@ -41,6 +41,7 @@ from quant.passes.run import run_passes
 from quant.reconstruction.budget import disk_budget, plan_capture
 from quant.timeline import Timeline
 from tinydm.arithmetic import decided
+from tinydm.forecast import forecast
 from tinydm.identity import recipe_of
 from tinydm.recipe import RunConfig, boundaries, check, load_recipe, network_times
 from tinydm.run_folder import Run, open_run, write_config
@@ -60,7 +61,8 @@ def run(arguments: list[str]) -> None:
 
 
 def plan(config: RunConfig) -> str:
-    """Tells what quantizing by this recipe comes to; no weights are needed or made."""
+    """Tells what quantizing by this recipe comes to, what it is going to take included, for which
+    steps with random weights are timed; none are needed."""
     check(config)
     with torch.device("meta"):
         net = build_network(**config.network)
@@ -72,14 +74,21 @@ def plan(config: RunConfig) -> str:
     packed, disk_gb = packed_bytes(quantized), disk_budget(config.disk_gb, Path(config.out).parent)
     try:
         captured = plan_capture(graph, samples, config.memory_gb, disk_gb)
+        again, memory, disk = captured.passes, captured.memory, captured.disk
     except ValueError as does_not_fit:
-        captured = does_not_fit
+        captured, again, memory, disk = does_not_fit, 0.0, 0, 0
+    states = c.images * (len(network_times(config)) + 1) + samples  # trajectories, and those picked
+    disk += 4 * states * net.in_channels * net.image_size**2 + 2 * packed
+    foretold = forecast(config, net, graph, samples, again)  # the network is no longer on meta
     return (
         f"{format_map(layers)}\n{config.name}: {len(graph.units)} reconstruction units, "
         f"{sum(graph.macs.values()) / 1e9:.3f} G multiply-adds per image and run of the network\n"
         f"weights: {floats:,} bytes in FP32, {packed:,} quantized, {floats / packed:.2f} x "
         "smaller\n"
-        f"calibration: {samples:,} samples; {captured}"
+        f"calibration: {samples:,} samples; {captured}\n"
+        f"{foretold}\n"
+        f"memory: about {(foretold.memory + memory) / 2**30:.1f} GiB at the most; disk: about "
+        f"{disk / 2**30:.2f} GiB"
     )
 
 

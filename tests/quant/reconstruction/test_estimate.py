@@ -32,14 +32,14 @@ def test_costs_that_are_linear_are_found_from_four_units():
     assert chosen(WORK) == ["tiny", "many macs", "many values", "many weights"]
     measured = [WORK[name] for name in chosen(WORK)]
     costs = Costs(measured, [known(work, 16) for work in measured], 16)
-    assert costs.of(WORK["between"]) == pytest.approx(known(WORK["between"], 16), rel=1e-6)
+    assert costs.of(WORK["between"], 32) == pytest.approx(known(WORK["between"], 32), rel=1e-6)
 
 
 def test_the_seconds_of_a_unit_are_those_of_its_parts():
     one = Costs([(1.0, 0.0, 0.0, 0.0)], [8.0], 8)  # a second for a multiply-add
-    rates = Rates({"weight": one, "input": one}, 8, one, one)
+    rates = Rates({"weight": one, "input": one}, one, one, 8, 64)
     found = rates.seconds((2.0, 7.0, 7.0, 7.0), {"weight": 3, "input": 5}, 100)
-    # 2 networks x 100 samples; before and after each of 2 phases; batches of 8
+    # 2 networks x 100 samples; before and after each of 2 phases; steps of 8
     assert found == {"capture": 400, "errors": 4 * 100 * 2, "learning": 8 * 8 * 2}
     assert rates.seconds((2.0, 0, 0, 0), {"weight": 0}, 1000, 1.0) == {
         "capture": 1.5 * 4000,
@@ -69,7 +69,7 @@ def test_finished_runs_are_foretold_within_a_factor_of_a_half_more(model):
         took = {name: row[column] for name, row in rows.items()}
         measured = chosen(work)
         costs = Costs([work[n] for n in measured], [took[n] for n in measured], 16)
-        left = Estimate({name: costs.of(work[name]) for name in rows})
+        left = Estimate({name: costs.of(work[name], 16) for name in rows})
         names = list(rows)
         for i, name in enumerate(names[:-2]):  # the last ones are over within a second
             left.finished(name, took[name])
