@@ -93,17 +93,21 @@ class Quantizer(nn.Module):
         x = x.float()
         if self.spec.grid == "log2":
             return log2_codes(x, self.spec.bits)
-        soft = self.soft_scale
-        codes = self.codes_at(self.scale, x) if soft is None else soft.codes(self, x)
-        if self.drop is None:
+        dropped = None if self.drop is None else self.drop(x)
+        if self.soft_scale is None:
+            return self.codes_at(self.scale, x, dropped)
+        codes = self.soft_scale.codes(self, x)
+        if dropped is None:
             return codes
-        # by a mask of zeros and ones lerp takes whole values as where does, eight times as fast
-        return torch.lerp(codes, x / self.table(self.scales(), x), self.drop(x))
+        return torch.lerp(codes, x / self.table(self.scales(), x), dropped)
 
-    def codes_at(self, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Codes with another table of scales than the own one."""
+    def codes_at(
+        self, scales: torch.Tensor, x: torch.Tensor, dropped: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Codes with another table of scales than the own one; those that are `dropped`, a mask of
+        zeros and ones, are not rounded."""
         scale, zero_point = self.table(scales, x), self.table(self.zero_point, x)
-        return StraightThrough.apply(x, scale, zero_point, *self.code_ends(x))
+        return StraightThrough.apply(x, scale, zero_point, *self.code_ends(x), dropped)
 
     def code_ends(self, x: torch.Tensor) -> tuple[int, int] | tuple[torch.Tensor, ...]:
         """Smallest and largest code: numbers, or tables to broadcast if segments differ in bits."""
