@@ -39,6 +39,14 @@ def reuse_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # of which nothing is given back
 
 
+def return_memory() -> None:
+    """Gives the system back what the C library keeps of the memory that tensors on the CPU freed,
+    in the gaps between those that are left. Does nothing where the C library is not glibc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def resolve_device(word: str) -> torch.device:
     """Finds the device that a word means: "auto" (a GPU if there is one), "cpu", "cuda" or
     "cuda:1". Several workers (base/workers.py) take a GPU each. Raises ValueError for another word

@@ -114,8 +114,8 @@ def walk(nets, graph, calibration, store, keep=None, batch_size=4):
     options = {"batch_size": batch_size, "store": store, "keep": keep}
     streams = [Stream(net, graph, calibration, **options) for net in nets]
     for unit in graph.units:
-        inputs = [stream.inputs(unit) for stream in streams]
-        outputs = [stream.advance(unit, own) for stream, own in zip(streams, inputs)]
-        yield unit, list(zip(inputs, outputs))
+        inputs, found = [stream.inputs(unit) for stream in streams], []
         for stream, own in zip(streams, inputs):
+            found.append((own, stream.advance(unit, own)))
             stream.free(own)
+        yield unit, found

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from base.devices import return_memory
 from base.seeds import mix
 from base.workers import align
 from quant.network import input_quantizers, quant_layers, set_input_quantization
@@ -141,10 +142,12 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
             new = _learn_unit(Lesson(unit, quant_inputs, target, generator, objective, schedule))
             align(unit.module)
             save_unit(unit.module, path, new)
-        quantized.advance(name, quant_inputs)
         original.free(unit.float_inputs)
+        del unit, target
+        quantized.advance(name, quant_inputs)
         quantized.free(quant_inputs)
-        del unit, quant_inputs, target
+        del quant_inputs
+        return_memory()
         facts += new
         estimate.finished(name, time.monotonic() - started if saved is None else None)
         changes = "  ".join(map(change_of_error, new))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from base.config import Share
+from base.devices import return_memory
 from base.errors import check_options, unknown_word
 from base.workers import align
 from quant.network import harden
@@ -151,6 +152,7 @@ def run_passes(job: Job, passes: Iterable[Entry]) -> Facts:
             started = time.monotonic()
             facts += find_pass(name)(job, **options)
             align(job.net)
+            return_memory()
             facts.append({"pass": name, "seconds": time.monotonic() - started})
             note(facts)
     finally:

@@ -104,21 +104,21 @@ def _capture(graph, walk, dtype, wanted):
 
 
 class _Walk:
-    """What the streams of two networks take and give back on the way through all units, `each`
-    bytes for every value of a sample: the account, and the most bytes on disk at every unit."""
+    """What the streams of two networks take and give back as `reconstruct` leads them through all
+    units, `each` bytes for every value of a sample: the account, and the most bytes on disk at
+    every unit."""
 
     def __init__(self, graph, keep, each, memory):
         self.graph, self.keep, self.each = graph, keep, each
         self.account, self.on_disk = Account(memory), []
         streams = [{} for _ in range(NETWORKS)]
         for i, unit in enumerate(graph.units):
-            self.account.peak_disk, lent = self.account.disk, []
-            for outputs in streams:
-                lent += self._inputs(i, unit, outputs)
-            for outputs in streams:
+            self.account.peak_disk = self.account.disk
+            lent = [self._inputs(i, unit, outputs) for outputs in streams]
+            for outputs, entries in zip(streams, lent):
                 outputs[unit] = self._take(graph.outputs[unit])
-            for entry in lent:
-                self.account.give_back(entry)
+                for entry in entries:
+                    self.account.give_back(entry)
             self.on_disk.append(self.account.peak_disk)
         self.account.peak_disk = max(self.on_disk)
 

@@ -1,5 +1,6 @@
 """Where the tensors of a capture lie: in memory as long as they fit, beyond that in files."""
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable
@@ -63,13 +64,16 @@ class Store:
         """Returns uninitialised values. Raises OSError when the disk is full."""
         count = int(torch.Size(shape).numel())
         entry = self.account.take(BYTES[self.dtype] * count)
-        if entry[1]:
-            tensor = self._on_disk(count).view(shape)
-        else:
-            tensor = torch.empty(shape, dtype=self.dtype)
+        tensor = (self._on_disk(count) if entry[1] else self._in_memory(count)).view(shape)
         rows = tensor if self.dtype == torch.float32 else Halved(tensor)
         self.entries[id(rows)] = entry
         return rows
+
+    def _in_memory(self, count):
+        """Apart from the heap, in whose gaps what is given back would stay with the process."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = mmap.mmap(-1, max(1, BYTES[self.dtype] * count), flags)
+        return torch.frombuffer(pages, dtype=self.dtype, count=count)
 
     def _on_disk(self, count):
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,29 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+RESIDENT = """
+import torch
+from base.devices import return_memory
+
+def resident():  # MiB
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+pieces = [torch.ones(2**14) for _ in range(1600)]  # 100 MiB of the heap
+del pieces[:-1]  # the last one holds its end
+before = resident()
+return_memory()
+print(before - resident(), pieces[0].sum().item())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the allocator of glibc")
+def test_memory_below_what_is_left_is_returned():
+    run = [sys.executable, "-c", RESIDENT]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=PROJECT, check=True)
+    returned, left = map(float, done.stdout.split())
+    assert 80 < returned < 120 and left == 2**14
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the allocator of glibc")
 def test_memory_that_was_freed_is_used_again():
     """Page faults of ten tensors of 64 MB and less: one for every 4096 bytes, or nearly none."""
