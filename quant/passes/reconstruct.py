@@ -125,7 +125,7 @@ def reconstruct(job: Job, *, objective: Objective, schedule: Schedule) -> Facts:
 
     set_input_quantization(job.net, schedule.joint)
     estimate = Estimate(expected_seconds(job, objective, schedule, capture.passes))
-    facts = []
+    facts = [] if capture.exact else [{"pass": "reconstruct", "capture": str(capture)}]
     for i, name in enumerate(names):
         started = time.monotonic()
         path = job.resume_folder / f"{i:03d}_{name}.safetensors"

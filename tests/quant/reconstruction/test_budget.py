@@ -109,7 +109,8 @@ def test_a_run_that_gives_way_says_so_once(tiny_net, tmp_path):
     job = make_job(tiny_net, tmp_path, rules(4, 8), memory_gb=0, log=seen.append)
     room = plan_capture(job.graph, 10, memory_gb=0, disk_gb=1).disk * 0.4 / GB
     facts = run_passes(replace(job, disk_gb=room), ["fit_ranges", {"reconstruct": steps}])
-    assert sum("kept in bfloat16" in line for line in seen) == 1
+    said = [line for line in seen if "kept in bfloat16" in line]
+    assert [fact["capture"] for fact in facts if "capture" in fact] == said and len(said) == 1
     assert all(0 <= fact["error_after"] < 1 for fact in facts if "unit" in fact)
 
 
