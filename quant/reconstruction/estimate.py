@@ -120,15 +120,18 @@ def expected_seconds(
     """Measures what each unit of a Job (quant/passes/job.py) with fitted ranges is going to take:
     name -> seconds. `passes` are further forward passes that its capture takes."""
     net, data, work = job.model.net, job.calibration, work_of(job.model.net, job.graph)
-    names = chosen(work)
+    phases = {n: phases_of(job.net.get_submodule(n), schedule) for n in job.graph.units}
+    names = chosen({n: work[n] for n in phases if phases[n]} or work)
+    for phase in dict.fromkeys(phase for own in phases.values() for phase in own):
+        if not any(phase in phases[n] for n in names):
+            names.append(next(n for n in phases if phase in phases[n]))
     arguments = inputs_of(net, names, data.rows(slice(0, 1)), 1, whole=True)
     trials = {n: Trial(job.net, n, net.get_submodule(n), arguments[n], data.t) for n in names}
     rates = measured_rates(trials, work, objective, schedule, job.batch(64))
-    found = {}
-    for name in job.graph.units:
-        phases = phases_of(job.net.get_submodule(name), schedule)
-        found[name] = sum(rates.seconds(work[name], phases, len(data), passes).values())
-    return found
+    return {
+        name: sum(rates.seconds(work[name], phases[name], len(data), passes).values())
+        for name in phases
+    }
 
 
 class Estimate:

@@ -43,7 +43,7 @@ def test_the_seconds_of_a_unit_are_those_of_its_parts():
     assert found == {"capture": 400, "errors": 4 * 100 * 2, "learning": 8 * 8 * 2}
     assert rates.seconds((2.0, 0, 0, 0), {"weight": 0}, 1000, 1.0) == {
         "capture": 1.5 * 4000,
-        "errors": 2 * 256 * 2,
+        "errors": 2 * 128 * 2,
         "learning": 0,
     }
 
