@@ -19,6 +19,8 @@ from quant.reconstruction.trial import Trial, phases_of
 from quant.reconstruction.unit import ERROR_ROWS
 
 STEPS = 2  # of a phase that are measured, after one that is not
+FEW_STEPS = 20
+PER_MULTIPLY_ADD = 1e-9  # seconds, until units have told
 PRIOR = 0.05  # share of the whole that measured units weigh, beside finished ones
 
 Work = tuple[float, float, float, float]  # macs and values of a sample, weights, layers
@@ -118,9 +120,12 @@ def expected_seconds(
     job: Any, objective: Objective, schedule: Schedule, passes: float
 ) -> dict[str, float]:
     """Measures what each unit of a Job (quant/passes/job.py) with fitted ranges is going to take:
-    name -> seconds. `passes` are further forward passes that its capture takes."""
+    name -> seconds. `passes` are further forward passes that its capture takes. Of units that take
+    fewer steps than measuring does, the shares alone: by multiply-adds."""
     net, data, work = job.model.net, job.calibration, work_of(job.model.net, job.graph)
     phases = {n: phases_of(job.net.get_submodule(n), schedule) for n in job.graph.units}
+    if all(sum(own.values()) < FEW_STEPS for own in phases.values()):
+        return {name: work[name][0] * PER_MULTIPLY_ADD for name in phases}
     names = chosen({n: work[n] for n in phases if phases[n]} or work)
     for phase in dict.fromkeys(phase for own in phases.values() for phase in own):
         if not any(phase in phases[n] for n in names):

@@ -1,6 +1,7 @@
 """What units are expected to take, against known costs and against finished runs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_finished_runs_are_foretold_within_a_factor_of_a_half_more(model):
 def test_every_unit_of_a_network_is_foretold_and_the_run_says_what_is_left(
     tiny_net, tmp_path, monkeypatch, joint
 ):
-    counts = {"weight": 7, "input": 5, "joint": 7}
+    counts = {"weight": 27, "input": 5, "joint": 27}
     monkeypatch.setattr(  # a second for every layer and step
         Trial,
         "seconds",
@@ -93,11 +94,17 @@ def test_every_unit_of_a_network_is_foretold_and_the_run_says_what_is_left(
     job = make_job(tiny_net, tmp_path, rules(4, 8), log=lines.append)
     layers = {name: work[3] for name, work in work_of(tiny_net, job.graph).items()}
     job.fit_ranges()
-    schedule = Schedule(weight_iters=7, input_iters=5, batch_size=4, joint=joint)
+    schedule = Schedule(weight_iters=27, input_iters=5, batch_size=4, joint=joint)
     found = expected_seconds(job, Objective(), schedule, 0.0)
     phases = ["joint"] if joint else ["weight", "input"]
     for name, seconds in found.items():
         assert seconds == pytest.approx(layers[name] * sum(counts[p] for p in phases), rel=0.2)
+    few = replace(schedule, weight_iters=10)  # not measured: shares by multiply-adds
+    shares, macs = expected_seconds(job, Objective(), few, 0.0), job.graph.work
+    assert sum(shares.values()) > 0 and all(
+        shares[name] / sum(shares.values()) == pytest.approx(macs[name] / sum(macs.values()))
+        for name in macs
+    )
     options = {"weight_iters": 1, "input_iters": 1, "batch_size": 2, "joint": joint}
     job = make_job(tiny_net, tmp_path, rules(4, 8), log=lines.append)
     torch.manual_seed(0)
