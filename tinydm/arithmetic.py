@@ -12,7 +12,7 @@ from quant.passes.find import declaration_of
 from quant.passes.job import Job
 from quant.reconstruction.capture import inputs_of
 from quant.reconstruction.settings import Objective, Schedule
-from quant.reconstruction.trial import Trial, first_large, seconds_by_dtype
+from quant.reconstruction.trial import Trial, first_large, processor_seconds, seconds_by_dtype
 from tinydm.recipe import RunConfig
 
 WORTH = 0.9  # of the time in fp32
@@ -33,6 +33,8 @@ def decided(config: RunConfig, job: Job, log: Callable[[str], Any]) -> tuple[Run
     arguments = inputs_of(job.model.net, [unit], job.calibration.rows(slice(0, 1)), 1, whole=True)
     original = job.model.net.get_submodule(unit)
     trial = Trial(job.net, unit, original, arguments[unit], job.calibration.t)
+    if job.device.type == "cpu":
+        trial.clock = processor_seconds
     seconds = agreed(seconds_by_dtype(trial, *settings_of(learning)))
     dtype = quicker(seconds)
     told = " and ".join(f"{1000 * s:.1f} ms in {kind}" for kind, s in seconds.items())

@@ -46,14 +46,15 @@ def _learned(module):
 @dataclass
 class Trial:
     """A unit to be tried, which stays as it is: `name` in the quantized network `net`, `original`
-    in full precision, what it is called with for one sample (1, ...), and the times (N,) of the
-    samples that batches are made of."""
+    in full precision, what it is called with for one sample (1, ...), the times (N,) of the samples
+    that batches are made of, and the clock to go by."""
 
     net: QuantizedNet
     name: str
     original: nn.Module
     arguments: Sequence[torch.Tensor]
     times: torch.Tensor
+    clock: Callable[[], float] = time.perf_counter
 
     def phases(self, schedule: Schedule) -> dict[str, int]:
         """Steps of each phase."""
@@ -77,7 +78,7 @@ class Trial:
             for layer in layers:
                 layer.harden()
         set_input_quantization(unit.module, phase != "weight")
-        return timed(lambda: LEARN[phase](lesson, layers, quantizers), unit.device)
+        return timed(lambda: LEARN[phase](lesson, layers, quantizers), unit.device, self.clock)
 
     def seconds_of_passing(self, batch_size: int, quantize_inputs: bool) -> tuple[float, float]:
         """Measures a forward pass of a batch through the original and the quantized unit, its
@@ -90,7 +91,7 @@ class Trial:
         for module in (self.original, unit.module):
             call = torch.no_grad()(partial(unit.call, module, unit.float_inputs, rows))
             call()
-            found.append(timed(call, unit.device))
+            found.append(timed(call, unit.device, self.clock))
         return tuple(found)
 
     def _unit(self):
@@ -119,17 +120,21 @@ def first_large(graph: Graph) -> str:
     return next(name for name in work if work[name] * len(work) >= sum(work.values()))
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call: of a GPU with what it is left to do, of the processor those that it worked
-    for us, which what else runs there hardly changes, per thread."""
-    if device.type == "cuda":
-        started = time.perf_counter()
-        call()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-    started = time.process_time()
+def processor_seconds() -> float:
+    """A clock of the work that the processor does for this process, per thread, which what else
+    runs on the machine hardly changes."""
+    return time.process_time() / torch.get_num_threads()
+
+
+def timed(
+    call: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of a call, with what it leaves a GPU to do."""
+    started = clock()
     call()
-    return (time.process_time() - started) / torch.get_num_threads()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - started
 
 
 def seconds_by_dtype(trial: Trial, objective: Objective, schedule: Schedule) -> dict[str, float]:

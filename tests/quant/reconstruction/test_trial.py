@@ -31,7 +31,7 @@ def test_a_trial_takes_its_steps_and_leaves_the_network_as_it_was(
         job.fit_ranges()
     before, taken = copy.deepcopy(job.net.state_dict()), []
     monkeypatch.setattr(
-        trial, "timed", lambda call, device: call() or 1.0
+        trial, "timed", lambda call, device, clock: call() or 1.0
     )  # what is measured is not the point
     optimise = learn.optimise
 
