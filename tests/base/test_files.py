@@ -1,15 +1,14 @@
 """A file is the old one or the complete new one; safetensors with metadata."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from base.files import (
-    PROJECT,
     alone,
     load_tensors,
     read_lines,
@@ -65,49 +64,46 @@ def test_files_get_the_mode_of_the_umask_whoever_writes_them(tmp_path):
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in "xy"] == [0o640, 0o640]
 
 
-# Adds 1 to the number in a file, slowly, as often as it is told, one process at a time.
-COUNT = """
-import sys, time
-from pathlib import Path
-from base.files import alone
-folder = Path(sys.argv[1])
-for _ in range(5):
-    with alone(folder):
-        number = int((folder / "number").read_text())
-        time.sleep(0.01)
-        (folder / "number").write_text(str(number + 1))
-"""
+FORK = multiprocessing.get_context("fork")  # as these do nothing but wait for files
+
+
+def count(folder):
+    """Adds 1 to the number in a file, slowly, five times, one process at a time."""
+    for _ in range(5):
+        with alone(folder):
+            number = int((folder / "number").read_text())
+            time.sleep(0.01)
+            (folder / "number").write_text(str(number + 1))
 
 
 def test_processes_that_work_alone_lose_nothing_and_leave_no_lock(tmp_path):
     (tmp_path / "number").write_text("0")
-    processes = [
-        subprocess.Popen([sys.executable, "-c", COUNT, tmp_path], cwd=PROJECT) for _ in range(3)
-    ]
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    processes = [FORK.Process(target=count, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (tmp_path / "number").read_text() == "15"
     assert [path.name for path in tmp_path.iterdir()] == ["number"]
 
 
-HOLD = """
-import sys, time
-from base.files import alone
-with alone(sys.argv[1]):
-    print(1, flush=True)
-    time.sleep(60)
-"""
+def hold(folder, held):
+    with alone(folder):
+        held.set()
+        time.sleep(60)
 
 
 def test_a_lock_ends_with_an_error_and_with_its_process(tmp_path):
     folder = tmp_path / "made" / "if need be"
     with pytest.raises(ZeroDivisionError), alone(folder):
         raise ZeroDivisionError
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder], cwd=PROJECT, stdout=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"1\n"
+    held = FORK.Event()
+    process = FORK.Process(target=hold, args=(folder, held))
+    process.start()
+    assert held.wait(60)
     process.kill()
-    process.communicate()
+    process.join()
     with alone(folder):
         pass
     assert list(folder.iterdir()) == []
