@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,7 @@ from safetensors.torch import save_file
 
 from models.zoo import build_network
 from tinydm import compare
-from tinydm.stages import calibrate, evaluate, quantize, sample
 
-STAGES = {"calibrate": calibrate, "quantize": quantize, "sample": sample, "evaluate": evaluate}
 REAL_RUN = subprocess.run
 
 
@@ -59,7 +58,7 @@ def run_here(ran, command, *rest, stdout=None, **options):
     script, arguments = Path(command[1]).stem, [str(word) for word in command[2:]]
     ran.append((script, *arguments))
     try:
-        STAGES[script].run(arguments)
+        import_module(f"tinydm.stages.{script}").run(arguments)
     except ValueError as error:
         stdout.write(f"error: {error}\n".encode())
         return SimpleNamespace(returncode=2)

@@ -3,6 +3,7 @@ words."""
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,21 @@ def randomize(net, seed=0):
         centre = 1 if "norm" in name and name.endswith("weight") else 0
         value.data = noise / value[0].numel() ** 0.5 if value.dim() > 1 else centre + 0.1 * noise
     return net
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """What tests write need not outlast the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def glue_cache(tmp_path_factory):
+    """Where the glue that tests compile is kept, for all workers of the session."""
+    own = tmp_path_factory.getbasetemp()
+    return str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "glue")
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """What the tests of whole runs share: tiny models and finished runs of them as fixtures, the words
 that keep runs short, stages in turn, a process to kill."""
 
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 
 import pytest
@@ -15,8 +13,8 @@ from safetensors.torch import save_file
 from base.files import PROJECT
 from models.checkpoint_files import PREFIXES
 from models.zoo import build_network
-from tinydm.report import command as report
-from tinydm.stages import calibrate, evaluate, quantize, sample
+from tinydm import cli
+from tinydm.stages import calibrate, quantize, sample
 
 NETWORK = {
     "family": "ddim-unet",
@@ -35,6 +33,7 @@ WORDS = [
     "calibration.images=6",
     "effort.weight_iters=4",
     "effort.input_iters=2",
+    "effort.num_values=512",
     "effort.dtype=fp32",
     "evaluation.sqnr_images=2",
     "device=cpu",
@@ -52,6 +51,10 @@ def files(model, bits="w4a8", method="qdiffusion"):
 
 
 def everything(model, out, *words, **choice):
+    # they take seconds to import, which the process that hands out tests need not wait for
+    from tinydm.report import command as report
+    from tinydm.stages import evaluate
+
     calibrate.run([*files(model, **choice), *WORDS, f"out={out}", *words])
     quantize.run([str(out)])
     sample.run([str(out)])
@@ -70,24 +73,26 @@ def artefacts(out):
     return {name: (out / name).read_bytes() for name in names}
 
 
-def start(script, *arguments):
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / "scripts" / f"{script}.py"), *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(command, *arguments):
+    """A command of tinydm in a process of its own, forked from one that has imported what most of
+    them need and has done nothing else."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["tinydm.stages.calibrate", "tinydm.stages.evaluate"])
+    process = fresh.Process(target=cli.main, args=([command, *map(str, arguments)],))
+    process.start()
+    return process
 
 
 def kill_when(process, condition):
     """SIGKILL as soon as condition() holds; fails if the process ends before."""
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, (
+        assert process.is_alive() and time.monotonic() < deadline, (
             "the stage ended before it could be killed"
         )
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 DDCONFIG = {

@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from pipeline import NETWORK, WORDS, files, write_model
 
-from tinydm.stages import export
+from models.zoo import build_network
+from tinydm.stages import calibrate, export, quantize
 
 pytest.importorskip("exported", reason="the extra export is not installed")
 
@@ -18,9 +20,15 @@ def measured_once(monkeypatch):
 
 
 @pytest.fixture
-def run(pixel_run, tmp_path):
-    """A run folder of the tiny model."""
-    return shutil.copytree(pixel_run, tmp_path / "run")
+def run(tmp_path):
+    """A run folder of a model of few layers: an export takes its time for each."""
+    network = NETWORK | {"image_size": 8, "ch_mult": [1], "attn_resolutions": []}
+    facts = {"network": network, "schedule": {}, "sampling": {"skip": "uniform"}}
+    torch.manual_seed(0)
+    model = write_model(tmp_path, "few", facts, build_network(**network).state_dict())
+    calibrate.run([*files(model, method="minmax"), *WORDS, f"out={tmp_path / 'run'}"])
+    quantize.run([str(tmp_path / "run")])
+    return tmp_path / "run"
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from pipeline import WORDS, everything, files
+from pipeline import WORDS, files
 from tiny import capture_whole, walk
 
 from models.diffusion import load_model
-from models.sampling import Sampling, sample
+from models.sampling import Sampling
+from models.sampling import sample as draw
 from quant.calibration.files import load_calibration
 from quant.graph import trace
 from quant.reconstruction.store import Store
 from tinydm.recipe import load_recipe
+from tinydm.stages import calibrate, quantize, sample
 from tinydm.stages.quantize import plan
 
 
@@ -35,7 +37,10 @@ def test_all_stages(latent_model, latent_run):
 
 
 def test_same_bytes_again(latent_model, latent_run, tmp_path):
-    everything(latent_model, tmp_path / "again")
+    again = str(tmp_path / "again")
+    calibrate.run([*files(latent_model), *WORDS, f"out={again}"])
+    quantize.run([again])
+    sample.run([again])
     for name in ("calibration.safetensors", "quantized.safetensors", "samples/000005.png"):
         assert (tmp_path / "again" / name).read_bytes() == (latent_run / name).read_bytes(), name
 
@@ -91,8 +96,8 @@ def test_stream_with_a_condition_equals_whole_capture(latent_model, latent_run, 
 def test_images_do_not_depend_on_what_is_drawn_with_them(latent_model):
     loaded = load_model(yaml.safe_load(latent_model.read_text()), device="cpu")
     how = Sampling(steps=2, skip="uniform", eta=1.0, batch_size=4)
-    whole = sample(loaded, range(4, 8), how)
-    assert torch.equal(sample(loaded, [6], how)[0], whole[2])
+    whole = draw(loaded, range(4, 8), how)
+    assert torch.equal(draw(loaded, [6], how)[0], whole[2])
 
 
 def test_dry_run_needs_no_weights(latent_model):

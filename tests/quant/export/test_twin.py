@@ -23,10 +23,19 @@ from quant.timeline import Timeline
 W4A8 = QuantSpec(bits=4, per="channel"), QuantSpec(bits=8)
 W8A8 = QuantSpec(bits=8, per="channel"), QuantSpec(bits=8)  # whose integers leave int8
 SIGNED = QuantSpec(bits=3, symmetric=True), QuantSpec(bits=4, symmetric=True)
-# layers, then what else `build` takes
-CASES = [(case, *W4A8, {}) for case in LAYERS if case != "conv2d 1x1"]
-CASES += [(case, *spec, {}) for case in ("linear", "conv2d") for spec in (W8A8, SIGNED)]
-CASES += [(SPLIT[0], *W8A8, {"splits": SPLIT[1]}), ("conv2d", *W4A8, {"balanced": True})]
+# layers, then what else `build` takes; each kind of layer, and each specification of linear layers
+# and of convolutions, as every layer of a graph takes seconds to trace
+CASES = [
+    ("linear", *W8A8, {}),
+    ("linear over tokens", *W4A8, {}),
+    ("linear without bias", *SIGNED, {}),
+    ("conv1d", *W4A8, {}),
+    ("conv2d", *SIGNED, {}),
+    ("conv2d", *W4A8, {"balanced": True}),
+    ("conv2d strided", *W4A8, {}),
+    (SPLIT[0], *W8A8, {"splits": SPLIT[1]}),
+]
+assert {case for case, *_ in CASES} == LAYERS.keys() - {"conv2d 1x1"}
 ONE_SIDED = [
     ("conv2d", W4A8[0], QuantSpec(), {}),
     ("linear", QuantSpec(), W4A8[1], {}),

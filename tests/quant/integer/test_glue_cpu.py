@@ -31,10 +31,10 @@ SHAPES = [
 
 
 @pytest.fixture(scope="module", params=(1, 2, 3), ids="{} threads".format)
-def compiled(request, tmp_path_factory):
-    before, cache = torch.get_num_threads(), tmp_path_factory.getbasetemp() / "glue"
+def compiled(request, glue_cache):
+    before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setenv("XDG_CACHE_HOME", glue_cache)
         torch.set_num_threads(request.param)
         made = glue_cpu.load()
         if not isinstance(made, glue_cpu.CompiledGlue):
@@ -179,14 +179,14 @@ def test_plain_pytorch_on_request_and_where_nothing_can_be_compiled(monkeypatch)
     assert made.quantize is glue.quantize and made.norm_act is glue.norm_act
 
 
-def test_on_a_processor_with_avx2(tmp_path):
+def test_on_a_processor_with_avx2(glue_cache):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("no AVX512 here, so that the other tests are this one")
     code = (
         "import test_glue_cpu as t; made = t.glue_cpu.load(); print(made.about)\n"
         "for shape in t.SHAPES[::4]: t.check_norms(made, shape[:4], shape[4])"
     )
-    own = {"ATEN_CPU_CAPABILITY": "avx2", "XDG_CACHE_HOME": str(tmp_path)}
+    own = {"ATEN_CPU_CAPABILITY": "avx2", "XDG_CACHE_HOME": glue_cache}
     own["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env=os.environ | own, capture_output=True, text=True)

@@ -19,10 +19,10 @@ SHAPES = [(2, 3, 5, 7), (1, 1), (13,), (3, 70, 257), (37, 1000), (2, 4096), (7, 
 
 
 @pytest.fixture(scope="module", params=(1, 2, 3), ids="{} threads".format)
-def compiled(request, tmp_path_factory):
-    before, cache = torch.get_num_threads(), tmp_path_factory.getbasetemp() / "glue"
+def compiled(request, glue_cache):
+    before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setenv("XDG_CACHE_HOME", glue_cache)
         torch.set_num_threads(request.param)
         try:
             library = glue_build.library()
@@ -88,7 +88,7 @@ def test_a_library_with_other_bits_is_not_used():
     assert made.quantize(torch.zeros(4), 1.0, ROW).tolist() == [67] * 4
 
 
-def test_on_a_processor_with_avx2(tmp_path):
+def test_on_a_processor_with_avx2(glue_cache):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("no AVX512 here, so that the other tests are this one")
     code = (
@@ -98,7 +98,7 @@ def test_on_a_processor_with_avx2(tmp_path):
         "for shape in t.SHAPES: t.check(made, torch.randn(shape))\n"
         "t.test_lengths(made)"
     )
-    own = {"ATEN_CPU_CAPABILITY": "avx2", "XDG_CACHE_HOME": str(tmp_path)}
+    own = {"ATEN_CPU_CAPABILITY": "avx2", "XDG_CACHE_HOME": glue_cache}
     own["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env=os.environ | own, capture_output=True, text=True)

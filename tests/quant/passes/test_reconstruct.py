@@ -186,7 +186,7 @@ def test_same_seed_same_rounding_variables(tiny_net, tmp_path, monkeypatch, opti
                 tiny_net,
                 tmp_path / folder,
                 rules(4, 4),
-                SHORT | {"weight_iters": 20, "weight_lr": 2e-2} | options,
+                SHORT | {"weight_iters": 6, "weight_lr": 2e-2} | options,
                 seed=seed,
             )
         return list(seen.values())
