@@ -20,7 +20,7 @@ from quant.convert import convert
 from quant.graph import Graph
 from quant.network import input_quantizers, quant_layers
 from quant.observer import VALUES_PER_GROUP, fit_scales
-from quant.reconstruction.estimate import chosen, measured_rates, work_of
+from quant.reconstruction.estimate import columns_of, measured_rates, tried, work_of
 from quant.reconstruction.frequency import NUM_IMAGES
 from quant.reconstruction.trial import Trial, first_large, phases_of, seconds_by_dtype, timed
 from quant.timeline import Timeline
@@ -87,11 +87,14 @@ class Bench:
         # networks that are learned one by one, each from its share of the samples
         self.copies = segments if "segment_models" in names else 1
         self.segments = segments // self.copies
-        units = dict.fromkeys([first_large(graph), *chosen(self.work)])
+        timeline = Timeline([] if self.copies > 1 else boundaries(config))
+        schedule = settings_of(learning_of(config.all_passes))[1]
+        shapes = convert(net, config.all_rules, timeline)
+        phases = {n: phases_of(shapes.get_submodule(n), schedule) for n in graph.units}
+        units = dict.fromkeys([first_large(graph), *tried(self.work, phases)])
         arguments = _arguments(net, example_arguments(asdict(config), net), units)
         net = _with_memory(net, units, resolve_device(config.device))
         self.bytes = sum(p.numel() * p.element_size() for p in net.parameters())
-        timeline = Timeline([] if self.copies > 1 else boundaries(config))
         self.net = convert(net, config.all_rules, timeline)
         t = torch.tensor(network_times(config))[torch.arange(samples) % len(network_times(config))]
         self.trials = {
@@ -145,7 +148,8 @@ class Bench:
                     seconds[0] += timed(layer.fit_weight, device)
                     weights += layer.weight.numel()
             for q in input_quantizers(module).values():
-                values = torch.randn(q.scale.shape[1], VALUES_PER_GROUP // self.segments)
+                count = options.get("num_values", VALUES_PER_GROUP) // self.segments
+                values = torch.randn(q.scale.shape[1], count)
                 fit = lambda q=q, values=values: fit_scales(q, [values.to(device)])  # noqa: E731
                 seconds[1] += timed(fit, device) * self.segments
                 quantizers += 1
@@ -167,8 +171,9 @@ class Bench:
             # a checkpoint of every step: forward twice
             total += (2 + BACKWARD) * self.passing(self.rates.original, NUM_IMAGES * steps)
         for name, work in self.work.items():
-            phases = phases_of(self.net.get_submodule(name), self.schedule)
-            total += sum(self.rates.seconds(work, phases, samples, self.again).values())
+            module = self.net.get_submodule(name)
+            how = phases_of(module, self.schedule), samples, self.again, columns_of(module)
+            total += sum(self.rates.seconds(work, *how).values())
         return self.copies * total
 
     def finetune(self, options: dict[str, Any]) -> float:

@@ -5,22 +5,29 @@ times the samples of a batch; weights; layers. What each costs is measured on th
 steps of the units that have the most of one of these and of the one that has the least (trial.py),
 and once units are finished corrected by what these took."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from quant.graph import Graph
+from quant.network import quant_layers
 from quant.reconstruction.capture import inputs_of
+from quant.reconstruction.gptq import POSITIONS, SAMPLES, optimal_codes
 from quant.reconstruction.settings import Objective, Schedule
-from quant.reconstruction.trial import Trial, phases_of
+from quant.reconstruction.trial import Trial, phases_of, timed
 from quant.reconstruction.unit import ERROR_ROWS
 
 STEPS = 2  # of a phase that are measured, after one that is not
 FEW_STEPS = 20
 PER_MULTIPLY_ADD = 1e-9  # seconds, until units have told
+# of second-order codes: what collecting inputs is worth in forward passes, and what factors of a
+# matrix are worth in its cubes
+COLLECTED, CUBES = 3, 6
 PRIOR = 0.05  # share of the whole that measured units weigh, beside finished ones
 
 Work = tuple[float, float, float, float]  # macs and values of a sample, weights, layers
@@ -74,21 +81,65 @@ class Rates:
     quantized: Costs
     step_size: int
     batch_size: int
+    begin: "Beginning | None" = None  # of learning from second-order codes
 
     def seconds(
-        self, work: Work, phases: Mapping[str, int], samples: int, passes: float = 0.0
+        self,
+        work: Work,
+        phases: Mapping[str, int],
+        samples: int,
+        passes: float = 0.0,
+        columns: Sequence[int] = (),
     ) -> dict[str, float]:
         """Seconds of a unit that takes these steps in each phase: capture of `samples` samples,
-        errors, learning. `passes` are further forward passes of both networks."""
+        errors, learning. `passes` are further forward passes of both networks, `columns` those of
+        the weights that are learned."""
         original, quantized = (
             cost.of(work, self.batch_size) / self.batch_size
             for cost in (self.original, self.quantized)
         )
+        learning = sum(n * self.steps[p].of(work, self.step_size) for p, n in phases.items())
+        if self.begin and columns:
+            learning += self.begin.of(columns) + COLLECTED * min(SAMPLES, samples) * quantized
         return {
             "capture": (1 + passes / 2) * samples * (original + quantized),
             "errors": 2 * len(phases) * min(ERROR_ROWS, samples) * quantized,
-            "learning": sum(n * self.steps[p].of(work, self.step_size) for p, n in phases.items()),
+            "learning": learning,
         }
+
+
+class Beginning:
+    """What second-order codes of a weight take (gptq.py): the matrix of its inputs grows as the
+    square of its columns, its inverse as the cube, and each column is a round of small operations.
+    Measured on weights of two sizes."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        found = [self._measure(columns, device, clock) for columns in (64, 512, 512)]
+        self.each = max(found[0], 0.0) / 64
+        self.rate = max(found[-1] - 512 * self.each, 0.0) / self._macs(512)
+
+    def of(self, columns: Iterable[int]) -> float:
+        """Seconds of weights with so many columns each."""
+        return sum(self.rate * self._macs(m) + self.each * m for m in columns)
+
+    def _macs(self, columns):
+        return POSITIONS * columns**2 + CUBES * columns**3
+
+    def _measure(self, columns, device, clock):
+        x = torch.randn(POSITIONS, columns, device=device)
+        weight = torch.randn(64, columns, device=device)
+        low, high = torch.full_like(weight, -8.0), torch.full_like(weight, 7.0)
+
+        def run():
+            optimal_codes(weight, torch.full_like(weight, 0.3), low, high, x.T @ x / len(x))
+
+        return timed(run, device, clock)
+
+
+def columns_of(module: nn.Module) -> list[int]:
+    """Columns of the weights of a unit that are to be learned."""
+    layers = [m for m in quant_layers(module).values() if m.weight_quantizer is not None]
+    return [m.weight[0].numel() for m in layers if m.weight_int is None]
 
 
 def measured_rates(
@@ -113,7 +164,18 @@ def measured_rates(
     costs = {phase: Costs(*zip(*found), step_size) for phase, found in steps.items()}
     tried = [work[name] for name in trials]
     original, quantized = (Costs(tried, seconds, pass_size) for seconds in zip(*passing))
-    return Rates(costs, original, quantized, *sizes)
+    device = next(next(iter(trials.values())).net.parameters()).device
+    begin = Beginning(device) if schedule.gptq and schedule.weight_iters else None
+    return Rates(costs, original, quantized, *sizes, begin)
+
+
+def tried(work: Mapping[str, Work], phases: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """The units to be measured: `chosen` of those that are learned, and one for every phase."""
+    names = chosen({n: work[n] for n in work if phases[n]} or work)
+    for phase in dict.fromkeys(phase for own in phases.values() for phase in own):
+        if not any(phase in phases[n] for n in names):
+            names.append(next(n for n in phases if phase in phases[n]))
+    return names
 
 
 def expected_seconds(
@@ -126,16 +188,14 @@ def expected_seconds(
     phases = {n: phases_of(job.net.get_submodule(n), schedule) for n in job.graph.units}
     if all(sum(own.values()) < FEW_STEPS for own in phases.values()):
         return {name: work[name][0] * PER_MULTIPLY_ADD for name in phases}
-    names = chosen({n: work[n] for n in phases if phases[n]} or work)
-    for phase in dict.fromkeys(phase for own in phases.values() for phase in own):
-        if not any(phase in phases[n] for n in names):
-            names.append(next(n for n in phases if phase in phases[n]))
+    names = tried(work, phases)
     arguments = inputs_of(net, names, data.rows(slice(0, 1)), 1, whole=True)
     trials = {n: Trial(job.net, n, net.get_submodule(n), arguments[n], data.t) for n in names}
     rates = measured_rates(trials, work, objective, schedule, job.batch(64))
+    columns = {n: columns_of(job.net.get_submodule(n)) for n in phases}
     return {
-        name: sum(rates.seconds(work[name], phases[name], len(data), passes).values())
-        for name in phases
+        n: sum(rates.seconds(work[n], phases[n], len(data), passes, columns[n]).values())
+        for n in phases
     }
 
 

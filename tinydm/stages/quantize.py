@@ -73,7 +73,8 @@ def plan(config: RunConfig) -> str:
     floats = sum(p.numel() * p.element_size() for p in net.parameters())
     packed, disk_gb = packed_bytes(quantized), disk_budget(config.disk_gb, Path(config.out).parent)
     try:
-        captured = plan_capture(graph, samples, config.memory_gb, disk_gb)
+        learned = min(samples, config.effort.num_samples or samples)
+        captured = plan_capture(graph, learned, config.memory_gb, disk_gb)
         again, memory, disk = captured.passes, captured.memory, captured.disk
     except ValueError as does_not_fit:
         captured, again, memory, disk = does_not_fit, 0.0, 0, 0

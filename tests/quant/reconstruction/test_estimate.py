@@ -11,7 +11,15 @@ from base.files import PROJECT
 from quant.network import input_quantizers
 from quant.passes.run import run_passes
 from quant.reconstruction import estimate
-from quant.reconstruction.estimate import Costs, Estimate, Rates, chosen, expected_seconds, work_of
+from quant.reconstruction.estimate import (
+    Beginning,
+    Costs,
+    Estimate,
+    Rates,
+    chosen,
+    expected_seconds,
+    work_of,
+)
 from quant.reconstruction.settings import Objective, Schedule
 from quant.reconstruction.trial import Trial
 
@@ -47,6 +55,27 @@ def test_the_seconds_of_a_unit_are_those_of_its_parts():
         "errors": 2 * 128 * 2,
         "learning": 0,
     }
+
+
+def test_second_order_beginnings_grow_with_columns_their_squares_and_cubes(monkeypatch):
+    def seconds(columns):
+        return 1e-3 * columns + 1e-12 * (8192 * columns**2 + 6 * columns**3)
+
+    def measure(self, columns, *_):
+        return 0.064 if columns == 64 else seconds(columns)  # of a small one only its columns tell
+
+    monkeypatch.setattr(Beginning, "_measure", measure)
+    begin = Beginning(torch.device("cpu"))
+    assert begin.of([100, 2000]) == pytest.approx(seconds(100) + seconds(2000))
+    nothing = Costs([(1.0, 0.0, 0.0, 0.0)], [1.0], 1)
+    rates = Rates({"joint": nothing}, nothing, nothing, 16, 64, begin)
+    found = rates.seconds((0.0, 0, 0, 0), {"joint": 5}, 10, 0.0, [100])
+    assert found == {"capture": 0, "errors": 0, "learning": pytest.approx(seconds(100))}
+
+
+def test_a_measured_beginning_takes_time():
+    begin = Beginning(torch.device("cpu"))
+    assert 0 < begin.of([64]) < begin.of([64, 64]) < begin.of([4096])
 
 
 def test_what_is_left_follows_what_finished_units_took():
