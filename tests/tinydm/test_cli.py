@@ -121,7 +121,7 @@ def test_find_yaml(tmp_path, monkeypatch):
     assert find_yaml("cifar10", ["model"]) == "cifar10"  # a file that is here comes first
     with pytest.raises(ValueError, match="no preset is called 'dem'; did you mean 'demo'"):
         find_yaml("dem", ["preset"])
-    assert known_names("preset") == ["demo", "paper"]
+    assert known_names("preset") == ["demo", "fast", "paper"]
 
 
 def test_flags_and_their_values_are_no_names(monkeypatch):

@@ -147,7 +147,7 @@ launch.run_jobs(work, [task], print, launcher="local", jobs=1, slurm={{}}, out=t
     child = tmp_path / "child"
     assert comes_true(lambda: child.exists() and child.read_text().strip())
     os.killpg(parent.pid, signal.SIGINT)
-    assert parent.wait(20) != 0
+    assert parent.wait(60) != 0
 
     def is_empty():
         try:

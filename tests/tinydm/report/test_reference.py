@@ -46,7 +46,7 @@ well. Not copied: its mistakes.
 
 | pass | of the method | from the preset |
 | --- | --- | --- |
-| `fit_ranges` | `num_samples: null` | – |
+| `fit_ranges` | `num_samples: null` | `num_values` |
 | `segment_models` | – | – |
 | in `segment_models`: `reconstruct` | `drop: 0.5`, `joint: true` | PRESET |"""
 
@@ -70,7 +70,8 @@ def test_a_method_has_a_section_and_its_released_form_one_below(tmp_path, monkey
         f"| [`newq_as_released`](#newq_as_released) | {paper} | `fit_ranges`, `segment_models` |",
     ]
     # joint learning has one count alone
-    preset = "`weight_iters`, `weight_lr`, `input_lr`, `batch_size`, `dtype`"
+    preset = "`weight_iters`, `weight_lr`, `input_lr`, `batch_size`, `dtype`, "
+    preset += "`num_samples`, `gptq`"
     assert SECTION.replace("PRESET", preset) in page
     assert "\n### newq_as_released\n\nAs its code.\n" in page
 
