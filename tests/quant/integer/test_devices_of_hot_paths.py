@@ -71,7 +71,8 @@ def brought(tensors):
 @pytest.mark.parametrize("made", [simulated, on_integers])
 @pytest.mark.parametrize(
     "name, rules, boundaries",
-    [(name, [ALL], times) for name in NETWORKS for times in ((), TIMES)]
+    [(name, [ALL], TIMES) for name in NETWORKS]
+    + [("pixel", [ALL], ())]
     + [("latent", rules, ()) for rules in WAYS.values()]
     + [("pixel", [ALL, WIDTHS], TIMES)],
 )
