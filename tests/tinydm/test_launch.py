@@ -134,7 +134,8 @@ def test_the_last_words_of_a_local_job(tmp_path, monkeypatch):
 def test_an_interrupted_comparison_ends_its_local_jobs(tmp_path):
     """As by Ctrl-C, which reaches what a job has started too; nothing is left."""
     program = f"""
-import pathlib, subprocess, sys
+import pathlib, signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 sys.path.insert(0, {str(Path(launch.__file__).parents[1])!r})
 from tinydm import launch
 def work(task, gpu):
