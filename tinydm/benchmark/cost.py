@@ -78,21 +78,17 @@ def _trajectories(folder):
 
 def parts_of(facts: Iterable[dict[str, Any]], stage: dict[str, Any]) -> dict[str, float]:
     """CPU seconds of the parts of `quantize` by its passes.jsonl. Passes are timed by the clock,
-    and taken as CPU seconds at the rate of the whole stage. Reconstruction says its own parts; one
-    of an earlier version only how long its units learned, measuring errors included, and the rest
-    of it is capture. What no pass took, `rest`, is loading, converting and packing."""
+    and taken as CPU seconds at the rate of the whole stage. Reconstruction says how long its units
+    learned, measuring errors included, and the rest of it is capture. What no pass took, `rest`, is
+    loading, converting and packing."""
     facts, rate = list(facts), stage["cpu_seconds"] / max(stage["seconds"], 1e-9)
     found: dict[str, float] = {}
     for row in facts:
         if row.keys() == {"pass", "seconds"}:
             found[row["pass"]] = found.get(row["pass"], 0) + row["seconds"] * rate
     whole = found.pop(RECONSTRUCT, 0)
-    own = [row for row in facts if row["pass"] == RECONSTRUCT]
-    said = [row["parts"] for row in own if "parts" in row]
-    learned = sum(row["seconds"] for row in own if "unit" in row) * rate
-    parts = dict(said[-1]) if said else {"learning": min(learned, whole)}
-    left = max(0.0, whole - sum(parts.values()))
-    parts |= {"other" if said else "capture": left}
     if whole:
-        found |= {f"{RECONSTRUCT}: {name}": seconds for name, seconds in parts.items()}
+        own = [row for row in facts if row["pass"] == RECONSTRUCT and "unit" in row]
+        learned = min(sum(row["seconds"] for row in own) * rate, whole)
+        found |= {f"{RECONSTRUCT}: learning": learned, f"{RECONSTRUCT}: capture": whole - learned}
     return found | {"rest": max(0.0, stage["cpu_seconds"] - sum(found.values()))}

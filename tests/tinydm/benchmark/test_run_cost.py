@@ -74,17 +74,6 @@ def test_seconds_of_passes_are_taken_at_the_rate_of_the_stage():
     }
 
 
-def test_reconstruction_says_its_parts_in_cpu_seconds():
-    parts = {"capture": 6.0, "start": 1.0, "learning": 15.0, "errors": 4.0}
-    facts = [
-        {"pass": "reconstruct", "unit": "a", "seconds": 40.0},
-        {"pass": "reconstruct", "parts": parts},
-        {"pass": "reconstruct", "seconds": 60.0},
-    ]
-    named = {f"reconstruct: {name}": seconds for name, seconds in parts.items()}
-    assert parts_of(facts, STAGE) == named | {"reconstruct: other": 4.0, "rest": 20.0}
-
-
 def test_a_method_without_reconstruction_and_an_interrupted_one():
     assert parts_of([{"pass": "fit_ranges", "seconds": 1.0}], STAGE) == {
         "fit_ranges": 0.5,
