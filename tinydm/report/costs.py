@@ -24,9 +24,7 @@ COLUMNS = {
     "picking": "picking",
     "fit_ranges": "ranges",
     "reconstruct: capture": "capture",
-    "reconstruct: start": "start",
     "reconstruct: learning": "learning",
-    "reconstruct: errors": "errors",
 }
 LEGEND = """CPU s: CPU seconds of `calibrate` and `quantize`, model loading and full-precision
 trajectories included (these are shared by runs; each is charged with all of them). Peak MB: 1e6
@@ -180,21 +178,16 @@ def where_table(title: str, lines: Sequence[Line]) -> list[str]:
     rows = [_where(line) for line in lines]
     columns = [name for key, name in COLUMNS.items() if any(key in row for row in rows)]
     keys = {name: key for key, name in COLUMNS.items()}
-    body, joined = [], False
+    body = []
     for line, row in zip(lines, rows):
         others = {key: s for key, s in row.items() if key not in COLUMNS and key != "rest"}
         named = ", ".join(f"{key} {s:.0f}" for key, s in others.items() if s >= 0.5)
         cells = [f"{row[keys[c]]:.0f}" if keys[c] in row else NOTHING for c in columns]
         body.append([line.name, *cells, named or NOTHING, f"{row.get('rest', 0):.0f}"])
-        joined |= "reconstruct: learning" in row and "reconstruct: errors" not in row
-    note = ["", "Where errors are –, they are counted with learning."] * (
-        joined and "errors" in columns
-    )
     return [
         f"<details><summary>{title}: where the CPU seconds go</summary>",
         "",
         *lines_of(["", *columns, "other passes", "rest"], body),
-        *note,
         "",
         "</details>",
     ]

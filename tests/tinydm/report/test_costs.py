@@ -86,7 +86,6 @@ def test_where_the_seconds_go(tmp_path, plan):
         "trajectories": 8.0,
         "reconstruct: capture": 6.0,
         "reconstruct: learning": 30.0,
-        "reconstruct: errors": 4.0,
         "finetune": 20.0,
         "bypass_input": 0.1,
         "rest": 2.0,
@@ -99,11 +98,10 @@ def test_where_the_seconds_go(tmp_path, plan):
     text = "\n".join(tables(plan, results))
     folded = text[text.index("<details>") : text.index("</details>")]
     head, *rows = cells(folded)
-    columns = ["trajectories", "picking", "capture", "learning", "errors", "other passes", "rest"]
+    columns = ["trajectories", "picking", "capture", "learning", "other passes", "rest"]
     assert head == ["", *columns]
-    assert rows[0] == ["a published", "8", "0", "–", "90", "–", "–", "2"]
-    assert rows[1] == ["a fast", "8", "–", "6", "30", "4", "finetune 25", "2"]
-    assert "Where errors are –, they are counted with learning." in folded
+    assert rows[0] == ["a published", "8", "0", "–", "90", "–", "2"]
+    assert rows[1] == ["a fast", "8", "–", "6", "30", "finetune 25", "2"]
 
 
 def test_machines_have_tables_of_their_own(tmp_path, plan):
